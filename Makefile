@@ -1,0 +1,34 @@
+# Every target sets .venv up by itself first; a second call finds it ready. `make` alone lists the targets.
+SHELL := bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
+	@echo
+	@echo "  PYTHON=/path/to/python3.12      the interpreter to build $(VENV) with (3.12 or 3.13)"
+	@echo "  EMOE_TORCH_INDEX=https://...    the package index to take torch from (CPU-only wheels)"
+
+setup: ## create .venv and install the package with its development tools
+	@VENV="$(VENV)" bash tools/setup_env.sh
+
+demo: setup ## the whole path on a small model: data, training, sweep over k, figure
+	@$(BIN)/python examples/demo.py
+
+test: setup ## all tests (those that need a GPU skip themselves without one)
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+check: setup ## lint, formatting and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup ## step time and memory: plain top-k against every elastic mode
+	@$(BIN)/python benchmarks/bench.py
+
+clean: ## remove .venv, caches and what the demo wrote
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Elastic Mixture-of-Experts training on Megatron-Core."""

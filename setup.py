@@ -1,0 +1,38 @@
+"""Package metadata and dependency ranges. Tool settings (ruff, mypy, pytest) are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="megatron-emoe",
+    version="0.1.0",
+    description="Elastic Mixture-of-Experts training for Megatron-Core: one checkpoint, every number of active experts",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["megatron_emoe", "megatron_emoe.*"]),
+    # megatron-core 0.19 needs 3.12; its dataset helpers are compiled for each Python, 3.14 is not among them.
+    python_requires=">=3.12,<3.14",
+    install_requires=[
+        # 0.19 is the first release whose wheel holds megatron.training. NVIDIA's apex is used by it when present, but
+        # is no dependency here: the package that the index calls "apex" is another project.
+        "megatron-core[training]>=0.19,<0.20",
+        "torch>=2.6,<3",
+        "numpy>=1.26,<3",
+        "transformers>=5.15.1,<6",
+        "safetensors>=0.4.5,<1",
+        "sentencepiece>=0.2,<0.3",
+        "tensorboard>=2.16,<3",
+        "matplotlib>=3.9,<4",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.4,<3"],
+        "eval": ["lm-eval>=0.4.9,<0.5"],
+        "dev": ["pytest>=8,<10", "ruff==0.17.6", "mypy>=1.13,<3"],
+    },
+)
