@@ -1,0 +1,167 @@
+"""The files of one tokenised data set, <prefix>.bin, <prefix>.idx and <prefix>.json, read without Megatron.
+
+.bin holds the token ids and .idx says where each sequence starts: both are Megatron-Core's IndexedDataset format. .json
+is the sidecar that tools/preprocess_data.py adds: which tokenizer made the ids, and how many there are. Everything here
+reads a bounded number of bytes, whatever the size of the data set.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+TOKEN_DTYPES: dict[int, type[np.integer]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+SCAN_TOKENS = 1 << 20  # tokens read at each end of a .bin without a sidecar
+# The files of a Hugging Face tokenizer folder that decide which id a piece of text gets.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What tools/preprocess_data.py says about a data set, in <prefix>.json."""
+
+    tokenizer_type: str  # Megatron's --tokenizer-type
+    tokenizer_model: str | None  # the path or name it was given, for the reader only
+    tokenizer_sha256: str | None  # of the files behind --tokenizer-model; None where there are none on disk
+    vocab_size: int  # ids the tokenizer can give, without padding
+    max_token_id: int
+    documents: int
+    tokens: int  # end-of-document tokens included
+    source_files: int
+    source_bytes: int
+    append_eod: bool
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """A data set whose .bin and .idx belong together."""
+
+    prefix: str
+    dtype: type[np.integer]
+    sequences: int
+    documents: int
+    tokens: int
+
+    def sequence_lengths(self) -> np.ndarray:
+        """int32 [sequences], tokens in each; mapped, not read."""
+        return np.memmap(f"{self.prefix}.idx", np.int32, "r", INDEX_HEADER.size, (self.sequences,))
+
+    def max_token_id_at_the_ends(self) -> int:
+        """Largest token id among the first and the last SCAN_TOKENS tokens."""
+        tokens = np.memmap(f"{self.prefix}.bin", self.dtype, "r")
+        return int(max(tokens[:SCAN_TOKENS].max(), tokens[-SCAN_TOKENS:].max()))
+
+
+def read_token_files(prefix: str) -> TokenFiles:
+    """Check that <prefix>.bin and <prefix>.idx are whole and belong together.
+
+    Raises:
+        ValueError: a file is missing, empty, cut off, of another format, or not of the same run as the other.
+    """
+    _require_files(prefix)
+    index_path, index_bytes = f"{prefix}.idx", os.path.getsize(f"{prefix}.idx")
+    if index_bytes < INDEX_HEADER.size:
+        raise ValueError(f"{index_path} has {index_bytes} bytes, its header alone takes {INDEX_HEADER.size}: cut off")
+    with open(index_path, "rb") as index:
+        magic, version, dtype_code, sequences, document_ends = INDEX_HEADER.unpack(index.read(INDEX_HEADER.size))
+        if magic != INDEX_MAGIC or version != 1 or dtype_code not in TOKEN_DTYPES:
+            raise ValueError(f"{index_path} is not an index of token ids (magic {magic!r}, version {version})")
+        expected = INDEX_HEADER.size + 12 * sequences + 8 * document_ends
+        if index_bytes != expected:
+            raise ValueError(f"{index_path} has {index_bytes} bytes, its header asks for {expected}: half-written")
+        if sequences == 0:
+            raise ValueError(f"{index_path} lists no sequences: the data set is empty")
+        last_length, last_start, last_document_end = _last_entries(index, sequences, document_ends)
+    dtype = TOKEN_DTYPES[dtype_code]
+    token_bytes, indexed = os.path.getsize(f"{prefix}.bin"), last_start + last_length * dtype().itemsize
+    if token_bytes != indexed or last_document_end != sequences:
+        raise ValueError(
+            f"{prefix}.bin has {token_bytes} bytes, {index_path} describes {indexed}: one of them is half-written"
+        )
+    return TokenFiles(prefix, dtype, sequences, document_ends - 1, token_bytes // dtype().itemsize)
+
+
+def _require_files(prefix: str) -> None:
+    """Raise ValueError unless both files exist with something in them; say what was meant where that can be seen."""
+    missing = [path for path in (f"{prefix}.bin", f"{prefix}.idx") if not os.path.isfile(path)]
+    if missing and os.path.isdir(prefix):
+        inside = sorted(name[:-4] for name in os.listdir(prefix) if name.endswith(".idx"))
+        found = f"it holds {', '.join(inside[:5])}" if inside else "it holds no .idx file"
+        raise ValueError(f"{prefix} is a folder, not the prefix of a .bin and .idx pair ({found})")
+    stem, extension = os.path.splitext(prefix)
+    if missing and extension in (".bin", ".idx"):
+        raise ValueError(f"{prefix} is one file of a data set: give the prefix of both, {stem}")
+    if missing:
+        raise ValueError(f"{missing[0]} does not exist: a data set is a .bin and an .idx file with the same prefix")
+    for path in (f"{prefix}.bin", f"{prefix}.idx"):
+        if os.path.getsize(path) == 0:
+            raise ValueError(f"{path} is empty")
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"{path} cannot be read: no permission")
+
+
+def _last_entries(index, sequences: int, document_ends: int) -> tuple[int, int, int]:
+    """Length in tokens and start in bytes of the last sequence, and the number of sequences in all documents."""
+
+    def number(offset: int, fmt: str) -> int:
+        index.seek(INDEX_HEADER.size + offset)
+        return struct.unpack(fmt, index.read(struct.calcsize(fmt)))[0]
+
+    length = number(4 * (sequences - 1), "<i")
+    start = number(4 * sequences + 8 * (sequences - 1), "<q")
+    return length, start, number(12 * sequences + 8 * (document_ends - 1), "<q") if document_ends else 0
+
+
+def read_sidecar(prefix: str) -> Sidecar | None:
+    """The sidecar of a data set, or None where it has none (data made by another tool).
+
+    Raises:
+        ValueError: the file is there but is not a sidecar.
+    """
+    path = f"{prefix}.json"
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        return Sidecar(**{field.name: content[field.name] for field in fields(Sidecar)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the sidecar of a data set ({type(error).__name__}: {error})") from error
+
+
+def write_sidecar(path: str, sidecar: Sidecar) -> None:
+    """Write the sidecar as indented JSON."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(asdict(sidecar), file, indent=2)
+        file.write("\n")
+
+
+def tokenizer_digest(tokenizer_model: str | None) -> str | None:
+    """SHA-256 (hex) of the tokenizer behind a path: of the file, or of the TOKENIZER_FILES in a folder.
+
+    None where nothing on disk decides the ids: no path, the name of a model on a hub, or a folder without such files.
+    """
+    if tokenizer_model is None or not os.path.exists(tokenizer_model):
+        return None
+    if os.path.isfile(tokenizer_model):
+        return _file_digest(tokenizer_model)
+    paths = {name: os.path.join(tokenizer_model, name) for name in TOKENIZER_FILES}
+    parts = [f"{name} {_file_digest(path)}" for name, path in paths.items() if os.path.isfile(path)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None
+
+
+def _file_digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
