@@ -1,0 +1,121 @@
+"""Elastic settings and a stored checkpoint: what it was trained with, and what may not differ when it is continued.
+
+Megatron-Core stores the whole argument namespace, elastic flags included, in every checkpoint. It compares a fixed list of
+them on load and knows nothing of ours; the checks here read that namespace before anything is built.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename, read_metadata
+
+from megatron_emoe.elastic_config import ElasticConfig, flag
+
+_MEASURING_ONLY = {"emoe_eval_k", "emoe_coactivation_interval"}
+_SHAPE_FLAGS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_layer_freq",
+    "multi_latent_attention",
+    "padded_vocab_size",
+    "position_embedding_type",
+    "swiglu",
+    "normalization",
+    "untie_embeddings_and_output_weights",
+    "moe_router_enable_expert_bias",
+)
+
+
+def locate(folder: str, step: int | None = None) -> Path:
+    """The newest checkpoint in `folder` (or that of iteration `step`), as a path to its iter_ folder.
+
+    Raises:
+        ValueError: no such folder, no checkpoint in it, or not the one asked for.
+    """
+    tracker = Path(get_checkpoint_tracker_filename(folder))
+    if not Path(folder).is_dir():
+        raise ValueError(f"--load {folder}: no such folder")
+    if not tracker.is_file():
+        raise ValueError(f"--load {folder}: no checkpoint in it ({tracker.name} is missing)")
+    iteration, release = read_metadata(str(tracker))
+    path = Path(get_checkpoint_name(folder, step or iteration, release and not step, return_base_dir=True))
+    if not path.is_dir():
+        raise ValueError(
+            f"--load {folder}: {path.name} is missing, although {'--ckpt-step' if step else tracker.name} names it"
+        )
+    return path
+
+
+def stored_args(checkpoint: Path) -> Namespace:
+    """The arguments a torch_dist checkpoint was saved with.
+
+    Raises:
+        ValueError: the checkpoint is not torch_dist, or is damaged.
+    """
+    try:
+        state = load_common_state_dict(checkpoint)
+        return state["args"]
+    except Exception as error:  # the core raises a different class for each way a folder can be damaged
+        raise ValueError(f"--load {checkpoint}: not a readable torch_dist checkpoint ({error})") from error
+
+
+def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
+    """Check --load before anything is built: it exists, fits the model, and elastic settings go on as they were.
+
+    A first start with --load equal to --save and nothing saved yet is allowed: that is how a job that restarts itself is
+    written. A continued run must keep its elastic settings; --finetune starts a new run and is told old and new.
+
+    Raises:
+        ValueError: with flag, stored and given value.
+    """
+    if args.load is None:
+        if args.finetune and getattr(args, "pretrained_checkpoint", None) is None:
+            raise ValueError("--finetune is given without --load: there is nothing to continue from")
+        return
+    if args.load == args.save and not args.finetune and not Path(get_checkpoint_tracker_filename(args.load)).is_file():
+        return
+    stored = stored_args(locate(args.load, args.ckpt_step))
+    check_shape(args, stored)
+    changes = elastic_changes(args, stored)
+    if changes and not args.finetune:
+        raise ValueError(
+            f"--load {args.load}: elastic settings differ from the stored ones: {'; '.join(changes)}. "
+            "Keep them to continue this run, or start a new one from its weights with --finetune"
+        )
+    for change in changes:
+        report(f"elastic setting changed: {change}")
+
+
+def check_shape(args: Namespace, stored: Namespace) -> None:
+    """ValueError for the first flag in which the checkpoint holds another model."""
+    for name in _SHAPE_FLAGS:
+        old, new = getattr(stored, name, None), getattr(args, name, None)
+        if old is not None and new is not None and old != new:
+            raise ValueError(f"{flag(name)} {new}: the checkpoint in --load {args.load} was saved with {old}")
+
+
+def elastic_changes(args: Namespace, stored: Namespace) -> list[str]:
+    """Every elastic setting, and k, that differs from the stored run, as 'flag: stored a, now b'.
+
+    A checkpoint without elastic settings is one of plain top-k: the defaults.
+    """
+    changes = []
+    for field in fields(ElasticConfig):
+        old, new = getattr(stored, field.name, field.default), getattr(args, field.name)
+        if old != new and field.name not in _MEASURING_ONLY:
+            changes.append(f"{flag(field.name)}: stored {old}, now {new}")
+    if stored.moe_router_topk != args.moe_router_topk:
+        changes.append(f"--moe-router-topk: stored {stored.moe_router_topk}, now {args.moe_router_topk}")
+    return changes

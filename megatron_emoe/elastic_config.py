@@ -1,0 +1,248 @@
+"""Every elastic setting: field, unit, source, default, rule. No tensor maths here.
+
+Flags are generated from the fields (`emoe_pool_k` is `--emoe-pool-k`), so a default exists once and the help text is the
+string under the field. Sources: EMoE (arXiv 2509.21892), Matryoshka MoE (arXiv 2509.26520), ERNIE 5.0 (arXiv 2602.04705).
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+DEFAULT_HR_LOSS_COEFF = 1e-3
+DEFAULT_PROB = 0.8
+
+
+@dataclass
+class ElasticConfig:
+    """Elastic MoE: which experts a token may use in training, and how many. Everything off: exactly Megatron-Core's top-k."""
+
+    emoe_selection: Literal["topk", "coactivation", "prefix"] = "topk"
+    """How experts are selected in training. topk: the stock router at --moe-router-topk. coactivation: k experts drawn from
+    a pool of the top m (EMoE, arXiv 2509.21892). prefix: top-k at the k that the schedule draws (M-MoE, arXiv 2509.26520).
+    Evaluation is always plain top-k."""
+
+    emoe_pool_k: int | None = None
+    """K, experts: the largest co-activation pool and the largest k' to prepare for (EMoE's k_ideal). Required by
+    coactivation; larger than the smallest k, at most the number of experts."""
+
+    emoe_pool_draw: Literal["token", "microbatch", "step"] = "token"
+    """How often the pool size m is drawn from {k, ..., K}: for every token, once per micro-batch, or once per step."""
+
+    emoe_pool_fixed: bool = False
+    """Use m = K always instead of drawing m: an ablation, it thins the training signal of the top ranks."""
+
+    emoe_k_schedule: Literal["constant", "uniform", "weighted", "default-or-smaller", "ramp"] = "constant"
+    """The number of active experts in training. constant: --moe-router-topk. uniform: any k in [k-min, k-max]. weighted:
+    likewise with --emoe-k-weights. default-or-smaller: --moe-router-topk with probability --emoe-k-default-prob, else
+    uniform in [k-min, k - 1] (ERNIE 5.0). ramp: linear from k-min to k-max over --emoe-k-ramp-iters."""
+
+    emoe_k_min: int | None = None
+    """Experts: the smallest k that the schedule draws. Required by every schedule but constant."""
+
+    emoe_k_max: int | None = None
+    """Experts: the largest k that the schedule draws. Required by uniform, weighted and ramp."""
+
+    emoe_k_weights: list[float] | None = None
+    """One non-negative weight for each k in [k-min, k-max], in that order; they need not sum to 1. Required by weighted."""
+
+    emoe_k_default_prob: float | None = None
+    """Probability of --moe-router-topk in the schedule default-or-smaller, in (0, 1]. Unset: 0.8, ERNIE 5.0's value."""
+
+    emoe_k_ramp_iters: int | None = None
+    """Iterations from k-min to k-max in the schedule ramp. Required by ramp."""
+
+    emoe_k_draw: Literal["step", "microbatch", "layer"] = "step"
+    """How often k is drawn: once per optimizer step, once per micro-batch, or per step and layer (each layer its own k)."""
+
+    emoe_seed: int = 1234
+    """Seed of all elastic draws. They depend on it, the iteration, the micro-batch, the layer and the data-parallel rank
+    alone, never on other random numbers."""
+
+    emoe_hr_loss_coeff: float | None = None
+    """Weight of the hierarchical router loss -KL(q || uniform) per layer (EMoE). Unset: 1e-3 with coactivation, else 0."""
+
+    emoe_balance_on: Literal["dispatched", "topk"] = "dispatched"
+    """What the load-balancing loss counts under coactivation: the experts that were drawn, or those plain top-k would use."""
+
+    emoe_combine: Literal["model", "renormalize", "raw"] = "model"
+    """Weights of the selected experts. model: the model's own rule on the selected set. renormalize: they sum to 1 (times
+    the scaling factor). raw: the scores over all experts, unscaled by the selection. In training and in evaluation."""
+
+    emoe_eval_k: list[int] | None = None
+    """At every evaluation, also report the validation loss at each of these k' (experts), on the same batches."""
+
+    emoe_coactivation_interval: int = 0
+    """Iterations between measurements of the expert-by-expert co-activation matrix. 0: never."""
+
+    @property
+    def draws_k(self) -> bool:
+        """Whether the number of active experts varies in training."""
+        return self.emoe_k_schedule != "constant"
+
+    @property
+    def samples(self) -> bool:
+        """Whether experts are drawn from a pool in training."""
+        return self.emoe_selection == "coactivation"
+
+    @property
+    def varies_k(self) -> bool:
+        """Whether some forward pass uses a k other than --moe-router-topk."""
+        return self.draws_k or bool(self.emoe_eval_k)
+
+    @property
+    def hr_loss_coeff(self) -> float:
+        """lambda of the hierarchical router loss with its default resolved."""
+        if self.emoe_hr_loss_coeff is not None:
+            return self.emoe_hr_loss_coeff
+        return DEFAULT_HR_LOSS_COEFF if self.samples else 0.0
+
+    @property
+    def default_prob(self) -> float:
+        """Probability of the model's own k in default-or-smaller with its default resolved."""
+        return DEFAULT_PROB if self.emoe_k_default_prob is None else self.emoe_k_default_prob
+
+    def k_range(self, model_k: int) -> tuple[int, int]:
+        """Smallest and largest k of the schedule; `model_k` is --moe-router-topk."""
+        if self.emoe_k_schedule == "constant":
+            return model_k, model_k
+        if self.emoe_k_schedule == "default-or-smaller":
+            return _given(self.emoe_k_min), model_k
+        return _given(self.emoe_k_min), _given(self.emoe_k_max)
+
+    def settings(self) -> dict[str, Any]:
+        """Name and value of every elastic field, for checkpoints and logs."""
+        return {f.name: getattr(self, f.name) for f in fields(ElasticConfig)}
+
+
+def _given(value: int | None) -> int:
+    assert value is not None, "validate_elastic() runs before any draw"
+    return value
+
+
+def flag(name: str) -> str:
+    """`emoe_pool_k` -> `--emoe-pool-k`."""
+    return "--" + name.replace("_", "-")
+
+
+_SCHEDULE_NEEDS = {
+    "constant": set(),
+    "uniform": {"emoe_k_min", "emoe_k_max"},
+    "weighted": {"emoe_k_min", "emoe_k_max", "emoe_k_weights"},
+    "default-or-smaller": {"emoe_k_min"},
+    "ramp": {"emoe_k_min", "emoe_k_max", "emoe_k_ramp_iters"},
+}
+_SCHEDULE_TAKES = {**_SCHEDULE_NEEDS, "default-or-smaller": {"emoe_k_min", "emoe_k_default_prob"}}
+_SCHEDULE_PARAMETERS = {"emoe_k_min", "emoe_k_max", "emoe_k_weights", "emoe_k_default_prob", "emoe_k_ramp_iters"}
+
+
+def validate_elastic(
+    elastic: ElasticConfig,
+    *,
+    model_k: int,
+    num_experts: int,
+    num_groups: int | None = None,
+    group_topk: int | None = None,
+) -> None:
+    """Check every elastic setting against the model. Pure; all arguments in experts or groups.
+
+    Raises:
+        ValueError: with flag, value and rule, for the first setting that cannot hold.
+    """
+    _check_schedule(elastic, model_k, num_experts)
+    _check_selection(elastic, model_k, num_experts)
+    _check_eval_k(elastic, num_experts)
+    _check_numbers(elastic)
+    if group_topk:
+        _check_groups(elastic, model_k, num_experts, num_groups or 1, group_topk)
+
+
+def _refuse(name: str, value: object, rule: str) -> None:
+    raise ValueError(f"{flag(name)} {value}: {rule}")
+
+
+def _check_schedule(elastic: ElasticConfig, model_k: int, num_experts: int) -> None:
+    schedule = elastic.emoe_k_schedule
+    given = {name for name in _SCHEDULE_PARAMETERS if getattr(elastic, name) is not None}
+    for name in sorted(_SCHEDULE_NEEDS[schedule] - given):
+        _refuse("emoe_k_schedule", schedule, f"needs {flag(name)}, which is not given")
+    for name in sorted(given - _SCHEDULE_TAKES[schedule]):
+        _refuse(name, getattr(elastic, name), f"has no meaning with {flag('emoe_k_schedule')} {schedule}")
+    low, high = elastic.k_range(model_k)
+    if low < 1:
+        _refuse("emoe_k_min", low, "must be at least 1")
+    if high > num_experts:
+        _refuse("emoe_k_max", high, f"must not exceed --num-experts {num_experts}")
+    if low > high:
+        other = "--moe-router-topk" if schedule == "default-or-smaller" else flag("emoe_k_max")
+        _refuse("emoe_k_min", low, f"must not exceed {other} {high}")
+    if schedule == "default-or-smaller" and low == high:
+        _refuse("emoe_k_min", low, f"must be below --moe-router-topk {model_k}, or no smaller k exists")
+    if schedule == "weighted":
+        _check_weights(_weights(elastic), low, high)
+
+
+def _weights(elastic: ElasticConfig) -> list[float]:
+    return elastic.emoe_k_weights or []
+
+
+def _check_weights(weights: list[float], low: int, high: int) -> None:
+    if len(weights) != high - low + 1:
+        _refuse("emoe_k_weights", weights, f"needs {high - low + 1} values, one for each k in [{low}, {high}]")
+    if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        _refuse("emoe_k_weights", weights, "must be non-negative, finite and not all zero")
+
+
+def _check_selection(elastic: ElasticConfig, model_k: int, num_experts: int) -> None:
+    low, high = elastic.k_range(model_k)
+    pool = elastic.emoe_pool_k
+    if elastic.emoe_selection == "topk" and elastic.draws_k:
+        _refuse("emoe_k_schedule", elastic.emoe_k_schedule, "needs --emoe-selection prefix or coactivation")
+    if elastic.emoe_selection == "prefix" and not elastic.draws_k:
+        _refuse("emoe_selection", "prefix", "needs --emoe-k-schedule; with a constant k it is plain topk")
+    if not elastic.samples:
+        for name in ("emoe_pool_k", "emoe_pool_fixed"):
+            if getattr(elastic, name):
+                _refuse(name, getattr(elastic, name), "needs --emoe-selection coactivation")
+        return
+    if pool is None:
+        _refuse("emoe_selection", "coactivation", "needs --emoe-pool-k, which is not given")
+    elif pool > num_experts:
+        _refuse("emoe_pool_k", pool, f"must not exceed --num-experts {num_experts}")
+    elif pool < high:
+        _refuse("emoe_pool_k", pool, f"must hold the largest k of the schedule, {high}")
+    elif pool == low:
+        _refuse("emoe_pool_k", pool, f"must exceed the smallest k of the schedule, {low}; equal, it is plain topk")
+
+
+def _check_eval_k(elastic: ElasticConfig, num_experts: int) -> None:
+    ks = elastic.emoe_eval_k or []
+    for k in ks:
+        if not 1 <= k <= num_experts:
+            _refuse("emoe_eval_k", k, f"must lie in [1, {num_experts}], the number of experts")
+    if len(set(ks)) != len(ks):
+        _refuse("emoe_eval_k", " ".join(map(str, ks)), "must not name a k' twice")
+
+
+def _check_numbers(elastic: ElasticConfig) -> None:
+    coeff = elastic.emoe_hr_loss_coeff
+    if coeff is not None and not 0 <= coeff < float("inf"):
+        _refuse("emoe_hr_loss_coeff", coeff, "must be a finite number of at least 0")
+    if not 0 < elastic.default_prob <= 1:
+        _refuse("emoe_k_default_prob", elastic.default_prob, "must lie in (0, 1]")
+    if elastic.emoe_k_ramp_iters is not None and elastic.emoe_k_ramp_iters < 1:
+        _refuse("emoe_k_ramp_iters", elastic.emoe_k_ramp_iters, "must be at least 1 iteration")
+    if elastic.emoe_coactivation_interval < 0:
+        _refuse("emoe_coactivation_interval", elastic.emoe_coactivation_interval, "must be at least 0 iterations")
+
+
+def _check_groups(elastic: ElasticConfig, model_k: int, num_experts: int, num_groups: int, group_topk: int) -> None:
+    """Group-limited routing picks `group_topk` of `num_groups` groups, scoring each by its best k // group_topk experts."""
+    reachable = num_experts // num_groups * group_topk
+    largest = {"emoe_pool_k": elastic.emoe_pool_k or 0, "emoe_k_max": elastic.k_range(model_k)[1]}
+    largest["emoe_eval_k"] = max(elastic.emoe_eval_k or [0])
+    for name, value in largest.items():
+        if value > reachable:
+            _refuse(name, value, f"{group_topk} groups of {num_experts // num_groups} experts hold only {reachable}")
+    smallest = {"emoe_k_min": elastic.k_range(model_k)[0], "emoe_eval_k": min(elastic.emoe_eval_k or [num_experts])}
+    for name, value in smallest.items():
+        if value < group_topk:
+            _refuse(name, value, f"must be at least --moe-router-group-topk {group_topk}, or a group has no score")

@@ -1,0 +1,29 @@
+"""Router losses: pure functions of tensors. Shape suffixes: T tokens, E experts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def router_entropy(*, logits_TE: Tensor, probs_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
+    """Mean entropy H(q) of the router's softmax in nats, fp32 scalar; `probs_TE` is q = softmax(logits) in fp32.
+
+    H(q) = logsumexp(x) - sum_i q_i x_i: no logarithm of a small q is taken. valid_T: bool, False for padding, which is
+    left out of the mean.
+    """
+    x_TE = logits_TE.float()
+    entropy_T = torch.logsumexp(x_TE, dim=-1) - (probs_TE * x_TE).sum(dim=-1)
+    if valid_T is None:
+        return entropy_T.mean()
+    return (entropy_T * valid_T).sum() / valid_T.sum().clamp(min=1)
+
+
+def hierarchical_router_loss(*, entropy: Tensor, num_experts: int) -> Tensor:
+    """L_HR = -D_KL(q || U) = H(q) - log E, scalar <= 0 (EMoE, arXiv 2509.21892, hierarchical router loss).
+
+    Minimising it sharpens the order of the experts within a token. `entropy` is the mean H(q) over tokens.
+    """
+    return entropy - math.log(num_experts)

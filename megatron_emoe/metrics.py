@@ -1,0 +1,182 @@
+"""What elastic layers report: names, values, reductions. Measured on logged steps alone; other steps pay nothing.
+
+The core's loop calls the MoE metrics tracker's report() after every step on every rank; this tracker adds its own lines
+there. All ranks agree on which steps are logged (a pure function of the iteration) and on the shapes, so pipeline stages
+without MoE layers take part in the one reduction and nothing hangs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from megatron.core.transformer.moe.moe_logging import (
+    MoEMetricsTracker,
+    get_moe_metrics_tracker,
+    set_moe_metrics_tracker,
+)
+from torch import Tensor
+
+SUMS = ("active k", "pool size", "hierarchical router loss", "router entropy")
+LOADS = ("load min", "load p5", "load p50", "load p95", "load max", "dead experts")
+COLLAPSED_NATS = 0.05
+
+
+def load_statistics(counts_LE: Tensor) -> dict[str, Tensor]:
+    """Per-layer load of the experts as multiples of the even share, fp32 [L] each; `dead experts` counts zeros.
+
+    counts_LE: tokens per layer and expert.
+    """
+    counts_LE = counts_LE.float()
+    share_LE = counts_LE / counts_LE.mean(dim=1, keepdim=True).clamp(min=1e-9)
+    p5, p50, p95 = torch.quantile(share_LE, torch.tensor([0.05, 0.5, 0.95], device=share_LE.device), dim=1)
+    values = (share_LE.amin(dim=1), p5, p50, p95, share_LE.amax(dim=1), (counts_LE == 0).sum(dim=1).float())
+    return dict(zip(LOADS, values, strict=True))
+
+
+def coverage(pairs_LEE: Tensor, at_least: int = 1) -> Tensor:
+    """Share of the E(E-1)/2 expert pairs used together by at least `at_least` tokens, fp32 [L]."""
+    rows, columns = torch.triu_indices(pairs_LEE.shape[-1], pairs_LEE.shape[-1], offset=1, device=pairs_LEE.device)
+    return (pairs_LEE[:, rows, columns] >= at_least).float().mean(dim=1)
+
+
+class ElasticMetricsTracker(MoEMetricsTracker):
+    """The core's tracker plus elastic metrics, one packed all-reduce per logged step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.measuring = False
+        self.measuring_pairs = False
+        self.folder: Path | None = None
+        self._shape: tuple[int, int] | None = None
+        self._sums: dict[int, dict[str, Tensor | float]] = {}
+        self._loads: dict[int, Tensor] = {}
+        self._pairs: dict[int, Tensor] = {}
+        self._total_pairs: Tensor | None = None
+
+    def configure(self, num_layers: int, num_experts: int, folder: str | None) -> None:
+        """Shapes for ranks without MoE layers; `folder` receives coactivation.safetensors (None: nowhere)."""
+        self._shape = (num_layers, num_experts)
+        self.folder = Path(folder) if folder else None
+
+    def begin_step(self, iteration: int, log_interval: int, coactivation_interval: int) -> None:
+        """Decide what the step `iteration` (from 0) measures: host arithmetic, equal on every rank."""
+        self.measuring = (iteration + 1) % log_interval == 0
+        self.measuring_pairs = coactivation_interval > 0 and (iteration + 1) % coactivation_interval == 0
+
+    def add_routing(self, layer: int, map_TE: Tensor, padding_T: Tensor | None, k: int, pool: Tensor | int) -> None:
+        """Record one forward pass of a layer. map_TE: bool; padding_T: bool, True for tokens that do not count."""
+        if not (self.measuring or self.measuring_pairs):
+            return
+        if padding_T is not None:
+            map_TE = map_TE & ~padding_T.unsqueeze(-1)
+        if self.measuring:
+            pool_mean = pool.float().mean() if isinstance(pool, Tensor) else float(pool)
+            self.add_values(layer, {"passes": 1.0, "active k": float(k), "pool size": pool_mean})
+            self._loads[layer] = self._loads.get(layer, 0) + map_TE.sum(dim=0)
+        if self.measuring_pairs:
+            used_TE = map_TE.float()  # exact: counts stay below 2**24 per step and rank
+            self._pairs[layer] = self._pairs.get(layer, 0) + used_TE.t() @ used_TE
+
+    def add_values(self, layer: int, values: dict[str, Tensor | float]) -> None:
+        """Add scalars to the layer's sums; tensors stay on their device."""
+        sums = self._sums.setdefault(layer, {})
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
+
+    def report(self, *args, **kwargs) -> str:
+        """The core's report, then the elastic metrics of a measured step. Called by the training loop on every rank."""
+        iteration, writer = kwargs["iteration"], kwargs.get("writer")
+        text = ""
+        if self._shape is not None and self.measuring:
+            text += self._report_layers(iteration, writer, kwargs.get("per_layer_logging", False))
+        if self._shape is not None and self.measuring_pairs:
+            text += self._report_pairs(iteration, writer)
+        return super().report(*args, **kwargs) + text  # the core clears at its end, our values too
+
+    def clear(self) -> None:
+        """Forget what was recorded since the last report (also called after every evaluation)."""
+        super().clear()
+        self._sums, self._loads, self._pairs = {}, {}, {}
+
+    def _report_layers(self, iteration: int, writer, per_layer: bool) -> str:
+        packed = self._packed()
+        torch.distributed.all_reduce(packed)
+        packed = packed.cpu()  # sync: on logged steps only
+        moe_layers = packed[:, 0] > 0
+        if not moe_layers.any():
+            return ""
+        packed = packed[moe_layers]
+        means = packed[:, 1 : 1 + len(SUMS)] / packed[:, :1]
+        values = dict(zip(SUMS, means.t(), strict=True)) | load_statistics(packed[:, 1 + len(SUMS) :])
+        if writer is not None:
+            layers = moe_layers.nonzero().flatten().tolist()
+            _write(writer, values, iteration, [layer + 1 for layer in layers] if per_layer else [])
+        return self._line(values)
+
+    def _line(self, values: dict[str, Tensor]) -> str:
+        line = "".join(f" {name}: {value.mean():.4g} |" for name, value in values.items())
+        entropy = values["router entropy"]
+        if (entropy < COLLAPSED_NATS * math.log(self._size()[1])).any() and entropy.max() > 0:
+            line += f" WARNING: router entropy {entropy.min():.3g} nats: routing has collapsed to one expert |"
+        return line
+
+    def _size(self) -> tuple[int, int]:
+        assert self._shape is not None
+        return self._shape
+
+    def _packed(self) -> Tensor:
+        """fp32 [layers, 1 + len(SUMS) + E]: passes, sums, loads; zero where this rank holds no such layer."""
+        layers, experts = self._size()
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        packed = torch.zeros(layers, 1 + len(SUMS) + experts, device=device)
+        for layer, sums in self._sums.items():
+            for column, name in enumerate(("passes", *SUMS)):
+                packed[layer - 1, column] = sums.get(name, 0.0)
+            packed[layer - 1, 1 + len(SUMS) :] = self._loads[layer]
+        return packed
+
+    def _report_pairs(self, iteration: int, writer) -> str:
+        layers, experts = self._size()
+        pairs = torch.zeros(layers, experts, experts)
+        for layer, counts in self._pairs.items():
+            pairs[layer - 1] = counts.cpu()  # sync: every --emoe-coactivation-interval iterations only
+        on_device = pairs.cuda() if torch.cuda.is_available() else pairs
+        torch.distributed.all_reduce(on_device)
+        new = on_device.cpu().long()
+        self._total_pairs = new if self._total_pairs is None else self._total_pairs + new
+        seen = self._total_pairs[self._total_pairs.sum(dim=(1, 2)) > 0]
+        share = coverage(seen).mean().item() if len(seen) else 0.0
+        if writer is not None:
+            writer.add_scalar("emoe/co-activation coverage", share, iteration)
+        if torch.distributed.get_rank() == 0 and self.folder is not None:
+            self._save_pairs(iteration)
+        return f" co-activation coverage: {share:.4f} |"
+
+    def _save_pairs(self, iteration: int) -> None:
+        from safetensors.torch import save_file
+
+        assert self.folder is not None and self._total_pairs is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"layer.{i + 1}": pairs for i, pairs in enumerate(self._total_pairs) if pairs.any()}
+        target = self.folder / "coactivation.safetensors"
+        save_file(tensors, f"{target}.tmp", metadata={"iteration": str(iteration)})
+        os.replace(f"{target}.tmp", target)
+
+
+def _write(writer, values: dict[str, Tensor], iteration: int, layers: list[int]) -> None:
+    for name, per_layer in values.items():
+        writer.add_scalar(f"emoe/{name}", per_layer.mean().item(), iteration)
+        for layer, value in zip(layers, per_layer.tolist(), strict=False):
+            writer.add_scalar(f"emoe/{name}_layer_{layer}", value, iteration)
+
+
+def get_elastic_tracker() -> ElasticMetricsTracker:
+    """The process's metrics tracker, put in the place of the core's on first use."""
+    tracker = get_moe_metrics_tracker()
+    if not isinstance(tracker, ElasticMetricsTracker):
+        tracker = ElasticMetricsTracker()
+        set_moe_metrics_tracker(tracker)
+    return tracker

@@ -1,0 +1,130 @@
+"""From router logits to the experts a token uses: pure tensor functions, no state, no random stream of their own.
+
+Shape suffixes: T tokens, E experts, P pool (ranked candidates), K active experts.
+Source: EMoE, arXiv 2509.21892 (stochastic co-activation sampling); the score functions are Megatron-Core's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
+
+
+def expert_scores(logits_TE: Tensor, score_function: str) -> Tensor:
+    """Scores of all experts, fp32 [T, E]: softmax over E, or an elementwise sigmoid or sqrt(softplus).
+
+    Raises:
+        ValueError: unknown score function.
+    """
+    if score_function == "softmax":
+        return torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    if score_function == "sigmoid":
+        return torch.sigmoid(logits_TE.float())
+    if score_function == "sqrtsoftplus":
+        return torch.nn.functional.softplus(logits_TE.float()).sqrt()
+    raise ValueError(f"score function {score_function!r}: must be one of {', '.join(SCORE_FUNCTIONS)}")
+
+
+def mask_groups(selection_TE: Tensor, k: int, num_groups: int, group_topk: int) -> Tensor:
+    """Group-limited routing (DeepSeek-V2, arXiv 2405.04434): -inf outside the `group_topk` best of `num_groups` groups.
+
+    A group's score is the sum of its best k // group_topk experts, Megatron-Core's rule, with the model's k and not the
+    pool's size, so a pool never reaches an expert that plain top-k could not.
+    """
+    grouped_TGe = selection_TE.unflatten(1, (num_groups, -1))
+    scores_TG = grouped_TGe.topk(k // group_topk, dim=-1).values.sum(dim=-1)
+    chosen_Tg = scores_TG.topk(group_topk, dim=-1, sorted=False).indices
+    allowed_TG = torch.zeros_like(scores_TG, dtype=torch.bool).scatter_(1, chosen_Tg, True)
+    return grouped_TGe.masked_fill(~allowed_TG.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+def rank_experts(
+    selection_TE: Tensor, size: int, *, k: int, num_groups: int | None = None, group_topk: int | None = None
+) -> Tensor:
+    """The `size` best experts of each token, best first, int64 [T, P].
+
+    `selection_TE` is what plain top-k ranks by: scores plus selection bias. The first k columns are plain top-k's experts.
+    """
+    if group_topk:
+        selection_TE = mask_groups(selection_TE, k, num_groups or 1, group_topk)
+    return torch.topk(selection_TE, size, dim=1).indices
+
+
+def uniform_numbers(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
+    """fp32 [rows, columns] in [0, 1), a function of `seed` alone: seeding happens on the host, without a device sync."""
+    generator = torch.Generator(device=device)
+    generator.manual_seed(seed & ((1 << 63) - 1))
+    return torch.rand(rows, columns, generator=generator, device=device)
+
+
+def draw_pool_sizes(u_T1: Tensor, k: int, pool_max: int) -> Tensor:
+    """m ~ Uniform{k, ..., pool_max} from uniform numbers, int64 [T, 1] (EMoE: pool size drawn, never fixed)."""
+    sizes = pool_max - k + 1
+    return k + (u_T1 * sizes).long().clamp_(max=sizes - 1)  # fp32 rounds a u close to 1 times `sizes` up to `sizes`
+
+
+def sample_from_pool(ranked_TP: Tensor, k: int, pool: Tensor | int, u_TP: Tensor) -> Tensor:
+    """k experts drawn uniformly without replacement from the first `pool` ranks, int64 [T, K], in rank order.
+
+    The k smallest of independent uniform numbers mark a uniform k-subset. Rank order makes a pool of size k bit-identical
+    to plain top-k, weights included. pool: [T, 1] or one number, between k and P.
+    """
+    ranks_P = torch.arange(ranked_TP.shape[1], device=ranked_TP.device)
+    keys_TP = u_TP.masked_fill(ranks_P >= pool, 2.0)
+    positions_TK = keys_TP.topk(k, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
+    return ranked_TP.gather(1, positions_TK)
+
+
+def coactivation_indices(ranked_TP: Tensor, k: int, *, pool: int | None, seed: int) -> tuple[Tensor, Tensor | int]:
+    """Stochastic co-activation sampling (EMoE): experts [T, K] and pool sizes ([T, 1] or one number).
+
+    pool None: every token draws its own size from {k, ..., P}.
+    """
+    tokens, pool_max = ranked_TP.shape
+    u_TPplus1 = uniform_numbers(tokens, pool_max + 1, seed, ranked_TP.device)
+    sizes = draw_pool_sizes(u_TPplus1[:, :1], k, pool_max) if pool is None else pool
+    return sample_from_pool(ranked_TP, k, sizes, u_TPplus1[:, 1:]), sizes
+
+
+def combine_weights(
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    indices_TK: Tensor,
+    *,
+    score_function: str,
+    normalize: bool,
+    scale: float | None,
+) -> Tensor:
+    """Weights of the selected experts, fp32 [T, K].
+
+    normalize: they sum to 1 (softmax over the selected logits, or scores divided by their sum); else the raw scores.
+    Matches Megatron-Core's `topk_routing_with_score_function` bit for bit at the same indices.
+    """
+    if score_function == "softmax" and normalize:
+        weights_TK = torch.softmax(logits_TE.gather(1, indices_TK), dim=-1, dtype=torch.float32)
+    else:
+        weights_TK = scores_TE.gather(1, indices_TK)
+        if normalize:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights_TK * scale if scale else weights_TK
+
+
+def normalizes(combine: str, score_function: str, pre_softmax: bool, k: int) -> bool:
+    """Whether weights are divided by their sum: forced by `combine`, else the model's own rule as the core has it."""
+    if combine != "model":
+        return combine == "renormalize"
+    return not pre_softmax if score_function == "softmax" else k > 1
+
+
+def to_dense(weights_TK: Tensor, indices_TK: Tensor, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights in the logits' dtype and the boolean routing map, both [T, E], as the dispatchers take them."""
+    probs_TE = torch.zeros_like(logits_TE).scatter(1, indices_TK, weights_TK.type_as(logits_TE))
+    return probs_TE, dense_map(indices_TK, logits_TE.shape[1])
+
+
+def dense_map(indices_TK: Tensor, num_experts: int) -> Tensor:
+    """True where a token uses an expert, bool [T, E]."""
+    empty_TE = torch.zeros(indices_TK.shape[0], num_experts, dtype=torch.bool, device=indices_TK.device)
+    return empty_TE.scatter_(1, indices_TK, True)

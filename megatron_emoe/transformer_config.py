@@ -1,0 +1,154 @@
+"""Megatron-Core's transformer configuration with the elastic fields, and what the two cannot do together."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from copy import copy
+from dataclasses import dataclass, fields
+
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.training.argument_utils import core_transformer_config_from_args
+
+from megatron_emoe.elastic_config import ElasticConfig, flag, validate_elastic
+
+
+@dataclass
+class ElasticTransformerConfig(TransformerConfig, ElasticConfig):
+    """TransformerConfig plus ElasticConfig: what elastic layers read.
+
+    Raises:
+        ValueError: elastic settings that contradict each other, the model, or another flag.
+    """
+
+    def __post_init__(self) -> None:
+        # The core refuses a selection bias with softmax scores; ElasticRouter computes it, so the core must not see it yet.
+        bias, self.moe_router_enable_expert_bias = self.moe_router_enable_expert_bias, False
+        softmax = self.moe_router_score_function == "softmax"
+        if not softmax:
+            self.moe_router_enable_expert_bias = bias
+        super().__post_init__()
+        self.moe_router_enable_expert_bias = bias
+        check_elastic(self)
+
+
+@dataclass
+class ElasticMLATransformerConfig(MLATransformerConfig, ElasticTransformerConfig):
+    """The same for multi-latent attention (DeepSeek-V2)."""
+
+
+_ELASTIC_CLASS: dict[type, type[ElasticTransformerConfig]] = {
+    TransformerConfig: ElasticTransformerConfig,
+    MLATransformerConfig: ElasticMLATransformerConfig,
+}
+
+
+def elastic_config_from_args(args: Namespace) -> ElasticTransformerConfig:
+    """The elastic configuration for Megatron's arguments and ours.
+
+    The core chooses the class by flags (--multi-latent-attention swaps it without a word), so its result is promoted to the
+    elastic class of the same kind rather than asked for.
+
+    Raises:
+        TypeError: the flags lead to a configuration class that has no elastic counterpart.
+        AttributeError: `args` lacks an elastic flag; a default would hide it.
+        ValueError: see ElasticTransformerConfig.
+    """
+    plain = copy(args)
+    if args.moe_router_score_function == "softmax":
+        plain.moe_router_enable_expert_bias = False
+    config = core_transformer_config_from_args(plain)
+    if type(config) not in _ELASTIC_CLASS:
+        raise TypeError(f"{type(config).__name__} has no elastic counterpart (--heterogeneous-layers-config-path?)")
+    config.__class__ = _ELASTIC_CLASS[type(config)]
+    for field in fields(ElasticConfig):
+        setattr(config, field.name, getattr(args, field.name))
+    config.moe_router_enable_expert_bias = args.moe_router_enable_expert_bias
+    check_elastic(config)
+    return config
+
+
+def check_elastic(config: ElasticTransformerConfig) -> None:
+    """Refuse what cannot work, by flag, value and rule, before anything is built (ValueError)."""
+    if not config.num_moe_experts:
+        raise ValueError("--num-experts is not given: an elastic mixture of experts needs experts")
+    validate_elastic(
+        config,
+        model_k=config.moe_router_topk,
+        num_experts=config.num_moe_experts,
+        num_groups=config.moe_router_num_groups,
+        group_topk=config.moe_router_group_topk,
+    )
+    _refuse_balancing(config)
+    _refuse_router_features(config)
+    _refuse_frozen_k(config)
+
+
+def _conflict(elastic: str, other: str, why: str) -> None:
+    raise ValueError(f"{elastic} cannot be combined with {other}: {why}")
+
+
+def _cause(config: ElasticTransformerConfig) -> str | None:
+    """The flag because of which the stock router's own selection is not used, or None."""
+    if config.samples:
+        return "--emoe-selection coactivation"
+    if config.emoe_combine != "model":
+        return f"--emoe-combine {config.emoe_combine}"
+    if config.moe_router_enable_expert_bias and config.moe_router_score_function == "softmax":
+        return "--moe-router-enable-expert-bias with --moe-router-score-function softmax"
+    return None
+
+
+def _varying(config: ElasticTransformerConfig) -> str | None:
+    """The flag because of which k varies, or None."""
+    if config.draws_k:
+        return f"--emoe-k-schedule {config.emoe_k_schedule}"
+    return flag("emoe_eval_k") if config.emoe_eval_k else None
+
+
+def _refuse_balancing(config: ElasticTransformerConfig) -> None:
+    kinds = config.moe_router_load_balancing_type
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    cause = _cause(config) or _varying(config)
+    for kind in ("sinkhorn", "quantile_balancing"):
+        if cause and kind in kinds:
+            _conflict(cause, f"--moe-router-load-balancing-type {kind}", "it chooses the experts itself")
+    if config.emoe_k_draw == "microbatch" and config.draws_k and "global_aux_loss" in kinds:
+        _conflict(
+            "--emoe-k-draw microbatch",
+            "--moe-router-load-balancing-type global_aux_loss",
+            "it averages counts over micro-batches, which then hold different numbers of experts",
+        )
+
+
+def _refuse_router_features(config: ElasticTransformerConfig) -> None:
+    """Features that replace or replay the router's own selection."""
+    cause = _cause(config) or _varying(config)
+    if cause is None:
+        return
+    if config.moe_router_fusion and _cause(config):
+        _conflict(cause, "--moe-router-fusion", "the fused kernel selects by plain top-k only")
+    if config.moe_enable_routing_replay:
+        _conflict(cause, "--moe-enable-routing-replay", "a replayed selection is not a drawn one")
+    if config.cuda_graph_impl != "none":
+        _conflict(cause, f"--cuda-graph-impl {config.cuda_graph_impl}", "a captured graph repeats one k and one draw")
+    if config.transformer_impl == "inference_optimized":
+        _conflict(
+            cause, "--transformer-impl inference_optimized", "its router and dispatchers fix k when they are built"
+        )
+
+
+def _refuse_frozen_k(config: ElasticTransformerConfig) -> None:
+    """Features whose buffers or formulas fix k when they are built."""
+    cause = _varying(config)
+    if cause is None:
+        return
+    if config.moe_token_dispatcher_type == "flex":
+        _conflict(
+            cause,
+            f"--moe-token-dispatcher-type flex (--moe-flex-dispatcher-backend {config.moe_flex_dispatcher_backend})",
+            "its buffers are sized for --moe-router-topk; use alltoall or allgather",
+        )
+    if config.moe_expert_rank_capacity_factor is not None:
+        _conflict(cause, "--moe-expert-rank-capacity-factor", "its buffers are sized for --moe-router-topk")
+    if config.moe_apply_probs_on_input:
+        _conflict(cause, "--moe-apply-probs-on-input", "it works with one active expert only")

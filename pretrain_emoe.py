@@ -1,0 +1,38 @@
+"""Train or continue-train an elastic mixture of experts with Megatron-Core.
+
+    torchrun --nproc-per-node 2 pretrain_emoe.py --emoe-selection coactivation --emoe-pool-k 8 ...
+
+All of Megatron's flags, plus the group "elastic MoE" (--help). Continue from a checkpoint with --load DIR --finetune.
+"""
+
+import sys
+
+from megatron_emoe import host_mode
+
+sys.argv[1:] = host_mode.setup(sys.argv[1:])
+
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.training import pretrain  # noqa: E402
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+
+from megatron_emoe.arguments import parse  # noqa: E402
+from megatron_emoe.data import build_datasets  # noqa: E402
+from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402
+from megatron_emoe.training import ElasticLoop  # noqa: E402
+
+
+def main() -> None:
+    args = parse()
+    model = elastic_model_config(args)
+    loop = ElasticLoop(args, model.transformer)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model),
+        build_datasets,
+        ModelType.encoder_or_decoder,
+        loop.forward_step,
+        non_loss_data_func=loop.validate_at_each_k if model.transformer.emoe_eval_k else None,
+    )
+
+
+if __name__ == "__main__":
+    main()
