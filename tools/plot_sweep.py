@@ -1,0 +1,240 @@
+"""Draw the held-out loss over the number of active experts k', one curve per sweep result.
+
+    python tools/plot_sweep.py top-k.json emoe.json --out wall.png --x active_params
+
+Each curve is one checkpoint. The dashed line is the k it was trained with; the thick part of a curve is its effective
+range (see `megatron_emoe.sweep.range_end`), and R in the legend is that range divided by k.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
+
+from megatron_emoe import sweep
+from megatron_emoe.sweep import SweepCell, SweepResult
+
+# The colours of Okabe and Ito, which stay apart for colour-blind eyes, without their yellow, too faint on white.
+# Markers and dashes repeat with other periods: curves also stay apart in grey, and beyond seven of them.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)), (0, (8, 2)))
+
+# What --x offers: the field of a cell and the words on the axis.
+X_AXES = {
+    "k": ("k", "active experts per token k′"),
+    "active_params": ("active_params", "active parameters"),
+    "flops": ("expert_flops_per_token", "forward FLOPs of the routed experts per token"),
+}
+UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+SUFFIXES = (".png", ".svg", ".pdf")
+MAX_TICKS = 14
+LINEAR_UP_TO = 16
+EXPLANATION = (
+    "Band and filled markers: effective range, from k (dashed line, the k of training) to the largest measured k′\n"
+    "that comes before every loss more than {:.1%} above the loss at k. R is that k′ over k; the wall is the next one."
+)
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.92",
+    "svg.hashsalt": "plot_sweep",  # element ids of an SVG do not change from run to run
+    "pdf.fonttype": 42,
+}
+
+
+def draw(results: Sequence[SweepResult], *, x: str = "k", title: str = "") -> Figure:
+    """The chart of one or more sweeps; `x` is a key of `X_AXES`.
+
+    Raises `ValueError` where labels repeat, the models differ in their number of experts, or a result has no cell at
+    its own k (its range is then undefined).
+    """
+    check_results(results)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.6 + 0.2 * len(results)), layout="constrained")
+        axes = figure.add_subplot()
+        scale = _set_x_axis(axes, results, x)
+        for index, result in enumerate(results):
+            _draw_curve(axes, result, index, x, scale)
+        _draw_ks(axes, results, x, scale)
+        axes.ticklabel_format(useOffset=False)
+        axes.set_ylabel("held-out loss (nats per token)")
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontweight="bold", parse_math=False)
+        _draw_legend(figure, axes)
+    return figure
+
+
+def check_results(results: Sequence[SweepResult]) -> None:
+    """Raises `ValueError` where the results do not belong in one chart."""
+    sweep.check_labels([result.label for result in results])
+    first = results[0]
+    for other in results[1:]:
+        if other.num_experts != first.num_experts:
+            left, right = (f"{result.num_experts} in {result.label}" for result in (first, other))
+            raise ValueError(f"num_experts: {left}, {right}; must be equal")
+    for result in results:
+        sweep.range_end(result)
+
+
+def _x_of(cell: SweepCell, x: str, scale: float) -> float:
+    return getattr(cell, X_AXES[x][0]) / scale
+
+
+def _set_x_axis(axes: Axes, results: Sequence[SweepResult], x: str) -> float:
+    """Label and scale the axis; return the unit that its values are to be divided by."""
+    label = X_AXES[x][1]
+    if x == "k":
+        axes.set_xlabel(label)
+        _set_k_ticks(axes, sorted(set().union(*map(sweep.curve, results))))
+        return 1
+    largest = max(_x_of(cell, x, 1) for result in results for cell in sweep.curve(result).values())
+    scale, unit = next((entry for entry in UNITS if largest >= entry[0]), (1, ""))
+    axes.set_xlabel(f"{label} ({unit})" if unit else label)
+    return scale
+
+
+def _set_k_ticks(axes: Axes, ks: Sequence[int]) -> None:
+    # From 1 to 64 on a linear axis, all budgets near a small k would lie on top of each other.
+    log = ks[-1] > LINEAR_UP_TO * ks[0]
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    if len(ks) <= MAX_TICKS:
+        axes.xaxis.set_major_locator(FixedLocator(ks))
+    elif not log:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_curve(axes: Axes, result: SweepResult, index: int, x: str, scale: float) -> None:
+    """The curve itself, a band over its effective range, and open markers outside of that range."""
+    end = sweep.range_end(result)
+    points = [(k, _x_of(cell, x, scale), cell.loss) for k, cell in sweep.curve(result).items()]
+    inside = [point for point in points if result.k_train <= point[0] <= end]
+    outside = [point for point in points if point not in inside]
+    style: dict[str, Any] = {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index % len(DASHES)],
+    }
+    # A line through one point draws nothing, so there the band is a disc.
+    band: dict[str, Any] = {"marker": "o"} if len(inside) == 1 else {"solid_capstyle": "round"}
+    band |= {"color": style["color"], "linewidth": 10, "markersize": 14, "alpha": 0.25, "zorder": 1.5}
+    axes.plot(*_columns(inside), **band, gid="range")
+    axes.plot(*_columns(points), **style, label=_legend_text(result), gid="curve")
+    axes.plot(*_columns(outside), **style | {"linestyle": ""}, markerfacecolor="white", gid="outside")
+
+
+def _columns(points: Sequence[tuple[int, float, float]]) -> tuple[list[float], list[float]]:
+    return [at for _, at, _ in points], [loss for _, _, loss in points]
+
+
+def _legend_text(result: SweepResult) -> str:
+    wall = sweep.wall(result)
+    past = f"no wall up to k′ = {max(sweep.curve(result))}" if wall is None else f"wall at k′ = {wall}"
+    return f"{result.label}: R = {sweep.effective_range(result):.3g}, {past}"
+
+
+def _draw_ks(axes: Axes, results: Sequence[SweepResult], x: str, scale: float) -> None:
+    """A dashed line at each k of training; above an axis of costs, also the k' that the places stand for."""
+    trained = sorted({(_x_of(sweep.curve(result)[result.k_train], x, scale), result.k_train) for result in results})
+    for at, _ in trained:
+        axes.axvline(at, color="0.35", linestyle="--", linewidth=1, zorder=1, gid="k_train")
+    names = [(at, f"k = {k}") for at, k in trained]
+    if x != "k":
+        places = {(_x_of(cell, x, scale), k) for result in results for k, cell in sweep.curve(result).items()}
+        names += [(at, f"{k}") for at, k in sorted(places - set(trained))]
+        axes.text(0, 1.01, "k′", transform=axes.transAxes, ha="right", va="bottom", fontsize=9)
+    _write_above(axes, names)
+
+
+def _write_above(axes: Axes, names: Sequence[tuple[float, str]]) -> None:
+    """Write each text over its place on the axis, leaving out those that would touch an earlier one."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 9}
+    written: list[float] = []
+    for at, text in names:
+        place = to_axes.transform((at, axes.get_ylim()[0]))[0]
+        if all(abs(place - other) > 0.05 for other in written):
+            written.append(place)
+            axes.text(at, 1.01, text, **above, gid="k")
+
+
+def _draw_legend(figure: Figure, axes: Axes) -> None:
+    handles = [line for line in axes.get_lines() if line.get_gid() == "curve"]
+    legend = figure.legend(
+        handles=handles,
+        loc="outside lower left",
+        title=EXPLANATION.format(sweep.TOLERANCE),
+        title_fontsize=8.5,
+        alignment="left",
+        frameon=False,
+        handlelength=3,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write the chart as PNG, SVG or PDF, by suffix; an older file is replaced only once the new one is complete."""
+    kind = path.suffix.lower().removeprefix(".")
+    # Without a date, one result gives one and the same file.
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    with matplotlib.rc_context(STYLE):
+        sweep.write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=200, metadata=metadata))
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help="a result of tools/sweep_k.py")
+    parser.add_argument("--out", required=True, type=Path, help=f"file to write, one of {', '.join(SUFFIXES)}")
+    parser.add_argument("--title", default="", help="title above the chart (default: none)")
+    parser.add_argument("--labels", nargs="+", help="names of the curves, one per result (default: those in the files)")
+    parser.add_argument("--x", choices=X_AXES, default="k", help="horizontal axis (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def load_results(paths: Sequence[Path], labels: Sequence[str] | None) -> list[SweepResult]:
+    """The results, under other labels where given. Raises `ValueError` for a bad file or another number of labels."""
+    results = [sweep.load(path) for path in paths]
+    if labels is None:
+        return results
+    if len(labels) != len(results):
+        raise ValueError(f"--labels: {len(labels)} given; must be one for each of the {len(results)} results")
+    return [dataclasses.replace(result, label=label) for result, label in zip(results, labels, strict=True)]
+
+
+def check_out(path: Path) -> None:
+    """Raises `ValueError` for a suffix that is not drawn or a folder that is not there."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--out: {path}; must end in one of {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out: {path}; the folder {path.parent} must exist")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        check_out(args.out)
+        results = load_results(args.results, args.labels)
+        save_figure(draw(results, x=args.x, title=args.title), args.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"plot_sweep.py: {error}") from error
+    for result in results:
+        left_out = len(result.cells) - len(sweep.curve(result))
+        if left_out:
+            print(f"{result.label}: {left_out} of {len(result.cells)} cells have one k per layer and are not drawn")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
