@@ -33,7 +33,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
         rank_env = env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        ranks.append(context.Process(target=_rank_main, args=(rank_env, theirs, fn, args), daemon=True))
+        ranks.append(context.Process(target=_rank_main, args=(rank_env, theirs, fn, args)))
         ranks[-1].start()
         theirs.close()
         pipes.append(ours)

@@ -1,32 +1,57 @@
-"""Megatron-Core's own GPT training on mock data, in host mode where CUDA is absent."""
+"""Megatron-Core's own GPT training on mock data, nothing of this project's model: what host mode must be able to run.
+
+As a script it takes Megatron's flags. As a module, `train(flags)` runs in this process and returns what happened.
+"""
 
 import functools
 import sys
+from typing import Any
 
 from megatron_emoe import host_mode
 
-sys.argv[1:] = host_mode.setup(sys.argv[1:])
 
-import torch  # noqa: E402
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset  # noqa: E402
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.training import get_args, get_tokenizer, pretrain  # noqa: E402
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+class Recorder:
+    """What one rank saw: the loss of every micro-batch in order (on the last pipeline stage), and the model."""
+
+    def __init__(self) -> None:
+        self.train_losses: list[float] = []
+        self.valid_losses: list[float] = []
+        self.model: Any = None
+
+    def result(self) -> dict[str, Any]:
+        weights = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        return {"train": self.train_losses, "valid": self.valid_losses, "weights": weights}
 
 
-def build_datasets(sizes, vp_stage=None):
-    args = get_args()
+def train(flags: list[str]) -> dict[str, Any]:
+    """Run megatron.training.pretrain with these flags; returns Recorder.result()."""
+    sys.argv = ["pretrain_stock.py", *host_mode.setup(flags)]
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(extra_args_provider=host_mode.add_arguments)
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    recorder = Recorder()
+    step = functools.partial(forward_step, recorder)
+    pretrain(config, build_datasets, ModelType.encoder_or_decoder, step)
+    return recorder.result()
+
+
+def build_datasets(sizes: list[int], vp_stage: int | None = None) -> Any:
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+    from megatron.training import get_args, get_tokenizer
+
     config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
+        random_seed=get_args().seed,
+        sequence_length=get_args().seq_length,
         split="90,5,5",
         tokenizer=get_tokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
-        create_attention_mask=True,
     )
     return BlendedMegatronDatasetBuilder(MockGPTDataset, sizes, lambda: True, config).build()
 
@@ -34,25 +59,22 @@ def build_datasets(sizes, vp_stage=None):
 build_datasets.is_distributed = True
 
 
-def loss_func(mask, losses):
-    mask = mask.view(-1)
-    total = torch.sum(losses.float().view(-1) * mask)
+def forward_step(recorder: Recorder, data_iterator: Any, model: Any) -> tuple[Any, Any]:
+    batch = {key: value.cuda() for key, value in next(data_iterator).items()}
+    recorder.model = model
+    losses = recorder.train_losses if model.training else recorder.valid_losses
+    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+    return output, functools.partial(mean_loss, losses, batch["loss_mask"])
+
+
+def mean_loss(losses: list[float], mask: Any, output: Any) -> tuple[Any, Any, dict[str, Any]]:
+    import torch
+
+    total = (output.float() * mask).sum()
     count = mask.sum().to(torch.int)
+    losses.append(total.item() / count.item())
     return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
 
 
-def forward_step(data_iterator, model):
-    batch = next(data_iterator)
-    loss_mask = batch["loss_mask"]
-    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
-    return output, functools.partial(loss_func, loss_mask)
-
-
 if __name__ == "__main__":
-    args = parse_and_validate_args(extra_args_provider=host_mode.add_arguments)
-    pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        build_datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    train(sys.argv[1:])
