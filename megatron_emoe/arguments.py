@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from typing import NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args, validate_args
@@ -14,12 +15,10 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from megatron_emoe import host_mode
-from megatron_emoe.checkpoint import check_load
+from megatron_emoe.checkpoint import check_load, locate, model_flags, stored_args
 from megatron_emoe.data import check_data
 from megatron_emoe.elastic_config import ElasticConfig
 from megatron_emoe.transformer_config import elastic_config_from_args
-
-_K_FLAG = "--moe-router-topk"
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -28,47 +27,83 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     return host_mode.add_arguments(parser)
 
 
-def parse(add_more: Callable[[ArgumentParser], ArgumentParser] | None = None, **defaults: object) -> Namespace:
-    """Parse, complete and check the command line, then hand it to Megatron's globals.
+def parse(add_more: Callable[[ArgumentParser], ArgumentParser] = lambda parser: parser, **fixed: object) -> Namespace:
+    """Parse, complete and check the command line of a training run, then hand it to Megatron's globals.
 
     Everything that can be refused is refused before a folder, a log or a process group exists. add_more: flags of another
-    entry point. defaults: Megatron's `args_defaults`.
+    entry point. fixed: values that this entry point sets whatever the command line says.
 
     Raises:
         SystemExit: status 2 after one message on stderr (from rank 0).
     """
-    args = parse_args(lambda parser: add_more(add_arguments(parser)) if add_more else add_arguments(parser))
+    return _parse(_complete_training, add_more, fixed)
+
+
+def parse_evaluation(add_more: Callable[[ArgumentParser], ArgumentParser], **fixed: object) -> Namespace:
+    """The same for a tool that evaluates --load: the model's flags come from the checkpoint unless given."""
+    return _parse(_complete_evaluation, add_more, fixed)
+
+
+def _parse(complete: Callable[[Namespace, ArgumentParser], None], add_more: Callable, fixed: dict) -> Namespace:
+    parsers = []
+
+    def add_all(parser: ArgumentParser) -> ArgumentParser:
+        parsers.append(add_more(add_arguments(parser)))
+        return parser
+
+    args = parse_args(add_all)
+    vars(args).update(fixed)
     try:
-        _complete(args, defaults)
-        check_load(args, report=_say)
+        complete(args, parsers[0])
         check_data(args)
         elastic_config_from_args(args)
     except ValueError as error:
-        if args.rank == 0:
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        fail(error)
     set_global_variables(args)
     return args
 
 
-def _complete(args: Namespace, defaults: dict) -> None:
+def fail(error: object) -> NoReturn:
+    """End this process with status 2, after one message on stderr from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _complete_training(args: Namespace, parser: ArgumentParser) -> None:
     if args.yaml_cfg is not None:
         raise ValueError(f"--yaml-cfg {args.yaml_cfg}: elastic settings are flags; use a file of flags")
     if args.use_checkpoint_args:
         if args.load is None:
             raise ValueError("--use-checkpoint-args needs --load, which is not given")
         load_args_from_checkpoint(args)
-        _keep_asked_k(args, sys.argv[1:])
-    validate_args(args, defaults)
+        _keep_asked_k(args, _given(parser))
+    validate_args(args)
+    check_load(args, report=_say)
 
 
-def _keep_asked_k(args: Namespace, argv: list[str]) -> None:
+def _complete_evaluation(args: Namespace, parser: ArgumentParser) -> None:
+    if args.load is None:
+        raise ValueError("--load is not given: which checkpoint?")
+    given = _given(parser)
+    for name, value in model_flags(stored_args(locate(args.load, args.ckpt_step))).items():
+        if name not in given:
+            setattr(args, name, value)
+    validate_args(args)
+
+
+def _given(parser: ArgumentParser) -> dict[str, object]:
+    """The flags that stand on the command line, by name, without any default."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args())
+
+
+def _keep_asked_k(args: Namespace, given: dict[str, object]) -> None:
     """The core lets the stored k overwrite the one on the command line without a word; here the one asked for wins."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(_K_FLAG, type=int)
-    asked = parser.parse_known_args(argv)[0].moe_router_topk
-    if asked is not None and asked != args.moe_router_topk:
-        _say(f"{_K_FLAG} {asked} as asked, although the checkpoint was saved with {args.moe_router_topk}")
+    asked = given.get("moe_router_topk", args.moe_router_topk)
+    if asked != args.moe_router_topk:
+        _say(f"--moe-router-topk {asked} as asked, although the checkpoint was saved with {args.moe_router_topk}")
         args.moe_router_topk = asked
 
 

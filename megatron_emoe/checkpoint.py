@@ -10,8 +10,11 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename, read_metadata
 
 from megatron_emoe.elastic_config import ElasticConfig, flag
@@ -104,6 +107,35 @@ def check_shape(args: Namespace, stored: Namespace) -> None:
         old, new = getattr(stored, name, None), getattr(args, name, None)
         if old is not None and new is not None and old != new:
             raise ValueError(f"{flag(name)} {new}: the checkpoint in --load {args.load} was saved with {old}")
+
+
+# What a configuration field says about how a model runs, not which model it is: taken from the command line.
+_RUNTIME = ("recompute", "cuda_graph", "offload", "overlap", "fusion", "fp8", "fp4", "dispatcher", "moe_pad_expert", "init")
+_RUNTIME_FIELDS = {
+    "attention_backend",
+    "transformer_impl",
+    "persist_layer_norm",
+    "distribute_saved_activations",
+    "deterministic_mode",
+    "pipeline_model_parallel_layout",
+    "moe_grouped_gemm",
+    "moe_per_layer_logging",
+    "attention_dropout",
+    "hidden_dropout",
+}
+_MODEL_FLAGS = ["num_experts", "swiglu", "squared_relu", "quick_geglu", "position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved", "use_rope_scaling", "rotary_seq_len_interpolation_factor", "add_position_embedding", "group_query_attention", "seq_length", "max_position_embeddings", "untie_embeddings_and_output_weights", "vocab_size", "make_vocab_size_divisible_by", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "rope_type", "bf16", "fp16", "micro_batch_size", "multi_latent_attention", "mtp_num_layers"]
+
+
+def model_flags(stored: Namespace) -> dict[str, Any]:
+    """What the checkpoint says about which model it holds, elastic settings included: name and stored value.
+
+    The core's --use-checkpoint-args takes a fixed list that misses, among others, --qk-layernorm and --norm-epsilon; this
+    is every field of the configuration except those about how to run it.
+    """
+    shape = {f.name for f in fields(MLATransformerConfig)} - {f.name for f in fields(ModelParallelConfig)}
+    shape = {name for name in shape - _RUNTIME_FIELDS if not any(word in name for word in _RUNTIME)}
+    names = [*sorted(shape), *_MODEL_FLAGS, *(f.name for f in fields(ElasticConfig))]
+    return {name: getattr(stored, name) for name in names if hasattr(stored, name)}
 
 
 def elastic_changes(args: Namespace, stored: Namespace) -> list[str]:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_attr_wrapped_model, get_model_config, unwrap_model
+from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 from megatron.training import training as core_training
 from megatron.training.global_vars import get_tensorboard_writer, get_timers
 from megatron.training.utils import print_rank_last
@@ -22,10 +20,9 @@ from torch import Tensor
 
 from megatron_emoe.active_k import expected_k, get_active_k
 from megatron_emoe.data import get_batch
+from megatron_emoe.evaluation import Evaluator, current_device
 from megatron_emoe.metrics import get_elastic_tracker
 from megatron_emoe.transformer_config import ElasticTransformerConfig
-
-Batches = dict[int, list[Any]]
 
 
 def language_model_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -45,8 +42,8 @@ class ElasticLoop:
     def __init__(self, args: Namespace, config: ElasticTransformerConfig) -> None:
         self.args = args
         self.config = config
-        self._recorded: Batches = {}
-        self._evaluated: list[int] = []
+        self._recorded: dict[int, list[Any]] = {}
+        self._source = self._validation_source = 0
         tracker = get_elastic_tracker()
         layers = config.num_layers + (config.mtp_num_layers or 0)
         tracker.configure(layers, config.num_moe_experts, args.save or args.tensorboard_dir)
@@ -72,6 +69,7 @@ class ElasticLoop:
             batch["attention_mask"],
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
+            packed_seq_params=batch["packed_seq_params"],
         )
         return output, partial(self._checked_loss, batch["loss_mask"])
 
@@ -99,6 +97,7 @@ class ElasticLoop:
         """The same iterator, whose batches are kept (on the CPU) to be evaluated again at other k'."""
         if data_iterator is None:
             return None
+        self._source = id(data_iterator)
         batch = next(data_iterator)
         self._recorded.setdefault(chunk, []).append(batch)
         return iter([batch])
@@ -106,59 +105,36 @@ class ElasticLoop:
     def validate_at_each_k(self, model: list[torch.nn.Module]) -> None:
         """Validation loss at each --emoe-eval-k on the batches just evaluated; the loop's `non_loss_data_func`."""
         recorded, self._recorded = self._recorded, {}
-        losses = {}
-        for k in self.config.emoe_eval_k or []:
-            losses[k] = self.loss_at_k(model, recorded, k, self.args.eval_iters)
-        if losses and parallel_state.is_pipeline_last_stage():
-            self._log_losses({k: loss for k, loss in losses.items() if loss is not None})
+        split = self._evaluated_split()
+        evaluator = Evaluator(self.args, self._forward)
+        steps = self.args.eval_iters
+        ks = self.config.emoe_eval_k or []
+        self._log_losses(split, {k: evaluator.loss_at_k(model, recorded, k, steps).loss for k in ks})
 
-    def loss_at_k(self, model: list[torch.nn.Module], batches: Batches, k: Any, steps: int) -> float | None:
-        """Mean token loss in nats with k' = `k` active experts; None on all but the last pipeline stage.
+    def _evaluated_split(self) -> str:
+        """valid or test: the loop does not say which; the first source of batches is validation where there is any.
 
-        k: as ActiveK.evaluating takes it. batches: by virtual pipeline chunk, as recorded. steps: global batches in them.
+        Only some ranks read data, so they agree by a reduction.
         """
-        iterators = [iter(batches[i]) if i in batches else None for i in range(len(model))]
-        totals = torch.zeros(2, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
-        with get_active_k().evaluating(k), torch.no_grad():
-            for _ in range(steps):
-                for report in self._evaluation_step(model, iterators):
-                    totals += report["lm loss"].double()
-        if not parallel_state.is_pipeline_last_stage():
-            return None
-        torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        return (totals[0] / totals[1]).item()
+        if self.args.do_valid and not self._validation_source:
+            self._validation_source = self._source
+        is_test = torch.tensor(float(self._source != self._validation_source), device=current_device())
+        torch.distributed.all_reduce(is_test, op=torch.distributed.ReduceOp.MAX)
+        return "test" if is_test.item() else "valid"  # sync: evaluation only
 
-    def _evaluation_step(self, model: list[torch.nn.Module], iterators: list[Iterator | None]) -> list[dict]:
-        args, core_config = self.args, get_model_config(model[0])
-        batch, micro = args.eval_global_batch_size, args.eval_micro_batch_size
-        timers, core_config.timers = core_config.timers, None  # evaluation is not timed, as in the core
-        try:
-            return get_forward_backward_func()(
-                forward_step_func=self._forward,
-                data_iterator=iterators if len(model) > 1 else iterators[0],
-                model=model,
-                num_microbatches=batch // (micro * args.data_parallel_size),
-                seq_length=args.seq_length,
-                micro_batch_size=micro,
-                decoder_seq_length=args.decoder_seq_length,
-                forward_only=True,
-            )
-        finally:
-            core_config.timers = timers
-
-    def _log_losses(self, losses: dict[int, float]) -> None:
+    def _log_losses(self, split: str, losses: dict[int, float]) -> None:
         """Log, TensorBoard, and one JSON line beside the checkpoint."""
-        iteration = self._iteration()
-        print_rank_last(
-            f" validation at iteration {iteration} | " + " | ".join(f"k'={k}: {v:.6E}" for k, v in losses.items())
-        )
+        iteration, name = self._iteration(), {"valid": "validation", "test": "test"}[split]
+        values = " | ".join(f"k'={k}: {loss:.6E}" for k, loss in losses.items())
+        print_rank_last(f" {name} loss at iteration {iteration} | {values}")
         writer = get_tensorboard_writer()
         for k, loss in losses.items():
             if writer is not None:
-                writer.add_scalar(f"emoe/validation loss at k={k}", loss, iteration)
+                writer.add_scalar(f"emoe/{name} loss at k={k}", loss, iteration)
         folder = self.args.save or self.args.tensorboard_dir
         if folder and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            append_json_line(Path(folder) / "validation_k.jsonl", {"iteration": iteration, "loss": losses})
+            record = {"iteration": iteration, "split": split, "loss": losses}
+            append_json_line(Path(folder) / "validation_k.jsonl", record)
 
     def _iteration(self) -> int:
         """Completed iterations; the loop counts curr_iteration from 0 and leaves it unset where it does not train."""

@@ -1,0 +1,124 @@
+"""Held-out loss at any number of active experts, with proof of the number that ran."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import nn
+
+from megatron_emoe.active_k import get_active_k
+from megatron_emoe.moe_layer import ElasticMoELayer
+
+Batches = Mapping[int, Sequence[Any]]
+"""Micro-batches on this rank, as the data loader gave them, by virtual pipeline chunk; a rank that reads none has no entry."""
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """loss: mean over tokens, nats. tokens: over all ranks. seconds: wall time on this rank."""
+
+    loss: float
+    tokens: int
+    seconds: float
+
+
+class Evaluator:
+    """Runs the same micro-batches through a model at one k' after another.
+
+    forward_step: of one micro-batch, as Megatron's schedules take it. args: Megatron's namespace.
+    """
+
+    def __init__(self, args: Namespace, forward_step: Callable) -> None:
+        self.args = args
+        self.forward_step = forward_step
+
+    def loss_at_k(
+        self, model: list[nn.Module], batches: Batches, k: int | Sequence[int] | None, steps: int
+    ) -> HeldOutLoss:
+        """Evaluate `steps` global batches with k' = `k`: one number, one per layer, or the model's own (None).
+
+        The model must be in evaluation mode. Collective; every rank gets the result.
+        """
+        iterators = [iter(batches[i]) if i in batches else None for i in range(len(model))]
+        totals = torch.zeros(2, dtype=torch.float64, device=current_device())
+        start = time.perf_counter()
+        with get_active_k().evaluating(k), torch.no_grad():
+            for _ in range(steps):
+                for report in self._step(model, iterators):
+                    totals += report["lm loss"].double()
+        if parallel_state.is_pipeline_last_stage():
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            torch.distributed.all_reduce(totals, group=group)
+        torch.distributed.broadcast(totals, src=torch.distributed.get_world_size() - 1)  # it holds the last stage
+        loss, tokens = totals.tolist()  # sync: evaluation only
+        return HeldOutLoss(loss / tokens, int(tokens), time.perf_counter() - start)
+
+    def _step(self, model: list[nn.Module], iterators: list[Iterator | None]) -> list[dict[str, torch.Tensor]]:
+        args, config = self.args, get_model_config(model[0])
+        batch, micro = args.eval_global_batch_size, args.eval_micro_batch_size
+        timers, config.timers = config.timers, None  # evaluation is not timed, as in the core
+        try:
+            return get_forward_backward_func()(
+                forward_step_func=self.forward_step,
+                data_iterator=iterators if len(model) > 1 else iterators[0],
+                model=model,
+                num_microbatches=batch // (micro * args.data_parallel_size),
+                seq_length=args.seq_length,
+                micro_batch_size=micro,
+                decoder_seq_length=args.decoder_seq_length,
+                forward_only=True,
+            )
+        finally:
+            config.timers = timers
+
+
+@contextmanager
+def counting_rows(model: list[nn.Module]) -> Iterator[Callable[[], dict[int, int]]]:
+    """Count the rows that reach the experts inside; the value is a collective function giving rows by layer number.
+
+    Rows, not flags, prove which k ran: tokens x k over all ranks. Shapes are read on the host: no sync.
+    """
+    local: Counter[int] = Counter()
+    hooks = []
+    for chunk in model:
+        for layer in (module for module in chunk.modules() if isinstance(module, ElasticMoELayer)):
+            number = layer.router.global_layer_number
+            hooks.append(layer.experts.register_forward_pre_hook(_row_counter(local, number)))
+    try:
+        yield lambda: _sum_over_ranks(local)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _row_counter(rows: Counter[int], layer: int) -> Callable[[nn.Module, tuple], None]:
+    def count(_module: nn.Module, inputs: tuple) -> None:
+        rows[layer] += inputs[0].shape[0]
+
+    return count
+
+
+def _sum_over_ranks(local: Counter[int]) -> dict[int, int]:
+    """Every rank's rows; ranks that share an expert by tensor parallelism see the same rows, which count once."""
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, dict(local))
+    total = sum((Counter(rows) for rows in everyone), Counter())
+    copies = parallel_state.get_expert_tensor_parallel_world_size()
+    return {layer: total[layer] // copies for layer in sorted(total)}
+
+
+def current_device() -> torch.device:
+    """The GPU of this rank, or the CPU in host mode."""
+    return (
+        torch.device("cuda", torch.cuda.currentcurrent_device()) if torch.cuda.is_available() else torch.device("cpu")
+    )
