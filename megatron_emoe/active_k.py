@@ -1,7 +1,8 @@
 """Which number of experts is active now: pure functions of (seed, iteration, micro-batch, layer), and their one owner.
 
-Every elastic random number comes from here. Nothing is drawn from a random stream: a value depends on its place alone, so
-it is the same on every rank that asks for the same place, needs no communication, and a resumed run repeats it exactly.
+Every elastic random number comes from here. Nothing is drawn from a random stream: a value depends on its place alone,
+so it is the same on every rank that asks for the same place, needs no communication, and a resumed run repeats it
+exactly.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def unit(*values: int) -> float:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in training a forward pass stands. iteration and microbatch count from 0, layer from 1 (as the core does)."""
+    """Where in training a forward pass stands. iteration and microbatch count from 0, layer from 1 (as the core
+    does)."""
 
     iteration: int
     microbatch: int
@@ -122,9 +124,9 @@ class ActiveK:
     def begin_microbatch(self, iteration: int, microbatch: int) -> None:
         """Call before each training forward pass.
 
-        The place is kept in the core's random-state tracker: activation recomputation saves and restores that tracker, so
-        a recomputed forward pass stands where the first one stood, also when other micro-batches ran in between (1F1B).
-        A new tensor each time, because the core keeps references to old states, not copies.
+        The place is kept in the core's random-state tracker: activation recomputation saves and restores that tracker,
+        so a recomputed forward pass stands where the first one stood, also when other micro-batches ran in between
+        (1F1B). A new tensor each time, because the core keeps references to old states, not copies.
         """
         get_cuda_rng_tracker().states_[_MARKER] = torch.tensor([iteration, microbatch])
 
@@ -138,7 +140,8 @@ class ActiveK:
 
     @contextmanager
     def evaluating(self, k: int | Sequence[int] | Mapping[int, int] | None) -> Iterator[None]:
-        """Evaluation inside uses k' = `k`: one number, one per MoE layer by layer number (a mapping), or the model's own."""
+        """Evaluation inside uses k' = `k`: one number, one per MoE layer by layer number (a mapping), or the model's
+        own."""
         previous, self._override = self._override, k if not isinstance(k, Sequence) else dict(enumerate(k, start=1))
         try:
             yield

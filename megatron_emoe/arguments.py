@@ -30,8 +30,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 def parse(add_more: Callable[[ArgumentParser], ArgumentParser] = lambda parser: parser, **fixed: object) -> Namespace:
     """Parse, complete and check the command line of a training run, then hand it to Megatron's globals.
 
-    Everything that can be refused is refused before a folder, a log or a process group exists. add_more: flags of another
-    entry point. fixed: values that this entry point sets whatever the command line says.
+    Everything that can be refused is refused before a folder, a log or a process group exists. add_more: flags of
+    another entry point. fixed: values that this entry point sets whatever the command line says.
 
     Raises:
         SystemExit: status 2 after one message on stderr (from rank 0).

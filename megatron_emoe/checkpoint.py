@@ -1,7 +1,7 @@
 """Elastic settings and a stored checkpoint: what it was trained with, and what may not differ when it is continued.
 
-Megatron-Core stores the whole argument namespace, elastic flags included, in every checkpoint. It compares a fixed list of
-them on load and knows nothing of ours; the checks here read that namespace before anything is built.
+Megatron-Core stores the whole argument namespace, elastic flags included, in every checkpoint. It compares a fixed list
+of them on load and knows nothing of ours; the checks here read that namespace before anything is built.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def stored_args(checkpoint: Path) -> Namespace:
 def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
     """Check --load before anything is built: it exists, fits the model, and elastic settings go on as they were.
 
-    A first start with --load equal to --save and nothing saved yet is allowed: that is how a job that restarts itself is
-    written. A continued run must keep its elastic settings; --finetune starts a new run and is told old and new.
+    A first start with --load equal to --save and nothing saved yet is allowed: that is how a job that restarts itself
+    is written. A continued run must keep its elastic settings; --finetune starts a new run and is told old and new.
 
     Raises:
         ValueError: with flag, stored and given value.
@@ -110,7 +110,10 @@ def check_shape(args: Namespace, stored: Namespace) -> None:
 
 
 # What a configuration field says about how a model runs, not which model it is: taken from the command line.
-_RUNTIME = ("recompute", "cuda_graph", "offload", "overlap", "fusion", "fp8", "fp4", "dispatcher", "moe_pad_expert", "init")
+_RUNTIME = (
+    *("recompute", "cuda_graph", "offload", "overlap", "fusion", "fp8", "fp4"),
+    *("dispatcher", "moe_pad_expert", "init"),
+)
 _RUNTIME_FIELDS = {
     "attention_backend",
     "transformer_impl",
@@ -123,14 +126,42 @@ _RUNTIME_FIELDS = {
     "attention_dropout",
     "hidden_dropout",
 }
-_MODEL_FLAGS = ["num_experts", "swiglu", "squared_relu", "quick_geglu", "position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved", "use_rope_scaling", "rotary_seq_len_interpolation_factor", "add_position_embedding", "group_query_attention", "seq_length", "max_position_embeddings", "untie_embeddings_and_output_weights", "vocab_size", "make_vocab_size_divisible_by", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "rope_type", "bf16", "fp16", "micro_batch_size", "multi_latent_attention", "mtp_num_layers"]
+_MODEL_FLAGS = [
+    "num_experts",
+    "swiglu",
+    "squared_relu",
+    "quick_geglu",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "use_rope_scaling",
+    "rotary_seq_len_interpolation_factor",
+    "add_position_embedding",
+    "group_query_attention",
+    "seq_length",
+    "max_position_embeddings",
+    "untie_embeddings_and_output_weights",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "tokenizer_type",
+    "tokenizer_model",
+    "vocab_file",
+    "merge_file",
+    "rope_type",
+    "bf16",
+    "fp16",
+    "micro_batch_size",
+    "multi_latent_attention",
+    "mtp_num_layers",
+]
 
 
 def model_flags(stored: Namespace) -> dict[str, Any]:
     """What the checkpoint says about which model it holds, elastic settings included: name and stored value.
 
-    The core's --use-checkpoint-args takes a fixed list that misses, among others, --qk-layernorm and --norm-epsilon; this
-    is every field of the configuration except those about how to run it.
+    The core's --use-checkpoint-args takes a fixed list that misses, among others, --qk-layernorm and --norm-epsilon;
+    this is every field of the configuration except those about how to run it.
     """
     shape = {f.name for f in fields(MLATransformerConfig)} - {f.name for f in fields(ModelParallelConfig)}
     shape = {name for name in shape - _RUNTIME_FIELDS if not any(word in name for word in _RUNTIME)}

@@ -1,7 +1,8 @@
 """Every elastic setting: field, unit, source, default, rule. No tensor maths here.
 
-Flags are generated from the fields (`emoe_pool_k` is `--emoe-pool-k`), so a default exists once and the help text is the
-string under the field. Sources: EMoE (arXiv 2509.21892), Matryoshka MoE (arXiv 2509.26520), ERNIE 5.0 (arXiv 2602.04705).
+Flags are generated from the fields (`emoe_pool_k` is `--emoe-pool-k`), so a default exists once and the help text is
+the string under the field. Sources: EMoE (arXiv 2509.21892), Matryoshka MoE (arXiv 2509.26520), ERNIE 5.0 (arXiv
+2602.04705).
 """
 
 from dataclasses import dataclass, fields
@@ -13,12 +14,13 @@ DEFAULT_PROB = 0.8
 
 @dataclass
 class ElasticConfig:
-    """Elastic MoE: which experts a token may use in training, and how many. Everything off: exactly Megatron-Core's top-k."""
+    """Elastic MoE: which experts a token may use in training, and how many. Everything off: exactly Megatron-Core's
+    top-k."""
 
     emoe_selection: Literal["topk", "coactivation", "prefix"] = "topk"
-    """How experts are selected in training. topk: the stock router at --moe-router-topk. coactivation: k experts drawn from
-    a pool of the top m (EMoE, arXiv 2509.21892). prefix: top-k at the k that the schedule draws (M-MoE, arXiv 2509.26520).
-    Evaluation is always plain top-k."""
+    """How experts are selected in training. topk: the stock router at --moe-router-topk. coactivation: k experts drawn
+    from a pool of the top m (EMoE, arXiv 2509.21892). prefix: top-k at the k that the schedule draws (M-MoE, arXiv
+    2509.26520). Evaluation is always plain top-k."""
 
     emoe_pool_k: int | None = None
     """K, experts: the largest co-activation pool and the largest k' to prepare for (EMoE's k_ideal). Required by
@@ -31,9 +33,10 @@ class ElasticConfig:
     """Use m = K always instead of drawing m: an ablation, it thins the training signal of the top ranks."""
 
     emoe_k_schedule: Literal["constant", "uniform", "weighted", "default-or-smaller", "ramp"] = "constant"
-    """The number of active experts in training. constant: --moe-router-topk. uniform: any k in [k-min, k-max]. weighted:
-    likewise with --emoe-k-weights. default-or-smaller: --moe-router-topk with probability --emoe-k-default-prob, else
-    uniform in [k-min, k - 1] (ERNIE 5.0). ramp: linear from k-min to k-max over --emoe-k-ramp-iters."""
+    """The number of active experts in training. constant: --moe-router-topk. uniform: any k in [k-min, k-max].
+    weighted: likewise with --emoe-k-weights. default-or-smaller: --moe-router-topk with probability
+    --emoe-k-default-prob, else uniform in [k-min, k - 1] (ERNIE 5.0). ramp: linear from k-min to k-max over
+    --emoe-k-ramp-iters."""
 
     emoe_k_min: int | None = None
     """Experts: the smallest k that the schedule draws. Required by every schedule but constant."""
@@ -42,7 +45,8 @@ class ElasticConfig:
     """Experts: the largest k that the schedule draws. Required by uniform, weighted and ramp."""
 
     emoe_k_weights: list[float] | None = None
-    """One non-negative weight for each k in [k-min, k-max], in that order; they need not sum to 1. Required by weighted."""
+    """One non-negative weight for each k in [k-min, k-max], in that order; they need not sum to 1. Required by
+    weighted."""
 
     emoe_k_default_prob: float | None = None
     """Probability of --moe-router-topk in the schedule default-or-smaller, in (0, 1]. Unset: 0.8, ERNIE 5.0's value."""
@@ -51,21 +55,25 @@ class ElasticConfig:
     """Iterations from k-min to k-max in the schedule ramp. Required by ramp."""
 
     emoe_k_draw: Literal["step", "microbatch", "layer"] = "step"
-    """How often k is drawn: once per optimizer step, once per micro-batch, or per step and layer (each layer its own k)."""
+    """How often k is drawn: once per optimizer step, once per micro-batch, or per step and layer (each layer its own
+    k)."""
 
     emoe_seed: int = 1234
-    """Seed of all elastic draws. They depend on it, the iteration, the micro-batch, the layer and the data-parallel rank
-    alone, never on other random numbers."""
+    """Seed of all elastic draws. They depend on it, the iteration, the micro-batch, the layer and the data-parallel
+    rank alone, never on other random numbers."""
 
     emoe_hr_loss_coeff: float | None = None
-    """Weight of the hierarchical router loss -KL(q || uniform) per layer (EMoE). Unset: 1e-3 with coactivation, else 0."""
+    """Weight of the hierarchical router loss -KL(q || uniform) per layer (EMoE). Unset: 1e-3 with coactivation, else
+    0."""
 
     emoe_balance_on: Literal["dispatched", "topk"] = "dispatched"
-    """What the load-balancing loss counts under coactivation: the experts that were drawn, or those plain top-k would use."""
+    """What the load-balancing loss counts under coactivation: the experts that were drawn, or those plain top-k would
+    use."""
 
     emoe_combine: Literal["model", "renormalize", "raw"] = "model"
-    """Weights of the selected experts. model: the model's own rule on the selected set. renormalize: they sum to 1 (times
-    the scaling factor). raw: the scores over all experts, unscaled by the selection. In training and in evaluation."""
+    """Weights of the selected experts. model: the model's own rule on the selected set. renormalize: they sum to 1
+    (times the scaling factor). raw: the scores over all experts, unscaled by the selection. In training and in
+    evaluation."""
 
     emoe_eval_k: list[int] | None = None
     """At every evaluation, also report the validation loss at each of these k' (experts), on the same batches."""
@@ -235,7 +243,8 @@ def _check_numbers(elastic: ElasticConfig) -> None:
 
 
 def _check_groups(elastic: ElasticConfig, model_k: int, num_experts: int, num_groups: int, group_topk: int) -> None:
-    """Group-limited routing picks `group_topk` of `num_groups` groups, scoring each by its best k // group_topk experts."""
+    """Group-limited routing picks `group_topk` of `num_groups` groups, scoring each by its best k // group_topk
+    experts."""
     reachable = num_experts // num_groups * group_topk
     largest = {"emoe_pool_k": elastic.emoe_pool_k or 0, "emoe_k_max": elastic.k_range(model_k)[1]}
     largest["emoe_eval_k"] = max(elastic.emoe_eval_k or [0])

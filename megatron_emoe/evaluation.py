@@ -20,7 +20,8 @@ from megatron_emoe.active_k import get_active_k
 from megatron_emoe.moe_layer import ElasticMoELayer
 
 Batches = Mapping[int, Sequence[Any]]
-"""Micro-batches on this rank, as the data loader gave them, by virtual pipeline chunk; a rank that reads none has no entry."""
+"""Micro-batches on this rank, as the data loader gave them, by virtual pipeline chunk; a rank that reads none has no
+entry."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Puts the elastic classes into Megatron-Core's own specs, local or Transformer Engine. The only file that knows specs."""
+"""Puts the elastic classes into Megatron-Core's own specs, local or Transformer Engine. The only file that knows
+specs."""
 
 from __future__ import annotations
 

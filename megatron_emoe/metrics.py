@@ -1,8 +1,8 @@
 """What elastic layers report: names, values, reductions. Measured on logged steps alone; other steps pay nothing.
 
 The core's loop calls the MoE metrics tracker's report() after every step on every rank; this tracker adds its own lines
-there. All ranks agree on which steps are logged (a pure function of the iteration) and on the shapes, so pipeline stages
-without MoE layers take part in the one reduction and nothing hangs.
+there. All ranks agree on which steps are logged (a pure function of the iteration) and on the shapes, so pipeline
+stages without MoE layers take part in the one reduction and nothing hangs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""ElasticRouter: Megatron-Core's TopKRouter with elastic selection. Glue only; formulas are in selection.py and losses.py.
+"""ElasticRouter: Megatron-Core's TopKRouter with elastic selection. Glue only; formulas are in selection.py and
+losses.py.
 
-Sources: EMoE, arXiv 2509.21892; Matryoshka MoE, arXiv 2509.26520. Shape suffixes: T tokens, E experts, P pool, K active.
+Sources: EMoE, arXiv 2509.21892; Matryoshka MoE, arXiv 2509.26520. Shape suffixes: T tokens, E experts, P pool, K
+active.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ class ElasticRouter(TopKRouter):
     """A TopKRouter whose k, and whose choice of experts, may change from one forward pass to the next.
 
     One forward pass: (1) ask the owner of the active k for this layer's draw and set `topk`; (2) where the stock router
-    computes exactly what is asked (top-k at any k), call it; (3) else score once, rank, draw, combine and balance on the
-    same scores; (4) attach the hierarchical loss and record metrics. With all settings off, (2) is the whole of it.
+    computes exactly what is asked (top-k at any k), call it; (3) else score once, rank, draw, combine and balance on
+    the same scores; (4) attach the hierarchical loss and record metrics. With all settings off, (2) is the whole of it.
     """
 
     config: ElasticTransformerConfig
@@ -138,7 +140,8 @@ class ElasticRouter(TopKRouter):
         sequence: int,
         batch: int,
     ) -> Tensor:
-        """The core's aux, seq-aux and global-aux losses on the experts in `counted_TE` and the scores already computed."""
+        """The core's aux, seq-aux and global-aux losses on the experts in `counted_TE` and the scores already
+        computed."""
         if self.score_function != "softmax":
             scores_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
         padded = padding_T is not None

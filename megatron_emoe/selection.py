@@ -45,7 +45,8 @@ def rank_experts(
 ) -> Tensor:
     """The `size` best experts of each token, best first, int64 [T, P].
 
-    `selection_TE` is what plain top-k ranks by: scores plus selection bias. The first k columns are plain top-k's experts.
+    `selection_TE` is what plain top-k ranks by: scores plus selection bias. The first k columns are plain top-k's
+    experts.
     """
     if group_topk:
         selection_TE = mask_groups(selection_TE, k, num_groups or 1, group_topk)
@@ -53,23 +54,26 @@ def rank_experts(
 
 
 def uniform_numbers(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """fp32 [rows, columns] in [0, 1), a function of `seed` alone: seeding happens on the host, without a device sync."""
+    """fp32 [rows, columns] in [0, 1), a function of `seed` alone: seeding happens on the host, without a device
+    sync."""
     generator = torch.Generator(device=device)
     generator.manual_seed(seed & ((1 << 63) - 1))
     return torch.rand(rows, columns, generator=generator, device=device)
 
 
 def draw_pool_sizes(u_T1: Tensor, k: int, pool_max: int) -> Tensor:
-    """m ~ Uniform{k, ..., pool_max} from uniform numbers, int64 [T, 1] (EMoE: pool size drawn, never fixed)."""
-    sizes = pool_max - k + 1
-    return k + (u_T1 * sizes).long().clamp_(max=sizes - 1)  # fp32 rounds a u close to 1 times `sizes` up to `sizes`
+    """m ~ Uniform{k, ..., pool_max} from uniform numbers, int64 [T, 1] (EMoE: pool size drawn, never fixed).
+
+    u_T1: fp32 in [0, 1). Its largest value is 1 - 2**-24, and fp32 rounds that times n below n for every n < 2**24.
+    """
+    return k + (u_T1 * (pool_max - k + 1)).long()
 
 
 def sample_from_pool(ranked_TP: Tensor, k: int, pool: Tensor | int, u_TP: Tensor) -> Tensor:
     """k experts drawn uniformly without replacement from the first `pool` ranks, int64 [T, K], in rank order.
 
-    The k smallest of independent uniform numbers mark a uniform k-subset. Rank order makes a pool of size k bit-identical
-    to plain top-k, weights included. pool: [T, 1] or one number, between k and P.
+    The k smallest of independent uniform numbers mark a uniform k-subset. Rank order makes a pool of size k
+    bit-identical to plain top-k, weights included. pool: [T, 1] or one number, between k and P.
     """
     ranks_P = torch.arange(ranked_TP.shape[1], device=ranked_TP.device)
     keys_TP = u_TP.masked_fill(ranks_P >= pool, 2.0)

@@ -185,7 +185,8 @@ class CostModel:
 
 
 def _whole_size(parameter: nn.Parameter, routed: bool) -> int:
-    """Elements of a parameter over the ranks that share it: expert and tensor parallel. A tied copy counts as nothing."""
+    """Elements of a parameter over the ranks that share it: expert and tensor parallel. A tied copy counts as
+    nothing."""
     if getattr(parameter, "shared_embedding", False) and not parallel_state.is_pipeline_first_stage():
         return 0
     if routed:

@@ -21,7 +21,8 @@ class ElasticTransformerConfig(TransformerConfig, ElasticConfig):
     """
 
     def __post_init__(self) -> None:
-        # The core refuses a selection bias with softmax scores; ElasticRouter computes it, so the core must not see it yet.
+        # The core refuses a selection bias with softmax scores; ElasticRouter computes it, so the core must not see it
+        # yet.
         bias, self.moe_router_enable_expert_bias = self.moe_router_enable_expert_bias, False
         softmax = self.moe_router_score_function == "softmax"
         if not softmax:
@@ -45,8 +46,8 @@ _ELASTIC_CLASS: dict[type, type[ElasticTransformerConfig]] = {
 def elastic_config_from_args(args: Namespace) -> ElasticTransformerConfig:
     """The elastic configuration for Megatron's arguments and ours.
 
-    The core chooses the class by flags (--multi-latent-attention swaps it without a word), so its result is promoted to the
-    elastic class of the same kind rather than asked for.
+    The core chooses the class by flags (--multi-latent-attention swaps it without a word), so its result is promoted to
+    the elastic class of the same kind rather than asked for.
 
     Raises:
         TypeError: the flags lead to a configuration class that has no elastic counterpart.

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 tools/sweep_k.py --load CKPT --k 1 2 4 6 8 --data-path HELDOUT --out sweep.json
 
-The model's flags come from the checkpoint; parallel layout and --micro-batch-size may differ from training. Cells already
-in the output are kept, so an interrupted sweep goes on where it stopped.
+The model's flags come from the checkpoint; parallel layout and --micro-batch-size may differ from training. Cells
+already in the output are kept, so an interrupted sweep goes on where it stopped.
 """
 
 import sys
