@@ -120,6 +120,4 @@ def _sum_over_ranks(local: Counter[int]) -> dict[int, int]:
 
 def current_device() -> torch.device:
     """The GPU of this rank, or the CPU in host mode."""
-    return (
-        torch.device("cuda", torch.cuda.currentcurrent_device()) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
