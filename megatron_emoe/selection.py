@@ -54,7 +54,7 @@ def rank_experts(
 
 
 def uniform_numbers(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """fp32 [rows, columns] in [0, 1), a function of `seed` (64 bits) alone: seeded on the host, without a device sync."""
+    """fp32 [rows, columns] in [0, 1), a function of `seed` (64 bits) alone; seeded on the host, no device sync."""
     generator = torch.Generator(device=device)
     generator.manual_seed(seed)
     return torch.rand(rows, columns, generator=generator, device=device)
