@@ -13,6 +13,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from itertools import pairwise
 from typing import Any
 
 # Flags that host mode needs, added where the user did not give them. None marks a switch.
@@ -137,7 +138,7 @@ def skip_dataset_helper_build() -> None:
 
 def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
     """Each flag of argv with its value, from `--flag value` as from `--flag=value`; None where no value follows."""
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, after in pairwise([*argv, "--"]):
         flag, equals, value = word.partition("=")
         if flag.startswith("--"):
             yield flag, value if equals else None if after.startswith("--") else after
@@ -385,3 +386,7 @@ def _replace_adam() -> None:
 
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = HostAdam, False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    # The default checkpoint layout copies into shards that are views of fp32 weights; only this loader lacks no_grad.
+    sharded = distrib_optimizer.DistributedOptimizer
+    load = sharded.load_parameter_state_from_dp_reshardable
+    sharded.load_parameter_state_from_dp_reshardable = torch.no_grad()(load)

@@ -24,7 +24,7 @@ class Recorder:
 
 
 def train(flags: list[str]) -> dict[str, Any]:
-    """Run megatron.training.pretrain with these flags; returns Recorder.result()."""
+    """Run megatron.training.pretrain with these flags, to its end or to --exit-interval; returns Recorder.result()."""
     sys.argv = ["pretrain_stock.py", *host_mode.setup(flags)]
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -35,7 +35,11 @@ def train(flags: list[str]) -> dict[str, Any]:
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     recorder = Recorder()
     step = functools.partial(forward_step, recorder)
-    pretrain(config, build_datasets, ModelType.encoder_or_decoder, step)
+    try:
+        pretrain(config, build_datasets, ModelType.encoder_or_decoder, step)
+    except SystemExit as leave:
+        if leave.code or recorder.model is None:
+            raise
     return recorder.result()
 
 
