@@ -1,0 +1,228 @@
+#!/usr/bin/env python
+"""Turn text into a Megatron data set: <output-prefix>.bin and .idx for --data-path, and .json that tells about them.
+
+    python tools/preprocess_data.py --input corpus/ --output-prefix data/corpus --train-tokenizer 8192 --append-eod
+    python tools/preprocess_data.py --input 'part-*.jsonl' --output-prefix data/web --append-eod --holdout 0.01 \\
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/model
+
+The result is the same for every number of workers. It appears whole at the end; a run that fails leaves nothing.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+from megatron.core.datasets.indexed_dataset import DType
+from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_tokenizer
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.config import TokenizerConfig
+from tqdm import tqdm
+
+from megatron_emoe.corpus import cut, find_files, group
+from megatron_emoe.data_files import Sidecar, tokenizer_digest, write_sidecar
+from megatron_emoe.preprocess import Encoder, TokenWriter, encode_in_order, publish, staging, train_tokenizer
+
+FOLDER_SUFFIXES = [".txt", ".md", ".py", ".jsonl"]
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; those of the tokenizer are generated from Megatron's TokenizerConfig."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("input").add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="JSONL or text files, folders, glob patterns")
+    add("--json-keys", nargs="+", default=["text"], help="keys to take; several make a data set each, <prefix>_<key>")
+    add("--suffix", nargs="+", default=FOLDER_SUFFIXES, help="files of a folder to read (default: %(default)s)")
+    add("--errors", choices=["strict", "replace", "ignore"], default="strict", help="for bytes that are not UTF-8")
+    add = parser.add_argument_group("output").add_argument
+    add("--output-prefix", required=True, help="path of the result without .bin, .idx, .json")
+    add("--overwrite", action="store_true", help="replace an earlier result")
+    add("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    add("--holdout", type=float, default=0.0, help="share of documents, by a hash of each, for <prefix>_heldout")
+    add("--workers", type=int, default=CPUS, help="processes (default: %(default)s)")
+    add = parser.add_argument_group("tokenizer training").add_argument
+    add("--train-tokenizer", type=int, metavar="VOCAB", help="first train a SentencePiece model, <prefix>.model")
+    add("--train-tokenizer-bytes", type=int, default=10_000_000, help="text to train on (default: %(default)s)")
+    ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
+    args = parser.parse_args(argv)
+    args.pad_vocab_size = False  # padding is a matter of the model's embedding, not of the ids
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; 0, or 1 after one message on stderr."""
+    args = parse_args(argv)
+    try:
+        _check(args)
+        run(args)
+    except KeyboardInterrupt:
+        print("preprocess_data: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"preprocess_data: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Flags that cannot work, before any file is read."""
+    trains = args.train_tokenizer is not None
+    needs_file = args.tokenizer_type in SP_TOKENIZERS and not os.path.isfile(args.tokenizer_model or "")
+    rules = [
+        (args.workers < 1, f"--workers {args.workers}: must be at least 1"),
+        (not 0 <= args.holdout < 1, f"--holdout {args.holdout}: must be at least 0 and below 1"),
+        (len(set(args.json_keys)) < len(args.json_keys), f"--json-keys {' '.join(args.json_keys)}: a key twice"),
+        (os.path.isdir(args.output_prefix), f"--output-prefix {args.output_prefix}: is a folder, give a name in it"),
+        (trains and args.train_tokenizer_bytes < 1, f"--train-tokenizer-bytes {args.train_tokenizer_bytes}: below 1"),
+        (trains and args.tokenizer_model, f"--train-tokenizer excludes --tokenizer-model {args.tokenizer_model}"),
+        (
+            trains and args.tokenizer_type not in (None, "SentencePieceTokenizer"),
+            f"--train-tokenizer makes a SentencePieceTokenizer, not --tokenizer-type {args.tokenizer_type}",
+        ),
+        (not trains and args.tokenizer_type is None, "--tokenizer-type is missing (or --train-tokenizer VOCAB)"),
+        (not trains and needs_file, f"--tokenizer-model {args.tokenizer_model}: no such file"),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise ValueError(message)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read, tokenize and write everything into a folder of its own, then move the results to their place.
+
+    Raises:
+        ValueError: for everything that is wrong with the flags or the input.
+        OSError: the results cannot be written.
+    """
+    started = time.perf_counter()
+    files = find_files(args.input, args.suffix)
+    source_bytes = sum(map(os.path.getsize, files))
+    if source_bytes == 0:
+        raise ValueError(f"--input {' '.join(args.input)}: all {len(files)} files are empty")
+    _check_outputs(args, files)
+    directory, name = os.path.split(os.path.abspath(args.output_prefix))
+    with staging(directory) as folder:
+        staged = _with_tokenizer(args, files, os.path.join(folder, f"{name}.model"))
+        tokenizer = load_tokenizer(staged)
+        writers = _encode(staged, files, source_bytes, os.path.join(folder, name), tokenizer.vocab_size)
+        about = _about(args, staged, tokenizer, files, source_bytes)
+        for writer in writers.values():
+            writer.close()
+            counts = {"documents": writer.documents, "tokens": writer.tokens, "max_token_id": writer.max_token_id}
+            write_sidecar(f"{writer.prefix}.json", Sidecar(**about, **counts))
+        publish(folder, directory)
+    seconds = time.perf_counter() - started
+    for writer in writers.values():
+        path = os.path.join(os.path.dirname(args.output_prefix), os.path.basename(writer.prefix))
+        print(f"{path}: {writer.documents} documents, {writer.tokens} tokens, ids up to {writer.max_token_id}")
+    print(f"{len(files)} files, {source_bytes / 1e6:.1f} MB in {seconds:.1f} s")
+
+
+def _outputs(args: argparse.Namespace) -> dict[tuple[str, bool], str]:
+    """Prefix of every result by (key, is held out)."""
+    names = {key: f"_{key}" if len(args.json_keys) > 1 else "" for key in args.json_keys}
+    sides = {False: ""} | ({True: "_heldout"} if args.holdout else {})
+    return {(key, side): names[key] + end for key in names for side, end in sides.items()}
+
+
+def _check_outputs(args: argparse.Namespace, files: list[str]) -> None:
+    """No result takes the place of an input, nor of an earlier result without --overwrite."""
+    paths = [args.output_prefix + name + end for name in _outputs(args).values() for end in (".bin", ".idx", ".json")]
+    paths += [f"{args.output_prefix}.model"] if args.train_tokenizer else []
+    inputs = {os.path.realpath(file) for file in files}
+    for path in filter(os.path.exists, paths):
+        if os.path.realpath(path) in inputs:
+            raise ValueError(f"--output-prefix {args.output_prefix}: {path} is one of the inputs")
+        if not args.overwrite:
+            raise ValueError(f"--output-prefix {args.output_prefix}: {path} exists (--overwrite replaces it)")
+
+
+def _with_tokenizer(args: argparse.Namespace, files: list[str], model_path: str) -> argparse.Namespace:
+    """The flags of the tokenizer to encode with: as given, or those of one trained now."""
+    if args.train_tokenizer is None:
+        return args
+    print(f"training a tokenizer of {args.train_tokenizer} entries ...", file=sys.stderr)
+    keys = tuple(args.json_keys)
+    train_tokenizer(files, model_path, args.train_tokenizer, args.train_tokenizer_bytes, keys, args.errors)
+    args = copy.copy(args)
+    args.tokenizer_type, args.tokenizer_model = "SentencePieceTokenizer", model_path
+    return args
+
+
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """Megatron's tokenizer for Megatron's flags.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no end-of-document token for --append-eod.
+    """
+    named = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
+    try:
+        tokenizer = build_tokenizer(args)
+        eod = tokenizer.eod if args.append_eod else 0
+    except Exception as error:  # every tokenizer library has its own kinds
+        raise ValueError(f"{named}: cannot be loaded ({type(error).__name__}: {error})") from error
+    if eod is None or eod < 0:
+        raise ValueError(f"{named}: has no end-of-document token for --append-eod")
+    return tokenizer
+
+
+def make_encoder(args: argparse.Namespace) -> Encoder:
+    """What one worker process encodes with."""
+    tokenizer = load_tokenizer(args)
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    return Encoder(tokenizer, dtype, tuple(args.json_keys), args.errors, args.append_eod, args.holdout)
+
+
+def _encode(
+    args: argparse.Namespace, files: list[str], source_bytes: int, prefix: str, vocab_size: int
+) -> dict[tuple[str, bool], TokenWriter]:
+    """Encode everything into the staged .bin files; each of them has at least one document afterwards."""
+    dtype = DType.optimal_dtype(vocab_size)
+    writers = {output: TokenWriter(prefix + name, dtype) for output, name in _outputs(args).items()}
+    tasks = group(piece for file in files for piece in cut(file))
+    results = encode_in_order(functools.partial(make_encoder, args), tasks, args.workers)
+    progress = tqdm(total=source_bytes, unit="B", unit_scale=True, desc="encoding", disable=None)
+    with progress, contextlib.closing(results):
+        for size, parts in results:
+            for output, part in parts.items():
+                writers[output].add(part)
+            progress.update(size)
+    for (key, is_held_out), writer in writers.items():
+        if writer.tokens == 0:
+            side = (
+                f"--holdout {args.holdout} leaves no document on one side" if args.holdout else "no text in the input"
+            )
+            raise ValueError(f"{side} (key {key!r}{', held out' if is_held_out else ''})")
+    return writers
+
+
+def _about(
+    args: argparse.Namespace, staged: argparse.Namespace, tokenizer: Any, files: list[str], source_bytes: int
+) -> dict[str, Any]:
+    """What every sidecar of this run says alike; a tokenizer trained here is named by its final path."""
+    model = f"{args.output_prefix}.model" if args.train_tokenizer else args.tokenizer_model
+    return {
+        "tokenizer_type": staged.tokenizer_type,
+        "tokenizer_model": model,
+        "tokenizer_sha256": tokenizer_digest(staged.tokenizer_model),
+        "vocab_size": int(tokenizer.vocab_size),
+        "source_files": len(files),
+        "source_bytes": source_bytes,
+        "append_eod": args.append_eod,
+    }
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(main())
