@@ -95,13 +95,14 @@ def _fork_server() -> Any:
     """A process that has imported Megatron, so that each rank starts in milliseconds, not in ten seconds."""
     os.environ.update(_RANK_ENV)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron.training"])
+    context.set_forkserver_preload(["megatron.training", "megatron.core.tokenizers.text", "megatron_emoe.training"])
     return context
 
 
 def _rank_main(env: dict[str, str], pipe: Connection, fn: Callable[..., Any], args: tuple) -> None:
     os.environ.clear()
     os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # the default in an ordinary process; data loaders rely on it
     try:
         result = ("value", _run_one(fn, args))
     except BaseException:
