@@ -299,6 +299,7 @@ def _adapt_core() -> None:
     random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.cuda.set_rng_state(new_state)
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_to_numpy
     _allow_no_cuda(initialize.initialize_megatron)
+    _widen_attention()
     _replace_norm()
     _replace_adam()
 
@@ -314,6 +315,20 @@ def _allow_no_cuda(initialize_megatron: Callable[..., Any]) -> None:
     """pretrain() and others call initialize_megatron without allow_no_cuda: make True its default for all of them."""
     assert next(iter(inspect.signature(initialize_megatron).parameters)) == "allow_no_cuda"
     initialize_megatron.__defaults__ = (True, *(initialize_megatron.__defaults__ or ())[1:])
+
+
+def _widen_attention() -> None:
+    """Multi-latent attention tells its core attention the width of the values; the local one does not listen."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    build = DotProductAttention.__init__
+
+    def build_with_widths(self, *args, k_channels: int | None = None, v_channels: int | None = None, **kwargs):
+        build(self, *args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    DotProductAttention.__init__ = build_with_widths
 
 
 def _replace_norm() -> None:
