@@ -67,7 +67,7 @@ def sweep(name: str) -> Step:
 def steps() -> list[Step]:
     corpus = [sys.executable, str(REPO / "tools/preprocess_data.py"), "--input", sysconfig.get_paths()["stdlib"]]
     corpus += f"--suffix .py --output-prefix {OUT}/data/stdlib --train-tokenizer {VOCAB} --append-eod".split()
-    corpus += "--holdout 0.05 --workers 2".split()
+    corpus += ["--holdout", "0.05", "--workers", "2", "--errors", "ignore"]
     continued = f"--load {OUT}/checkpoints/base --finetune"
     low = "--lr 5e-4 --min-lr 5e-5 --lr-warmup-iters 10"
     plot = [sys.executable, str(REPO / "tools/plot_sweep.py"), *(str(OUT / f"{n}.json") for n in ("topk", "elastic"))]

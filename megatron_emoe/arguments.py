@@ -51,16 +51,26 @@ def _parse(complete: Callable[[Namespace, ArgumentParser], None], add_more: Call
         parsers.append(add_more(add_arguments(parser)))
         return parser
 
+    if os.environ.get("RANK", "0") != "0" and {"-h", "--help"} & set(sys.argv):
+        sys.exit(0)  # one help text is enough
     args = parse_args(add_all)
     vars(args).update(fixed)
     try:
         complete(args, parsers[0])
         check_data(args)
         elastic_config_from_args(args)
-    except ValueError as error:
+        _refuse_several_validation_sets(args)
+    except (ValueError, AssertionError) as error:  # the core checks its own flags by assertions
+        if not str(error):
+            raise
         fail(error)
     set_global_variables(args)
     return args
+
+
+def _refuse_several_validation_sets(args: Namespace) -> None:
+    if args.multiple_validation_sets and args.emoe_eval_k:
+        raise ValueError("--emoe-eval-k cannot be combined with --multiple-validation-sets: give one validation set")
 
 
 def fail(error: object) -> NoReturn:

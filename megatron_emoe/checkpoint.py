@@ -15,7 +15,7 @@ from typing import Any
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename, read_metadata
+from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 
 from megatron_emoe.elastic_config import ElasticConfig, flag
 
@@ -32,7 +32,6 @@ _SHAPE_FLAGS = (
     "moe_shared_expert_intermediate_size",
     "moe_layer_freq",
     "multi_latent_attention",
-    "padded_vocab_size",
     "position_embedding_type",
     "swiglu",
     "normalization",
@@ -41,23 +40,28 @@ _SHAPE_FLAGS = (
 )
 
 
-def locate(folder: str, step: int | None = None) -> Path:
+def locate(folder: str, step: int | None = None, source: str = "--load") -> Path:
     """The newest checkpoint in `folder` (or that of iteration `step`), as a path to its iter_ folder.
+
+    source: the flag that names the folder, for messages.
 
     Raises:
         ValueError: no such folder, no checkpoint in it, or not the one asked for.
     """
     tracker = Path(get_checkpoint_tracker_filename(folder))
     if not Path(folder).is_dir():
-        raise ValueError(f"--load {folder}: no such folder")
+        raise ValueError(f"{source} {folder}: no such folder")
     if not tracker.is_file():
-        raise ValueError(f"--load {folder}: no checkpoint in it ({tracker.name} is missing)")
-    iteration, release = read_metadata(str(tracker))
-    path = Path(get_checkpoint_name(folder, step or iteration, release and not step, return_base_dir=True))
+        raise ValueError(f"{source} {folder}: no checkpoint in it ({tracker.name} is missing)")
+    newest = tracker.read_text().strip()
+    if newest != "release" and not newest.isdecimal():
+        raise ValueError(f"{source} {folder}: {tracker.name} holds {newest!r}, which is neither a number nor 'release'")
+    release = newest == "release" and not step
+    iteration = 0 if release else step or int(newest)
+    path = Path(get_checkpoint_name(folder, iteration, release, return_base_dir=True))
     if not path.is_dir():
-        raise ValueError(
-            f"--load {folder}: {path.name} is missing, although {'--ckpt-step' if step else tracker.name} names it"
-        )
+        named_by = "--ckpt-step" if step else tracker.name
+        raise ValueError(f"{source} {folder}: {path.name} is missing, although {named_by} names it")
     return path
 
 
@@ -78,27 +82,35 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
     """Check --load before anything is built: it exists, fits the model, and elastic settings go on as they were.
 
     A first start with --load equal to --save and nothing saved yet is allowed: that is how a job that restarts itself
-    is written. A continued run must keep its elastic settings; --finetune starts a new run and is told old and new.
+    is written. A continued run must keep its elastic settings; one that starts from another's weights (--finetune,
+    --pretrained-checkpoint) is told old and new.
 
     Raises:
         ValueError: with flag, stored and given value.
     """
-    if args.load is None:
-        if args.finetune and getattr(args, "pretrained_checkpoint", None) is None:
-            raise ValueError("--finetune is given without --load: there is nothing to continue from")
-        return
-    if args.load == args.save and not args.finetune and not Path(get_checkpoint_tracker_filename(args.load)).is_file():
-        return
-    stored = stored_args(locate(args.load, args.ckpt_step))
+    continues = not args.finetune
+    if args.load is None or (args.load == args.save and continues and not _has_checkpoint(args.load)):
+        if args.pretrained_checkpoint is None:
+            if args.finetune:
+                raise ValueError("--finetune is given without --load: there is nothing to continue from")
+            return
+        continues = False
+        stored = stored_args(locate(args.pretrained_checkpoint, source="--pretrained-checkpoint"))
+    else:
+        stored = stored_args(locate(args.load, args.ckpt_step))
     check_shape(args, stored)
     changes = elastic_changes(args, stored)
-    if changes and not args.finetune:
+    if changes and continues:
         raise ValueError(
             f"--load {args.load}: elastic settings differ from the stored ones: {'; '.join(changes)}. "
             "Keep them to continue this run, or start a new one from its weights with --finetune"
         )
     for change in changes:
         report(f"elastic setting changed: {change}")
+
+
+def _has_checkpoint(folder: str) -> bool:
+    return Path(get_checkpoint_tracker_filename(folder)).is_file()
 
 
 def check_shape(args: Namespace, stored: Namespace) -> None:

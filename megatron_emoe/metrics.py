@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_logging import (
@@ -86,15 +87,23 @@ class ElasticMetricsTracker(MoEMetricsTracker):
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
 
-    def report(self, *args, **kwargs) -> str:
-        """The core's report, then the elastic metrics of a measured step. Called by the training loop on every rank."""
-        iteration, writer = kwargs["iteration"], kwargs.get("writer")
+    def report(
+        self,
+        loss_scale: float,
+        iteration: int,
+        writer: Any = None,
+        wandb_writer: Any = None,
+        per_layer_logging: bool = False,
+        **rest: Any,
+    ) -> str:
+        """The elastic metrics of a measured step after the core's report. The training loop calls it on every rank."""
         text = ""
         if self._shape is not None and self.measuring:
-            text += self._report_layers(iteration, writer, kwargs.get("per_layer_logging", False))
+            text += self._report_layers(iteration, writer, per_layer_logging)
         if self._shape is not None and self.measuring_pairs:
             text += self._report_pairs(iteration, writer)
-        return super().report(*args, **kwargs) + text  # the core clears at its end, our values too
+        core = super().report(loss_scale, iteration, writer, wandb_writer, per_layer_logging, **rest)
+        return core + text  # measured first: the core's report ends with clear(), which forgets these values too
 
     def clear(self) -> None:
         """Forget what was recorded since the last report (also called after every evaluation)."""

@@ -33,6 +33,9 @@ def language_model_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tens
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
 
 
+_count_flops = core_training.num_floating_point_operations  # the core's own, before any loop replaced it
+
+
 class ElasticLoop:
     """Forward step and evaluation for `megatron.training.pretrain`.
 
@@ -159,12 +162,10 @@ def _microbatch(model: torch.nn.Module) -> int:
 
 def _report_expected_flops(args: Namespace, config: ElasticTransformerConfig) -> None:
     """Let the log's FLOPs and MFU use E[k]: the core reads --moe-router-topk there, and has no seam for it."""
-    count = getattr(core_training.num_floating_point_operations, "stock", core_training.num_floating_point_operations)
 
     def at_expected_k(namespace: Namespace, *rest: Any, **kwargs: Any) -> float:
         elastic = copy(namespace)
         elastic.moe_router_topk = expected_k(config, config.moe_router_topk, getattr(args, "curr_iteration", 0))
-        return count(elastic, *rest, **kwargs)
+        return _count_flops(elastic, *rest, **kwargs)
 
-    at_expected_k.stock = count
     core_training.num_floating_point_operations = at_expected_k

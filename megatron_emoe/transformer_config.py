@@ -21,14 +21,12 @@ class ElasticTransformerConfig(TransformerConfig, ElasticConfig):
     """
 
     def __post_init__(self) -> None:
-        # The core refuses a selection bias with softmax scores; ElasticRouter computes it, so the core must not see it
-        # yet.
-        bias, self.moe_router_enable_expert_bias = self.moe_router_enable_expert_bias, False
-        softmax = self.moe_router_score_function == "softmax"
-        if not softmax:
-            self.moe_router_enable_expert_bias = bias
+        # The core refuses a selection bias with softmax scores; ElasticRouter computes it, so the core must not see it.
+        asked: bool = self.moe_router_enable_expert_bias
+        if self.moe_router_score_function == "softmax":
+            self.moe_router_enable_expert_bias = False
         super().__post_init__()
-        self.moe_router_enable_expert_bias = bias
+        self.moe_router_enable_expert_bias = asked
         check_elastic(self)
 
 

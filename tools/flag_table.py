@@ -1,0 +1,64 @@
+"""Print the table of elastic flags for the README, or put it there: python tools/flag_table.py [--write README.md]."""
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+import typing
+from pathlib import Path
+
+BEGIN, END = "<!-- flags: tools/flag_table.py --write README.md -->", "<!-- end of flags -->"
+
+
+def table() -> str:
+    """One row per field of ElasticConfig: flag, values, default, and the field's own documentation."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    from megatron_emoe.elastic_config import ElasticConfig, flag
+
+    texts = ArgumentGroupFactory(ElasticConfig).field_docstrings
+    rows = ["| flag | values | default | meaning |", "| --- | --- | --- | --- |"]
+    for field in dataclasses.fields(ElasticConfig):
+        default = "off" if field.default is False else "unset" if field.default is None else f"`{field.default}`"
+        rows.append(f"| `{flag(field.name)}` | {values(field.type)} | {default} | {texts[field.name]} |")
+    return "\n".join(rows)
+
+
+def values(kind: typing.Any) -> str:
+    """What a flag takes, from its field's type."""
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
+    if kind is bool:
+        return "switch"
+    arguments = [each for each in typing.get_args(kind) if each is not type(None)]
+    if typing.get_origin(kind) is list:
+        return f"{arguments[0].__name__} ..."
+    return values(arguments[0]) if arguments else kind.__name__
+
+
+def written(text: str, new: str) -> str:
+    """`text` with the table between the two markers replaced. ValueError where the markers are missing."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"no place for the table: it stands between {BEGIN} and {END}")
+    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n{new}\n{END}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--write", type=Path, help="Markdown file whose table to replace.")
+    path = options.parse_args().write
+    if path is None:
+        print(table())
+        return
+    try:
+        text = written(path.read_text(), table())
+    except (OSError, ValueError) as error:
+        sys.exit(f"flag_table.py: error: --write {path}: {error}")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()
