@@ -22,7 +22,7 @@ class ElasticTransformerConfig(TransformerConfig, ElasticConfig):
 
     def __post_init__(self) -> None:
         # The core refuses a selection bias with softmax scores; ElasticRouter computes it, so the core must not see it.
-        asked: bool = self.moe_router_enable_expert_bias
+        asked = self.moe_router_enable_expert_bias  # type: ignore[has-type]
         if self.moe_router_score_function == "softmax":
             self.moe_router_enable_expert_bias = False
         super().__post_init__()
