@@ -136,8 +136,8 @@ def read_documents(piece: Piece, keys: tuple[str, ...], errors: str = "strict") 
         raise ValueError(f"--json-keys {' '.join(keys)}: {piece.path} is a text file, it has one text")
     else:
         text = _decode(data, errors, piece.path, piece.begin)
-        head = data if piece.begin == 0 else _head(piece.path)
         begins, ends = piece.begin == 0, piece.end == piece.size
+        head = data if begins and ends else _head(piece.path)
         if text or not (begins and ends):
             yield Document((text,), _digest(head), begins, ends, piece.path)
 
