@@ -51,7 +51,7 @@ class ElasticRouter(TopKRouter):
         draw = get_active_k().draw(self.config, self.model_k, self.global_layer_number, self.training)
         self.topk = draw.k
         if self._stock_is_exact(draw):
-            logits = self._attach_hierarchical_loss(logits, None, padding_mask)
+            logits = self._attach_hierarchical_loss(logits, logits, None, padding_mask)
             probs_TE, map_TE = super().routing(logits, padding_mask)
             pool = draw.pool_max
         else:
@@ -76,10 +76,9 @@ class ElasticRouter(TopKRouter):
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_T)
         scores_TE = selection.expert_scores(logits_TE, self.score_function)
-        logits_TE = self._attach_hierarchical_loss(logits_TE, scores_TE, padding_T)
-
         indices_TK, topk_TK, pool = self._select(logits_TE, scores_TE, draw)
         probs_TE, map_TE = self._combine(logits_TE, scores_TE, indices_TK)
+        probs_TE = self._attach_hierarchical_loss(probs_TE, logits_TE, scores_TE, padding_T)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             on_topk = self.config.emoe_balance_on == "topk" and indices_TK is not topk_TK
             counted_TE = selection.dense_map(topk_TK, scores_TE.shape[1]) if on_topk else map_TE
@@ -164,14 +163,17 @@ class ElasticRouter(TopKRouter):
             pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
         )
 
-    def _attach_hierarchical_loss(self, logits: Tensor, scores_TE: Tensor | None, padding: Tensor | None) -> Tensor:
-        """Add lambda * L_HR to the backward pass, and record it with the entropy on measured steps.
+    def _attach_hierarchical_loss(
+        self, activation: Tensor, logits: Tensor, scores_TE: Tensor | None, padding: Tensor | None
+    ) -> Tensor:
+        """Add lambda * L_HR to the backward pass of `activation`, and record it with the entropy on measured steps.
 
+        activation: logits or probabilities; the layer's output must depend on it, or the loss has no gradient.
         scores_TE: the scores if they are known already; softmax scores are q itself and are not computed again.
         """
         coeff, tracker = self.config.hr_loss_coeff, get_elastic_tracker()
         if not (self.training and torch.is_grad_enabled()) or not (coeff or tracker.measuring):
-            return logits
+            return activation
         logits_TE = logits.view(-1, self.config.num_moe_experts)
         valid_T = None if padding is None else ~padding.reshape(-1)
         if scores_TE is None or self.score_function != "softmax":
@@ -182,13 +184,13 @@ class ElasticRouter(TopKRouter):
         if tracker.measuring:
             values = {"hierarchical router loss": loss, "router entropy": entropy}
             tracker.add_values(self.global_layer_number, values)
-        return self._attach_loss(logits, coeff * loss, valid_T) if coeff else logits
+        return self._attach_loss(activation, coeff * loss, valid_T) if coeff else activation
 
-    def _attach_loss(self, logits: Tensor, loss: Tensor, valid_T: Tensor | None) -> Tensor:
+    def _attach_loss(self, activation: Tensor, loss: Tensor, valid_T: Tensor | None) -> Tensor:
         """As the core attaches its z-loss: averaged over the ranks that share the tokens, per token where asked."""
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer and self.config.mtp_num_layers:
             loss = loss / self.config.mtp_num_layers  # the core: one layer called that often counts once
         if self.calculate_per_token_loss:
-            tokens = logits.numel() // self.config.num_moe_experts if valid_T is None else valid_T.sum()
-            return MoEAuxLossAutoScaler.apply(logits, loss * tokens)
-        return MoEAuxLossAutoScaler.apply(logits, loss / self.tp_cp_group.size())
+            tokens = activation.numel() // self.config.num_moe_experts if valid_T is None else valid_T.sum()
+            return MoEAuxLossAutoScaler.apply(activation, loss * tokens)
+        return MoEAuxLossAutoScaler.apply(activation, loss / self.tp_cp_group.size())
