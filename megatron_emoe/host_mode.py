@@ -7,80 +7,71 @@ their own. Routing, dispatch, losses, pipeline and checkpoints are the core's. W
 
 import argparse
 import contextlib
+import copy
+import functools
 import importlib.metadata
 import inspect
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
-# Flags that host mode needs, added where the user did not give them. None marks a switch.
-_DEFAULTS: dict[str, str | None] = {
+# Flags that host mode needs, added where the user did not give them. An empty value marks a switch.
+_DEFAULTS = {
     "--distributed-backend": "gloo",
     "--transformer-impl": "local",
     "--attention-backend": "unfused",
     "--num-workers": "0",
-    "--use-cpu-initialization": None,
-    "--no-gradient-accumulation-fusion": None,
-    "--no-masked-softmax-fusion": None,
-    "--no-persist-layer-norm": None,
-    "--no-rope-fusion": None,
-    "--no-bias-gelu-fusion": None,
-    "--no-bias-swiglu-fusion": None,
-    "--no-bias-dropout-fusion": None,
+    "--use-cpu-initialization": "",
+    "--no-gradient-accumulation-fusion": "",
+    "--no-masked-softmax-fusion": "",
+    "--no-persist-layer-norm": "",
+    "--no-rope-fusion": "",
+    "--no-bias-gelu-fusion": "",
+    "--no-bias-swiglu-fusion": "",
+    "--no-bias-dropout-fusion": "",
 }
 
-# Flags that ask for what only a GPU has: the values that still work (none for a switch), and the reason.
-_TRANSFORMER_ENGINE = "Transformer Engine computes on GPUs only"
-_KERNEL = "the fused kernel runs on GPUs only"
-_OVERLAP = "overlap needs the streams of a GPU"
-_OFFLOAD = "weights and activations are in host memory already"
-_GRAPH = "CUDA graphs need a GPU"
-_LIMITS: dict[str, tuple[tuple[str, ...], str]] = {
-    "--transformer-impl": (("local",), _TRANSFORMER_ENGINE),
-    "--distributed-backend": (("gloo",), "NCCL communicates between GPUs only"),
-    "--pipeline-model-parallel-comm-backend": ((), "gloo carries the pipeline's messages"),
-    "--attention-backend": (("unfused", "local", "auto"), _KERNEL),
-    "--moe-token-dispatcher-type": (("alltoall", "allgather"), "the flex dispatcher's kernels run on GPUs only"),
-    "--cross-entropy-fusion-impl": (("native",), _TRANSFORMER_ENGINE),
-    "--cuda-graph-impl": (("none",), _GRAPH),
-    "--context-parallel-size": (("1",), "context parallelism needs Transformer Engine's attention"),
-    "--cpu-offloading-num-layers": (("0",), _OFFLOAD),
-    "--fp8-format": ((), _TRANSFORMER_ENGINE),
-    "--fp4-format": ((), _TRANSFORMER_ENGINE),
-    "--fp8-param-gather": ((), _TRANSFORMER_ENGINE),
-    "--fp4-param-gather": ((), _TRANSFORMER_ENGINE),
-    "--te-rng-tracker": ((), _TRANSFORMER_ENGINE),
-    "--use-precision-aware-optimizer": ((), _TRANSFORMER_ENGINE),
-    "--moe-permute-fusion": ((), _KERNEL),
-    "--moe-router-fusion": ((), _KERNEL),
-    "--moe-grouped-gemm": ((), _KERNEL),
-    "--use-flash-attn": ((), _KERNEL),
-    "--moe-enable-deepep": ((), _KERNEL),
-    "--enable-cuda-graph": ((), _GRAPH),
-    "--external-cuda-graph": ((), _GRAPH),
-    "--optimizer-cuda-graph": ((), _GRAPH),
-    "--optimizer-cpu-offload": ((), _OFFLOAD),
-    "--fine-grained-activation-offloading": ((), _OFFLOAD),
-    "--tp-comm-overlap": ((), _OVERLAP),
-    "--overlap-grad-reduce": ((), _OVERLAP),
-    "--overlap-param-gather": ((), _OVERLAP),
-    "--overlap-moe-expert-parallel-comm": ((), _OVERLAP),
-    "--moe-shared-expert-overlap": ((), _OVERLAP),
-    "--use-megatron-fsdp": ((), "FSDP places its shards by CUDA device"),
-    "--use-torch-fsdp2": ((), "FSDP places its shards by CUDA device"),
-    "--use-nccl-ub": ((), "NCCL communicates between GPUs only"),
+# Flags with a choice that only a GPU can serve: the values that host mode can.
+_POSSIBLE = {
+    "--transformer-impl": "local",
+    "--distributed-backend": "gloo",
+    "--attention-backend": "unfused local auto",
+    "--moe-token-dispatcher-type": "alltoall allgather",
+    "--cross-entropy-fusion-impl": "native",
+    "--cuda-graph-impl": "none",
+    "--context-parallel-size": "1",
+    "--cpu-offloading-num-layers": "0",
 }
 
-_mode: Any = None
+# Flags that ask for what only a GPU has. The core would stop on some of them, and silently ignore others.
+_IMPOSSIBLE = {
+    "Transformer Engine computes on GPUs only": (
+        "--fp8-format --fp8-param-gather --fp4-format --fp4-param-gather"
+        " --te-rng-tracker --use-precision-aware-optimizer"
+    ),
+    "the fused kernel runs on GPUs only": (
+        "--moe-permute-fusion --moe-router-fusion --moe-grouped-gemm --moe-enable-deepep --use-flash-attn"
+    ),
+    "the overlap needs the streams of a GPU": "--tp-comm-overlap --overlap-moe-expert-parallel-comm",
+    "everything is in host memory already": "--optimizer-cpu-offload --fine-grained-activation-offloading",
+    "CUDA graphs need a GPU": "--enable-cuda-graph --external-cuda-graph --optimizer-cuda-graph",
+    "gloo carries all messages": "--use-nccl-ub --use-sharp --pipeline-model-parallel-comm-backend",
+    "FSDP places its shards by CUDA device": "--use-megatron-fsdp --use-torch-fsdp2",
+}
+
+_mode: Any = None  # the torch function mode that enable() entered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the group "host mode" with its one flag and return the parser."""
+    """Add the group "host mode" with its one flag and return the parser, whose help can be printed (see below)."""
     group = parser.add_argument_group(title="host mode")
     group.add_argument("--host-mode", action="store_true", help="Run on CPU and gloo even where CUDA is present.")
+    for action in parser._actions:  # the core's help texts have bare per cent signs, on which argparse stops
+        if action.help and action.help.count("%") > action.help.count("%("):
+            action.help = action.help.replace("%%", "%").replace("%", "%%")
     return parser
 
 
@@ -116,11 +107,10 @@ def enable(*, force: bool = False) -> None:
     if is_on():
         return
     if not force and _cuda_is_present():
-        raise RuntimeError("host mode: CUDA is present; --host-mode, or enable(force=True), runs on the CPU")
+        raise RuntimeError("host mode: CUDA is present; --host-mode, or enable(force=True), runs on the CPU anyway")
     _set_environment()
     _replace_devices()
     _replace_streams()
-    _replace_memory_statistics()
     _separate_random_streams()
     _adapt_core()
     _mode = _device_mode()
@@ -136,26 +126,27 @@ def skip_dataset_helper_build() -> None:
         megatron.core.datasets.utils.compile_helpers = _nothing
 
 
-def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Each flag of argv with its value, from `--flag value` as from `--flag=value`; None where no value follows."""
+def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """Each flag of argv with its value, from `--flag value` as from `--flag=value`; "" where no value follows."""
     for word, after in pairwise([*argv, "--"]):
         flag, equals, value = word.partition("=")
         if flag.startswith("--"):
-            yield flag, value if equals else None if after.startswith("--") else after
+            yield flag, value if equals or after.startswith("--") else after
 
 
 def _missing_defaults(argv: list[str]) -> list[str]:
-    missing = _DEFAULTS.keys() - dict(_given(argv)).keys()
-    return [word for flag in _DEFAULTS if flag in missing for word in (flag, _DEFAULTS[flag]) if word is not None]
+    given = dict(_given(argv))
+    return [word for flag, value in _DEFAULTS.items() if flag not in given for word in (flag, value) if word]
 
 
 def _refuse_gpu_flags(argv: list[str]) -> None:
     for flag, value in _given(argv):
-        works, reason = _LIMITS.get(flag, ((value,), ""))
-        if value not in works:
-            shown = flag if value is None else f"{flag} {value}"
-            rule = f"it must be {' or '.join(works)}" if works else "leave it out"
-            raise ValueError(f"{shown}: not possible in host mode, {reason}; {rule}")
+        possible = _POSSIBLE.get(flag, value).split()
+        if value and value not in possible:
+            raise ValueError(f"{flag} {value}: in host mode it must be {' or '.join(possible)}")
+        for reason, flags in _IMPOSSIBLE.items():
+            if flag in flags.split():
+                raise ValueError(f"{f'{flag} {value}'.strip()}: not possible in host mode, {reason}; leave it out")
 
 
 def _cuda_is_present() -> bool:
@@ -178,7 +169,7 @@ def _set_environment() -> None:
 
 
 def _replace_devices() -> None:
-    """The core sets, counts and queries devices without asking whether CUDA is there. It meets one CPU."""
+    """The core sets, counts and queries devices without asking whether CUDA is there. It meets one empty CPU."""
     import torch
 
     cuda: Any = torch.cuda
@@ -187,10 +178,12 @@ def _replace_devices() -> None:
     cuda.device_count = lambda: 1
     cuda.current_device = lambda: cpu
     cuda.set_device = _nothing
-    cuda.device = lambda device=None: contextlib.nullcontext()
-    # Asked for by rules about GPU generations only. Grouped GEMM wants 8.0; the local spec does without it.
+    # Asked for by rules about GPU generations only. Grouped GEMM, which a GPU's checkpoint may name, wants 8.0.
     cuda.get_device_capability = lambda device=None: (8, 0)
     cuda.get_device_properties = lambda device=None: SimpleNamespace(major=8, minor=0, name="cpu")
+    cuda.memory_stats = lambda device=None: defaultdict(int)
+    cuda.device_memory_used = lambda device=None: 0
+    cuda.empty_cache = _nothing
 
 
 class _Stream:
@@ -222,18 +215,6 @@ def _replace_streams() -> None:
     cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
 
 
-def _replace_memory_statistics() -> None:
-    """The training log reports device memory; in host mode it is zero."""
-    import torch
-
-    cuda: Any = torch.cuda
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        setattr(cuda, name, lambda device=None: 0)
-    cuda.device_memory_used = lambda device=None: 0
-    cuda.memory_stats = lambda device=None: defaultdict(int)
-    cuda.empty_cache = cuda.reset_peak_memory_stats = _nothing
-
-
 def _separate_random_streams() -> None:
     """The core keeps the random states of CPU and device apart, saves both, and forks that of the device.
 
@@ -247,17 +228,10 @@ def _separate_random_streams() -> None:
     host_stream = torch.Generator().manual_seed(device_stream.initial_seed())
     torch.random.default_generator = torch.default_generator = host_stream
     cuda: Any = torch.cuda
-    cuda.default_generators = (device_stream,)
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda device=None: device_stream.get_state()
         module.set_rng_state = lambda new_state, device=None: device_stream.set_state(new_state)
         module.manual_seed = module.manual_seed_all = lambda seed: device_stream.manual_seed(int(seed))
-        module.initial_seed = device_stream.initial_seed
-
-
-def _names_gpu(value: Any) -> bool:
-    """True for what names a GPU where torch expects a device: "cuda:0", torch.device("cuda"), 0."""
-    return type(value) is int or str(value).startswith("cuda")
 
 
 def _device_mode() -> Any:
@@ -269,6 +243,10 @@ def _device_mode() -> Any:
     stay = {tensor.cuda, tensor.pin_memory, tensor.record_stream}
     host_draws = {torch.rand, torch.randn, torch.randint, torch.randperm, tensor.random_}
 
+    def to_cpu(device: Any) -> Any:
+        named = isinstance(device, str | torch.device) and str(device).startswith("cuda")
+        return "cpu" if named or type(device) is int else device
+
     class DeviceMode(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             kwargs = dict(kwargs or {})
@@ -276,10 +254,10 @@ def _device_mode() -> Any:
                 return args[0]
             if func in host_draws and kwargs.get("device") is None and kwargs.get("generator") is None:
                 kwargs["generator"] = torch.random.default_generator
-            if kwargs.get("device") is not None and _names_gpu(kwargs["device"]):
-                kwargs["device"] = "cpu"
-            if func is tensor.to and len(args) > 1 and _names_gpu(args[1]):
-                args = (args[0], "cpu", *args[2:])
+            if "device" in kwargs:
+                kwargs["device"] = to_cpu(kwargs["device"])
+            if func is tensor.to and len(args) > 1:
+                args = (args[0], to_cpu(args[1]), *args[2:])
             kwargs.pop("pin_memory", None)
             result = func(*args, **kwargs)
             # The optimizer and the gradient clipper know a parameter's kind by the name of its GPU type.
@@ -291,6 +269,7 @@ def _device_mode() -> Any:
 def _adapt_core() -> None:
     """Replace the few functions of the core that reach past torch.cuda's public names."""
     import torch
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.training import initialize
@@ -298,7 +277,11 @@ def _adapt_core() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.cuda.set_rng_state(new_state)
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_to_numpy
+    # Without a CUDA context to protect, the checkpoint writer's queue need not import the program anew (ten seconds).
+    queue = functools.partial(filesystem_async.get_write_results_queue, mp_mode="fork")
+    filesystem_async.get_write_results_queue = queue
     _allow_no_cuda(initialize.initialize_megatron)
+    _recompute_without_engine(random)
     _widen_attention()
     _replace_norm()
     _replace_adam()
@@ -317,6 +300,19 @@ def _allow_no_cuda(initialize_megatron: Callable[..., Any]) -> None:
     initialize_megatron.__defaults__ = (True, *(initialize_megatron.__defaults__ or ())[1:])
 
 
+def _recompute_without_engine(random: Any) -> None:
+    """Selective recomputation of norms asks Transformer Engine about FP8, and compiles C++ to hand over storage."""
+
+    def refill(released: Any, recomputed: Any) -> None:
+        storage, source = released.untyped_storage(), recomputed.untyped_storage()
+        storage.resize_(source.nbytes())
+        storage.copy_(source)
+
+    random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=_nothing)
+    random.fp8_autocast = random.activation_recompute_forward = lambda **kwargs: contextlib.nullcontext()
+    random._get_share_storage = lambda: refill
+
+
 def _widen_attention() -> None:
     """Multi-latent attention tells its core attention the width of the values; the local one does not listen."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -332,33 +328,23 @@ def _widen_attention() -> None:
 
 
 def _replace_norm() -> None:
-    """The local spec's norm refuses sequence parallelism, which the core demands for MoE with TP > 1."""
-    import torch
+    """The local spec's norm refuses sequence parallelism, which the core demands for MoE with TP > 1.
+
+    Each rank then sees a part of the sequence: the core sums the gradients of parameters that say so.
+    """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    from torch.nn import functional
 
-    class HostNorm(torch.nn.Module):
-        """LayerNorm or RMSNorm whose parameters tell the core to sum their gradients over the sequence's shards."""
+    build = WrappedTorchNorm.__new__
 
-        def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
-            super().__init__()
-            self.eps, self.shape, self.rms = eps, (hidden_size,), config.normalization == "RMSNorm"
-            self.zero_centered = config.layernorm_zero_centered_gamma
-            self.weight = torch.nn.Parameter(torch.full(self.shape, 0.0 if self.zero_centered else 1.0))
-            self.bias = None if self.rms else torch.nn.Parameter(torch.zeros(self.shape))
-            for parameter in self.parameters():
-                parameter.sequence_parallel = config.sequence_parallel
+    def build_and_mark(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        unsharded = copy.copy(config)
+        unsharded.sequence_parallel = False
+        norm = build(cls, unsharded, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            weight = self.weight + 1 if self.zero_centered else self.weight
-            if self.rms:
-                return functional.rms_norm(x, self.shape, weight, self.eps)
-            return functional.layer_norm(x, self.shape, weight, self.bias, self.eps)
-
-    def build(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> HostNorm:
-        return HostNorm(config, hidden_size, eps)
-
-    WrappedTorchNorm.__new__ = build
+    WrappedTorchNorm.__new__ = build_and_mark
 
 
 def _replace_adam() -> None:
@@ -387,17 +373,15 @@ def _replace_adam() -> None:
                     self._step_group(group, [p for p in group["params"] if p.grad is not None])
 
         def _step_group(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-            for p in params:
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    if moment not in self.state[p]:
-                        self.state[p][moment] = torch.zeros_like(p)
-            moments = [[self.state[p][moment] for p in params] for moment in ("exp_avg", "exp_avg_sq")]
+            for state, p in [(self.state[p], p) for p in params]:
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            moments = [[self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq")]
             steps = [torch.tensor(group["step"] - 1.0) for _ in params]
-            keys = {key: group[key] for key in ("lr", "weight_decay", "eps")}
-            adam(
-                params, [p.grad for p in params], *moments, [], steps, foreach=False, amsgrad=False, maximize=False,
-                beta1=group["betas"][0], beta2=group["betas"][1], decoupled_weight_decay=self.decoupled, **keys,
-            )  # fmt: skip
+            hyper = {key: group[key] for key in ("lr", "weight_decay", "eps")}
+            hyper["beta1"], hyper["beta2"] = group["betas"]
+            switches = {"foreach": False, "amsgrad": False, "maximize": False, "decoupled_weight_decay": self.decoupled}
+            adam(params, [p.grad for p in params], *moments, [], steps, **hyper, **switches)
 
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = HostAdam, False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
