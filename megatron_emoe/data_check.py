@@ -99,13 +99,20 @@ def _read_per_split(flag: str, path: str) -> list[tuple[str, list[str] | None, S
 def _source(flag: str, values: list[str], split: Split | None) -> Source:
     if not values:
         raise ValueError(f"{flag} lists nothing: give a prefix, or weights and prefixes: w1 prefix1 w2 prefix2")
-    try:
-        prefixes, weights = get_blend_from_list(values)
-    except AssertionError as error:
-        raise ValueError(f"{flag} {' '.join(values)}: every prefix has a weight before it, or none has") from error
+    prefixes, weights = get_blend_from_list(values)
+    if weights is None and any(_is_number(value) and not os.path.exists(f"{value}.idx") for value in values):
+        raise ValueError(f"{flag} {' '.join(values)}: every prefix has a weight before it, or none has")
     if weights is not None and (min(weights) < 0 or sum(weights) <= 0 or not np.all(np.isfinite(weights))):
         raise ValueError(f"{flag} {' '.join(values)}: weights are >= 0 and at least one is > 0")
     return Source(flag, prefixes, weights, split)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_flags(args: Namespace, sources: list[Source]) -> None:
