@@ -316,7 +316,7 @@ def test_no_copy_to_the_host_is_added_on_steps_that_are_not_measured(elastic):
     if elastic in ("off", "prefix"):
         assert operations == stock_operations  # not a single operation more
     else:
-        assert operations > stock_operations
+        assert operations != stock_operations  # the elastic path did run
 
 
 def compare_off(settings: dict[str, Any], passes: int) -> list[str]:
