@@ -116,6 +116,12 @@ class ElasticConfig:
             return _given(self.emoe_k_min), model_k
         return _given(self.emoe_k_min), _given(self.emoe_k_max)
 
+    def k_fields(self) -> tuple[str, str]:
+        """Names of the settings that hold the two numbers of `k_range`, for messages."""
+        low = "moe_router_topk" if self.emoe_k_schedule == "constant" else "emoe_k_min"
+        high = "moe_router_topk" if self.emoe_k_schedule in ("constant", "default-or-smaller") else "emoe_k_max"
+        return low, high
+
     def settings(self) -> dict[str, Any]:
         """Name and value of every elastic field, for checkpoints and logs."""
         return {f.name: getattr(self, f.name) for f in fields(ElasticConfig)}
@@ -140,6 +146,7 @@ _SCHEDULE_NEEDS = {
 }
 _SCHEDULE_TAKES = {**_SCHEDULE_NEEDS, "default-or-smaller": {"emoe_k_min", "emoe_k_default_prob"}}
 _SCHEDULE_PARAMETERS = {"emoe_k_min", "emoe_k_max", "emoe_k_weights", "emoe_k_default_prob", "emoe_k_ramp_iters"}
+_SAMPLING_PARAMETERS = ("emoe_pool_k", "emoe_pool_draw", "emoe_pool_fixed", "emoe_balance_on")
 
 
 def validate_elastic(
@@ -174,16 +181,17 @@ def _check_schedule(elastic: ElasticConfig, model_k: int, num_experts: int) -> N
         _refuse("emoe_k_schedule", schedule, f"needs {flag(name)}, which is not given")
     for name in sorted(given - _SCHEDULE_TAKES[schedule]):
         _refuse(name, getattr(elastic, name), f"has no meaning with {flag('emoe_k_schedule')} {schedule}")
-    low, high = elastic.k_range(model_k)
+    if schedule in ("constant", "ramp") and elastic.emoe_k_draw != "step":
+        _refuse("emoe_k_draw", elastic.emoe_k_draw, f"has no meaning with {flag('emoe_k_schedule')} {schedule}")
+    (low, high), (low_name, high_name) = elastic.k_range(model_k), elastic.k_fields()
     if low < 1:
-        _refuse("emoe_k_min", low, "must be at least 1")
+        _refuse(low_name, low, "must be at least 1")
     if high > num_experts:
-        _refuse("emoe_k_max", high, f"must not exceed --num-experts {num_experts}")
+        _refuse(high_name, high, f"must not exceed --num-experts {num_experts}")
     if low > high:
-        other = "--moe-router-topk" if schedule == "default-or-smaller" else flag("emoe_k_max")
-        _refuse("emoe_k_min", low, f"must not exceed {other} {high}")
+        _refuse(low_name, low, f"must not exceed {flag(high_name)} {high}")
     if schedule == "default-or-smaller" and low == high:
-        _refuse("emoe_k_min", low, f"must be below --moe-router-topk {model_k}, or no smaller k exists")
+        _refuse(low_name, low, f"must be below {flag(high_name)} {high}, or no smaller k exists")
     if schedule == "weighted":
         _check_weights(_weights(elastic), low, high)
 
@@ -207,10 +215,12 @@ def _check_selection(elastic: ElasticConfig, model_k: int, num_experts: int) -> 
     if elastic.emoe_selection == "prefix" and not elastic.draws_k:
         _refuse("emoe_selection", "prefix", "needs --emoe-k-schedule; with a constant k it is plain topk")
     if not elastic.samples:
-        for name in ("emoe_pool_k", "emoe_pool_fixed"):
-            if getattr(elastic, name):
+        for name in _SAMPLING_PARAMETERS:
+            if getattr(elastic, name) != getattr(ElasticConfig, name):
                 _refuse(name, getattr(elastic, name), "needs --emoe-selection coactivation")
         return
+    if elastic.emoe_pool_fixed and elastic.emoe_pool_draw != "token":
+        _refuse("emoe_pool_draw", elastic.emoe_pool_draw, "has no meaning with --emoe-pool-fixed")
     if pool is None:
         _refuse("emoe_selection", "coactivation", "needs --emoe-pool-k, which is not given")
     elif pool > num_experts:
@@ -246,12 +256,12 @@ def _check_groups(elastic: ElasticConfig, model_k: int, num_experts: int, num_gr
     """Group-limited routing picks `group_topk` of `num_groups` groups, scoring each by its best k // group_topk
     experts."""
     reachable = num_experts // num_groups * group_topk
-    largest = {"emoe_pool_k": elastic.emoe_pool_k or 0, "emoe_k_max": elastic.k_range(model_k)[1]}
-    largest["emoe_eval_k"] = max(elastic.emoe_eval_k or [0])
+    (low, high), (low_name, high_name) = elastic.k_range(model_k), elastic.k_fields()
+    largest = {high_name: high, "emoe_pool_k": elastic.emoe_pool_k or 0, "emoe_eval_k": max(elastic.emoe_eval_k or [0])}
     for name, value in largest.items():
         if value > reachable:
             _refuse(name, value, f"{group_topk} groups of {num_experts // num_groups} experts hold only {reachable}")
-    smallest = {"emoe_k_min": elastic.k_range(model_k)[0], "emoe_eval_k": min(elastic.emoe_eval_k or [num_experts])}
+    smallest = {low_name: low, "emoe_eval_k": min(elastic.emoe_eval_k or [num_experts])}
     for name, value in smallest.items():
         if value < group_topk:
             _refuse(name, value, f"must be at least --moe-router-group-topk {group_topk}, or a group has no score")
