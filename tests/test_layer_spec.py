@@ -1,0 +1,186 @@
+"""From the command line to built layers: every elastic setting arrives, in every kind of layer, and no MoE layer stays
+stock."""
+
+import contextlib
+import io
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import pytest
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_emoe.elastic_config import ElasticConfig
+from megatron_emoe.layer_spec import elastic_layer
+from megatron_emoe.moe_layer import ElasticMoELayer
+from megatron_emoe.router import ElasticRouter
+from tests.distributed import run_ranks
+from tests.tiny import COACTIVATION, PREFIX, arguments, flags, start
+
+# Together these give every elastic field a value other than its default.
+LINES: list[dict[str, Any]] = [
+    {
+        "emoe_selection": "coactivation",
+        "emoe_pool_k": 6,
+        "emoe_pool_draw": "microbatch",
+        "emoe_k_schedule": "weighted",
+        "emoe_k_min": 1,
+        "emoe_k_max": 3,
+        "emoe_k_weights": [0.5, 0.25, 0.25],
+        "emoe_k_draw": "layer",
+        "emoe_seed": 99,
+        "emoe_hr_loss_coeff": 0.125,
+        "emoe_balance_on": "topk",
+        "emoe_combine": "renormalize",
+        "emoe_eval_k": [1, 4],
+        "emoe_coactivation_interval": 7,
+    },
+    {
+        "emoe_selection": "coactivation",
+        "emoe_pool_k": 5,
+        "emoe_pool_fixed": True,
+        "emoe_k_schedule": "default-or-smaller",
+        "emoe_k_min": 1,
+        "emoe_k_default_prob": 0.7,
+    },
+    {
+        "emoe_selection": "prefix",
+        "emoe_k_schedule": "ramp",
+        "emoe_k_min": 1,
+        "emoe_k_max": 4,
+        "emoe_k_ramp_iters": 50,
+    },
+]
+DEFAULTS = {field.name: field.default for field in fields(ElasticConfig)}
+
+
+class Layer(NamedTuple):
+    """A built MoE layer: its name in the model, the classes, and the elastic settings in each place that reads them."""
+
+    name: str
+    classes: tuple[str, str, str]
+    settings: list[dict[str, Any]]
+    is_mtp: bool
+    number: int
+
+
+def build(changes: dict[str, Any]) -> list[Layer]:
+    """Parse a command line, build the model it asks for, and describe every MoE layer in it."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_emoe.layer_spec import elastic_model_config
+
+    args = arguments(flags(**changes))
+    start()
+    config = elastic_model_config(args)
+    model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    return [describe(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+
+
+def describe(name: str, layer: Any) -> Layer:
+    configs = [layer.config, layer.router.config, layer.token_dispatcher.config]
+    return Layer(
+        name,
+        (type(layer).__name__, type(layer.router).__name__, type(layer.config).__name__),
+        [{field: getattr(config, field) for field in DEFAULTS} for config in configs],
+        layer.router.is_mtp_layer,
+        layer.router.global_layer_number,
+    )
+
+
+def test_the_lines_cover_every_elastic_field():
+    assert {name for line in LINES for name, value in line.items() if value != DEFAULTS[name]} == set(DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [*(("attention", line) for line in LINES), ("multi-latent", LINES[0]), ("multi-token", LINES[0])],
+    ids=lambda value: value if isinstance(value, str) else value["emoe_k_schedule"],
+)
+def test_every_flag_reaches_every_built_layer(kind, line):
+    more = {
+        "attention": {},
+        "multi-latent": {"multi_latent_attention": True},
+        "multi-token": {"mtp_num_layers": 1},
+    }[kind]
+    layers = run_ranks(build, 1, line | more)[0]
+    assert len(layers) == (3 if kind == "multi-token" else 2)
+    config = "ElasticMLATransformerConfig" if kind == "multi-latent" else "ElasticTransformerConfig"
+    for layer in layers:
+        assert layer.classes == ("ElasticMoELayer", "ElasticRouter", config)
+        assert layer.settings == [DEFAULTS | line] * 3
+    assert [layer.number for layer in layers] == list(range(1, len(layers) + 1))
+    assert [layer.is_mtp for layer in layers] == [False, False, True][: len(layers)]
+
+
+def test_dense_layers_stay_and_moe_layers_between_them_are_elastic():
+    layers = run_ranks(build, 1, COACTIVATION | {"num_layers": 4, "moe_layer_freq": "[0,1,0,1]"})[0]
+    assert [layer.name for layer in layers] == ["decoder.layers.1.mlp", "decoder.layers.3.mlp"]
+    assert {layer.classes[:2] for layer in layers} == {("ElasticMoELayer", "ElasticRouter")}
+
+
+def test_settings_that_are_off_build_elastic_layers_with_the_defaults():
+    assert all(layer.settings == [DEFAULTS] * 3 for layer in run_ranks(build, 1, {})[0])
+
+
+class OtherRouter(TopKRouter):
+    """Somebody else's router."""
+
+
+class OtherLayer(MoELayer):
+    """Somebody else's MoE layer."""
+
+
+def test_a_spec_with_somebody_else_s_layer_or_router_is_refused():
+    spec = get_gpt_layer_local_spec(8, moe_grouped_gemm=False)
+    mlp = spec.submodules.mlp
+    other_router = replace(mlp.keywords["submodules"], router=OtherRouter)
+    for changed, name in (
+        (type(mlp)(OtherLayer, **mlp.keywords), "OtherLayer"),
+        (type(mlp)(MoELayer, submodules=other_router), "OtherRouter"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            elastic_layer(replace(spec, submodules=replace(spec.submodules, mlp=changed)))
+
+
+def test_only_the_moe_layer_and_its_router_are_replaced_and_the_core_s_spec_is_left_alone():
+    spec = get_gpt_layer_local_spec(8, moe_grouped_gemm=False)
+    ours = elastic_layer(spec)
+    assert (spec.submodules.mlp.func, ours.submodules.mlp.func) == (MoELayer, ElasticMoELayer)
+    before, after = spec.submodules.mlp.keywords["submodules"], ours.submodules.mlp.keywords["submodules"]
+    assert (before.router, after.router) == (TopKRouter, ElasticRouter)
+    assert replace(after, router=TopKRouter) == before
+    assert replace(ours.submodules, mlp=None) == replace(spec.submodules, mlp=None)
+    assert elastic_layer(ours) is ours
+
+
+def refused(changes: dict[str, Any], forced: list[str]) -> tuple[int, str]:
+    """Exit status and message of a command line; forced: words that host mode itself would not let through."""
+    from megatron_emoe import host_mode
+
+    text, setup = io.StringIO(), host_mode.setup
+    host_mode.setup = lambda words: setup(words) + forced
+    with contextlib.redirect_stderr(text), pytest.raises(SystemExit) as leave:
+        arguments(flags(**changes))
+    return leave.value.code, text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "forced", "named"),
+    [
+        (PREFIX, ["--moe-token-dispatcher-type", "flex"], ["--emoe-k-schedule uniform", "flex", "alltoall"]),
+        (COACTIVATION, ["--moe-router-fusion"], ["--emoe-selection coactivation", "--moe-router-fusion"]),
+        (
+            COACTIVATION | {"moe_router_load_balancing_type": "sinkhorn"},
+            [],
+            ["--emoe-selection coactivation", "--moe-router-load-balancing-type sinkhorn"],
+        ),
+    ],
+    ids=["flex", "fusion", "sinkhorn"],
+)
+def test_a_combination_that_cannot_work_ends_with_one_message_naming_both_flags(changes, forced, named):
+    status, message = run_ranks(refused, 1, changes, forced)[0]
+    errors = [line for line in message.splitlines() if "error:" in line]
+    assert status == 2 and len(errors) == 1
+    assert all(word in errors[0] for word in named)
