@@ -1,0 +1,266 @@
+"""The elastic configuration: what it accepts, what it becomes, and every feature of the core that it refuses."""
+
+import re
+import sys
+from argparse import Namespace
+
+import pytest
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.arguments import parse_args, validate_args
+
+from megatron_emoe.arguments import add_arguments
+from megatron_emoe.elastic_config import ElasticConfig
+from megatron_emoe.transformer_config import (
+    ElasticMLATransformerConfig,
+    ElasticTransformerConfig,
+    check_elastic,
+    elastic_config_from_args,
+)
+
+MODEL = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_moe_experts": 8,
+    "moe_ffn_hidden_size": 8,
+    "moe_router_topk": 2,
+    "moe_router_pre_softmax": True,
+    "add_bias_linear": False,
+}
+BIAS = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "softmax"}
+COACTIVATION = {"emoe_selection": "coactivation", "emoe_pool_k": 6}
+UNIFORM = {"emoe_selection": "prefix", "emoe_k_schedule": "uniform", "emoe_k_min": 1, "emoe_k_max": 4}
+
+FLAGS = (
+    "--num-layers 2 --hidden-size 16 --ffn-hidden-size 32 --moe-ffn-hidden-size 8 --num-attention-heads 2 "
+    "--seq-length 16 --max-position-embeddings 16 --num-experts 8 --moe-router-topk 2 --moe-router-pre-softmax "
+    "--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer "
+    "--vocab-size 64 --swiglu --disable-bias-linear --normalization RMSNorm --position-embedding-type rope "
+    "--transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion"
+)
+
+
+def elastic(**settings) -> ElasticTransformerConfig:
+    return ElasticTransformerConfig(**MODEL | settings)
+
+
+def parsed(monkeypatch, flags: str = "") -> Namespace:
+    """Megatron's checked namespace for the tiny model, with our flags."""
+    monkeypatch.setattr(sys, "argv", ["pretrain_emoe.py", *FLAGS.split(), *flags.split()])
+    args = parse_args(add_arguments)
+    validate_args(args)
+    return args
+
+
+# What it accepts and what it becomes.
+
+
+def test_settings_off_leave_the_core_s_configuration():
+    core = TransformerConfig(**MODEL)
+    ours = elastic()
+    assert isinstance(ours, TransformerConfig)
+    unequal = [
+        name
+        for name, value in vars(core).items()
+        if getattr(ours, name) != value and not callable(value)  # initialisers are new functions each time
+    ]
+    assert unequal == []
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "sqrtsoftplus"])
+def test_selection_bias_of_the_core_is_kept(score_function):
+    config = elastic(moe_router_enable_expert_bias=True, moe_router_score_function=score_function)
+    assert config.moe_router_enable_expert_bias is True
+
+
+def test_selection_bias_with_softmax_is_ours_alone():
+    with pytest.raises(ValueError, match="Expert bias for aux-loss-free routing only supports 'sigmoid'"):
+        TransformerConfig(**MODEL | BIAS)
+    config = elastic(**BIAS)
+    assert (config.moe_router_enable_expert_bias, config.moe_router_score_function) == (True, "softmax")
+    assert elastic(**BIAS | {"moe_router_enable_expert_bias": False}).moe_router_enable_expert_bias is False
+
+
+def test_flags_become_the_elastic_configuration(monkeypatch):
+    args = parsed(monkeypatch, "--emoe-selection coactivation --emoe-pool-k 6 --emoe-seed 7 --emoe-eval-k 1 4")
+    core = core_transformer_config_from_args(args)
+    config = elastic_config_from_args(args)
+    assert type(config) is ElasticTransformerConfig
+    assert config.settings() == ElasticConfig(**COACTIVATION, emoe_seed=7, emoe_eval_k=[1, 4]).settings()
+    for name in ("num_moe_experts", "moe_router_topk", "hidden_size", "normalization", "gated_linear_unit"):
+        assert getattr(config, name) == getattr(core, name), name
+
+
+def test_softmax_with_bias_from_flags(monkeypatch):
+    args = parsed(monkeypatch, "--moe-router-enable-expert-bias")
+    config = elastic_config_from_args(args)
+    assert (config.moe_router_enable_expert_bias, config.moe_router_score_function) == (True, "softmax")
+    assert args.moe_router_enable_expert_bias is True  # the namespace goes into checkpoints: it is as it was
+
+
+def test_multi_latent_attention_is_promoted_too(monkeypatch):
+    args = parsed(monkeypatch, "--multi-latent-attention --emoe-selection coactivation --emoe-pool-k 6 --q-lora-rank 8")
+    assert type(core_transformer_config_from_args(args)) is MLATransformerConfig  # what the core would build silently
+    config = elastic_config_from_args(args)
+    assert type(config) is ElasticMLATransformerConfig
+    assert isinstance(config, ElasticTransformerConfig)
+    assert config.samples and config.emoe_pool_k == 6
+    assert config.q_lora_rank == 8
+
+
+def test_another_configuration_class_is_refused(monkeypatch):
+    args = parsed(monkeypatch)
+
+    class Other(TransformerConfig):
+        pass
+
+    def other_config(namespace: Namespace) -> Other:
+        return Other(**MODEL)
+
+    monkeypatch.setattr("megatron_emoe.transformer_config.core_transformer_config_from_args", other_config)
+    with pytest.raises(TypeError, match=r"^Other has no elastic counterpart"):
+        elastic_config_from_args(args)
+
+
+@pytest.mark.parametrize("name", ["emoe_selection", "emoe_pool_k", "emoe_hr_loss_coeff"])
+def test_a_namespace_without_a_flag_is_an_error_not_a_default(monkeypatch, name):
+    args = parsed(monkeypatch)
+    delattr(args, name)
+    with pytest.raises(AttributeError, match=name):
+        elastic_config_from_args(args)
+
+
+def test_settings_are_checked_on_every_way_in(monkeypatch):
+    message = re.escape("--emoe-pool-k 9: must not exceed --num-experts 8")
+    with pytest.raises(ValueError, match=message):
+        elastic(**COACTIVATION | {"emoe_pool_k": 9})
+    with pytest.raises(ValueError, match=message):
+        ElasticMLATransformerConfig(
+            **MODEL | COACTIVATION | {"emoe_pool_k": 9, "multi_latent_attention": True, "qk_layernorm": False}
+        )
+    args = parsed(monkeypatch, "--emoe-selection coactivation --emoe-pool-k 9")
+    with pytest.raises(ValueError, match=message):
+        elastic_config_from_args(args)
+
+
+def test_group_limits_reach_the_check():
+    groups = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
+    with pytest.raises(ValueError, match="^--emoe-pool-k 6: 2 groups of 2 experts hold only 4$"):
+        elastic(**COACTIVATION | groups)
+
+
+def test_a_model_without_experts_is_refused():
+    with pytest.raises(ValueError, match="^--num-experts is not given: an elastic mixture of experts needs experts$"):
+        ElasticTransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=2)
+
+
+# What the core and elastic settings cannot do together. Each cause: settings, and how the message names them.
+
+CHOOSES = {  # the stock selection is not used
+    "coactivation": (COACTIVATION, "--emoe-selection coactivation"),
+    "combine": ({"emoe_combine": "raw"}, "--emoe-combine raw"),
+    "softmax bias": (BIAS, "--moe-router-enable-expert-bias with --moe-router-score-function softmax"),
+}
+VARIES = {  # k varies
+    "schedule": (UNIFORM, "--emoe-k-schedule uniform"),
+    "evaluation": ({"emoe_eval_k": [1, 4]}, "--emoe-eval-k"),
+}
+
+REPLAYED = "a replayed selection is not a drawn one"
+ITSELF = "it chooses the experts itself"
+REPLACING = {
+    "replay": ({"moe_enable_routing_replay": True}, f"--moe-enable-routing-replay: {REPLAYED}"),
+    "graphs": ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local: a captured graph repeats one k and one draw"),
+    "inference": (
+        {"transformer_impl": "inference_optimized"},
+        "--transformer-impl inference_optimized: its router and dispatchers fix k when they are built",
+    ),
+    "sinkhorn": (
+        {"moe_router_load_balancing_type": "sinkhorn"},
+        f"--moe-router-load-balancing-type sinkhorn: {ITSELF}",
+    ),
+    "sinkhorn in a list": (
+        {"moe_router_load_balancing_type": ["seq_aux_loss", "sinkhorn"]},
+        f"--moe-router-load-balancing-type sinkhorn: {ITSELF}",
+    ),
+    "quantile": (
+        {"moe_router_load_balancing_type": "quantile_balancing"},
+        f"--moe-router-load-balancing-type quantile_balancing: {ITSELF}",
+    ),
+}
+FUSION = ({"moe_router_fusion": True}, "--moe-router-fusion: the fused kernel selects by plain top-k only")
+SIZED = "its buffers are sized for --moe-router-topk"
+FROZEN = {
+    "deepep": (
+        {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"},
+        f"--moe-token-dispatcher-type flex (--moe-flex-dispatcher-backend deepep): {SIZED}; use alltoall or allgather",
+    ),
+    "rank capacity": ({"moe_expert_rank_capacity_factor": 1.5}, f"--moe-expert-rank-capacity-factor: {SIZED}"),
+    "probs on input": (
+        {"moe_apply_probs_on_input": True},
+        "--moe-apply-probs-on-input: it works with one active expert only",
+    ),
+}
+
+
+def with_feature(settings: dict, feature: dict) -> ElasticTransformerConfig:
+    """A valid elastic configuration in which a feature of the core is then switched on.
+
+    The core's own rules about these features (Transformer Engine is installed, ...) run when a configuration is built.
+    """
+    config = elastic(**settings)
+    for name, value in feature.items():
+        assert hasattr(config, name)  # the core still has this setting
+        setattr(config, name, value)
+    return config
+
+
+def refused(settings: dict, feature: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_elastic(with_feature(settings, feature))
+
+
+@pytest.mark.parametrize(("settings", "cause"), (CHOOSES | VARIES).values(), ids=CHOOSES | VARIES)
+@pytest.mark.parametrize(("feature", "why"), REPLACING.values(), ids=REPLACING)
+def test_features_that_replace_the_selection(settings, cause, feature, why):
+    refused(settings, feature, f"{cause} cannot be combined with {why}")
+
+
+@pytest.mark.parametrize(("settings", "cause"), CHOOSES.values(), ids=CHOOSES)
+def test_fused_router(settings, cause):
+    refused(settings, FUSION[0], f"{cause} cannot be combined with {FUSION[1]}")
+
+
+@pytest.mark.parametrize(("settings", "_"), VARIES.values(), ids=VARIES)
+def test_fused_router_computes_plain_top_k_at_any_k(settings, _):
+    check_elastic(with_feature(settings, FUSION[0]))
+
+
+@pytest.mark.parametrize(("settings", "cause"), VARIES.values(), ids=VARIES)
+@pytest.mark.parametrize(("feature", "why"), FROZEN.values(), ids=FROZEN)
+def test_features_that_fix_k(settings, cause, feature, why):
+    refused(settings, feature, f"{cause} cannot be combined with {why}")
+
+
+@pytest.mark.parametrize("feature", [f for f, _ in FROZEN.values()], ids=FROZEN)
+def test_features_that_fix_k_work_with_a_constant_k(feature):
+    check_elastic(with_feature(COACTIVATION, feature))
+
+
+@pytest.mark.parametrize("feature", [f for f, _ in (REPLACING | FROZEN | {"fusion": FUSION}).values()])
+def test_every_feature_works_with_elastic_settings_off(feature):
+    check_elastic(with_feature({}, feature))
+
+
+@pytest.mark.parametrize("kinds", ["global_aux_loss", ["seq_aux_loss", "global_aux_loss"]])
+def test_global_balancing_needs_one_k_per_step(kinds):
+    feature = {"moe_router_load_balancing_type": kinds}
+    refused(
+        UNIFORM | {"emoe_k_draw": "microbatch"},
+        feature,
+        "--emoe-k-draw microbatch cannot be combined with --moe-router-load-balancing-type global_aux_loss: "
+        "it averages counts over micro-batches, which then hold different numbers of experts",
+    )
+    check_elastic(with_feature(UNIFORM | {"emoe_k_draw": "step"}, feature))
+    check_elastic(with_feature(UNIFORM | {"emoe_k_draw": "layer"}, feature))
