@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
+CONVERSATIONS = "datasets>=2.19,<6"  # Megatron's SFTDataset reads its files with it
 
 setup(
     name="megatron-emoe",
@@ -33,6 +34,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.4,<3"],
         "eval": ["lm-eval>=0.4.9,<0.5"],
-        "dev": ["pytest>=8,<10", "ruff==0.17.6", "mypy>=1.13,<3"],
+        "sft": [CONVERSATIONS],
+        "dev": ["pytest>=8,<10", "ruff==0.17.6", "mypy>=1.13,<3", CONVERSATIONS],
     },
 )

@@ -4,6 +4,7 @@ The corpus counts: one document 0, 1, 2, ... so that a sample is a run of consec
 where in the stream it begins.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -242,6 +243,45 @@ def test_two_ranks_share_a_batch_as_their_layout_asks(counting):
 
     # Multi-token prediction is on the last stage and embeds there again: it needs the tokens too.
     assert same(second["multi-token"][1], whole)
+
+
+def conversations(path: str, tokenizer: str) -> dict:
+    flags = ["--sft", "--no-create-attention-mask-in-dataloader", "--sft-tokenizer-prompt-format", "default"]
+    flags += ["--tokenizer-type", "SFTTokenizer", "--tokenizer-model", tokenizer]
+    start("--train-data-path", path, "--eval-iters", 0, *flags)
+    return batches([MICRO_BATCH, None, None], 1)[1][0]
+
+
+def save_letter_tokenizer(folder: Path) -> None:
+    """A Hugging Face tokenizer of one-letter words: <unk> 0, <eos> 1, <pad> 2, a 3, b 4, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<eos>", "<pad>", *"abcdefghijklm"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def test_conversations_are_packed_and_kept_apart(tmp_path):
+    pytest.importorskip("datasets")
+    save_letter_tokenizer(tmp_path / "tokenizer")
+    roles = ["system", "user", "assistant"] * 2
+    contents = ["a b", "c d e", "f g", "h", "i", "j k l m"]  # two conversations: 7 tokens and 6
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    (tmp_path / "chat.jsonl").write_text(2 * (json.dumps({"messages": messages}) + "\n"))
+    batch = run_ranks(conversations, 1, str(tmp_path / "chat.jsonl"), str(tmp_path / "tokenizer"))[0]
+    letters = list(range(3, 16))
+    sample = letters + [2] * (SEQ - 13)
+    assert batch["tokens"].tolist() == [2 * sample]
+    assert batch["labels"][0, :13].tolist() == [*letters[1:], 2]
+    assert batch["loss_mask"][0, :SEQ].tolist() == [1.0] * 12 + [0.0] * (SEQ - 12)
+    # The second conversation takes the padding after it; the second sample follows in the same row.
+    assert batch["packed_seq_params"].cu_seqlens_q.tolist() == [0, 7, SEQ, SEQ + 7, 2 * SEQ]
+    assert batch["position_ids"][0, :9].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1]
 
 
 def a_blend(first: str, second: str) -> tuple:

@@ -12,22 +12,28 @@ import argparse
 import contextlib
 import copy
 import functools
+import logging
 import os
 import signal
 import sys
 import time
+import warnings
 from types import FrameType
 from typing import Any
 
-from megatron.core.datasets.indexed_dataset import DType
-from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_tokenizer
-from megatron.training.argument_utils import ArgumentGroupFactory
-from megatron.training.config import TokenizerConfig
-from tqdm import tqdm
+# Remarks of the libraries on a machine without a GPU, which encoding text does not need.
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
-from megatron_emoe.corpus import cut, find_files, group
-from megatron_emoe.data_files import Sidecar, tokenizer_digest, write_sidecar
-from megatron_emoe.preprocess import Encoder, TokenWriter, encode_in_order, publish, staging, train_tokenizer
+from megatron.core.datasets.indexed_dataset import DType  # noqa: E402
+from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_tokenizer  # noqa: E402
+from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
+from megatron.training.config import TokenizerConfig  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from megatron_emoe.corpus import cut, find_files, group  # noqa: E402
+from megatron_emoe.data_files import Sidecar, tokenizer_digest, write_sidecar  # noqa: E402
+from megatron_emoe.preprocess import Encoder, TokenWriter, encode_in_order, publish, staging, train_tokenizer  # noqa: E402
 
 FOLDER_SUFFIXES = [".txt", ".md", ".py", ".jsonl"]
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
