@@ -178,6 +178,7 @@ def _replace_devices() -> None:
     cuda.device_count = lambda: 1
     cuda.current_device = lambda: cpu
     cuda.set_device = _nothing
+    cuda._is_in_bad_fork = lambda: False  # a forked process has no CUDA context to fear; torch.manual_seed asks
     # Asked for by rules about GPU generations only. Grouped GEMM, which a GPU's checkpoint may name, wants 8.0.
     cuda.get_device_capability = lambda device=None: (8, 0)
     cuda.get_device_properties = lambda device=None: SimpleNamespace(major=8, minor=0, name="cpu")

@@ -5,6 +5,7 @@ As a script it takes Megatron's flags. As a module, `train(flags)` runs in this 
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from megatron_emoe import host_mode
@@ -13,7 +14,8 @@ from megatron_emoe import host_mode
 class Recorder:
     """What one rank saw: the loss of every micro-batch in order (on the last pipeline stage), and the model."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Callable[["Recorder"], None]) -> None:
+        self.watch = watch
         self.train_losses: list[float] = []
         self.valid_losses: list[float] = []
         self.model: Any = None
@@ -23,8 +25,11 @@ class Recorder:
         return {"train": self.train_losses, "valid": self.valid_losses, "weights": weights}
 
 
-def train(flags: list[str]) -> dict[str, Any]:
-    """Run megatron.training.pretrain with these flags, to its end or to --exit-interval; returns Recorder.result()."""
+def train(flags: list[str], watch: Callable[[Recorder], None] = lambda recorder: None) -> dict[str, Any]:
+    """Run megatron.training.pretrain with these flags until it ends or exits in order; returns Recorder.result().
+
+    `watch` is called with the recorder before each forward step.
+    """
     sys.argv = ["pretrain_stock.py", *host_mode.setup(flags)]
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -33,7 +38,7 @@ def train(flags: list[str]) -> dict[str, Any]:
 
     args = parse_and_validate_args(extra_args_provider=host_mode.add_arguments)
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    recorder = Recorder()
+    recorder = Recorder(watch)
     step = functools.partial(forward_step, recorder)
     try:
         pretrain(config, build_datasets, ModelType.encoder_or_decoder, step)
@@ -66,6 +71,7 @@ build_datasets.is_distributed = True
 def forward_step(recorder: Recorder, data_iterator: Any, model: Any) -> tuple[Any, Any]:
     batch = {key: value.cuda() for key, value in next(data_iterator).items()}
     recorder.model = model
+    recorder.watch(recorder)
     losses = recorder.train_losses if model.training else recorder.valid_losses
     output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
     return output, functools.partial(mean_loss, losses, batch["loss_mask"])
