@@ -22,7 +22,7 @@ from torch import Tensor
 
 SUMS = ("active k", "pool size", "hierarchical router loss", "router entropy")
 LOADS = ("load min", "load p5", "load p50", "load p95", "load max", "dead experts")
-COLLAPSED_NATS = 0.05
+COLLAPSED_SHARE = 0.05  # of log E, the entropy of uniform routing
 
 
 def load_statistics(counts_LE: Tensor) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ class ElasticMetricsTracker(MoEMetricsTracker):
     def _line(self, values: dict[str, Tensor]) -> str:
         line = "".join(f" {name}: {value.mean():.4g} |" for name, value in values.items())
         entropy = values["router entropy"]
-        if (entropy < COLLAPSED_NATS * math.log(self._size()[1])).any() and entropy.max() > 0:
+        if (entropy < COLLAPSED_SHARE * math.log(self._size()[1])).any():
             line += f" WARNING: router entropy {entropy.min():.3g} nats: routing has collapsed to one expert |"
         return line
 
