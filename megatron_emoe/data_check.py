@@ -241,7 +241,7 @@ def _check_tokens(args: Namespace, source: Source, prefix: str, vocab_size: int)
     files = read_token_files(prefix)
     sidecar = read_sidecar(prefix)
     if sidecar is not None:
-        _check_sidecar(args, files, sidecar)
+        _check_sidecar(args, files, sidecar, vocab_size)
     max_token_id = sidecar.max_token_id if sidecar else files.max_token_id_at_the_ends()
     if max_token_id >= vocab_size:
         raise ValueError(
@@ -254,7 +254,7 @@ def _check_tokens(args: Namespace, source: Source, prefix: str, vocab_size: int)
             _check_share(args, files, split, bounds)
 
 
-def _check_sidecar(args: Namespace, files: TokenFiles, sidecar: Sidecar) -> None:
+def _check_sidecar(args: Namespace, files: TokenFiles, sidecar: Sidecar, vocab_size: int) -> None:
     """The files are the ones the sidecar was written for, and the run uses the tokenizer that made them."""
     counted, told = (files.documents, files.tokens), (sidecar.documents, sidecar.tokens)
     if counted != told:
@@ -263,11 +263,16 @@ def _check_sidecar(args: Namespace, files: TokenFiles, sidecar: Sidecar) -> None
             f"{counted[1]}: the files are not of one run, make them again"
         )
     digest = tokenizer_digest(args.tokenizer_model)
-    if digest and sidecar.tokenizer_sha256 and digest != sidecar.tokenizer_sha256:
+    if digest and sidecar.tokenizer_sha256:
+        ours, theirs = f"SHA-256 {digest[:12]}...", f"SHA-256 {sidecar.tokenizer_sha256[:12]}..."
+    elif "NullTokenizer" in (args.tokenizer_type, sidecar.tokenizer_type):
+        return  # it stands for any other
+    else:  # a name on a hub: only the size can be compared
+        ours, theirs = f"{vocab_size} ids", f"{sidecar.vocab_size} ids"
+    if ours != theirs:
         raise ValueError(
-            f"{files.prefix} was made with tokenizer {sidecar.tokenizer_model} (SHA-256 "
-            f"{sidecar.tokenizer_sha256[:12]}...), --tokenizer-model {args.tokenizer_model} is another one "
-            f"({digest[:12]}...)"
+            f"{files.prefix} was made with tokenizer {sidecar.tokenizer_model} ({theirs}), --tokenizer-model "
+            f"{args.tokenizer_model} is another one ({ours})"
         )
 
 

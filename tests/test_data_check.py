@@ -178,6 +178,13 @@ def test_the_tokenizer_must_be_the_one_that_made_the_data(tmp_path, prefix):
     text = message(*flags, "--tokenizer-model", tmp_path / "b.model")
     assert f"{prefix} was made with tokenizer old/a.model (SHA-256 {digest[:12]}...)" in text
     assert f"--tokenizer-model {tmp_path}/b.model is another one (" in text
+    # Without files behind the name, the number of ids still tells. A NullTokenizer stands for any other.
+    named = sidecar(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="org/a", vocab_size=290)
+    write_sidecar(f"{prefix}.json", named)
+    check_data(parse(*flags, "--tokenizer-model", tmp_path / "a.model"))
+    check_data(parse("--train-data-path", prefix, "--valid-data-path", prefix))
+    text = message(*flags, "--tokenizer-model", tmp_path / "b.model")
+    assert f"made with tokenizer org/a (290 ids), --tokenizer-model {tmp_path}/b.model is another one (291 ids)" in text
 
 
 @pytest.mark.parametrize(
