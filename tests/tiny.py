@@ -7,6 +7,7 @@ classes, so that a stock run and an elastic run are recorded by the same code, a
 import contextlib
 import io
 import sys
+import zlib
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,7 +109,10 @@ class Run:
 
 
 class Watch:
-    """Fills a Run from hooks that torch calls for every module and every optimizer of this process."""
+    """Fills a Run from hooks that torch calls for every module and every optimizer of this process.
+
+    Names of weights, and numbers of layers and experts in them, are global.
+    """
 
     def __init__(self) -> None:
         self.run = Run()
@@ -149,10 +153,44 @@ class Watch:
 
     def finish(self, log: str) -> Run:
         for chunk in self._chunks.values():
-            named = [*chunk.named_parameters(), *chunk.named_buffers()]
-            self.run.weights |= {name: tensor.detach().clone() for name, tensor in named}
+            self.run.weights |= {name: tensor.detach().clone() for name, tensor in global_names(chunk).items()}
         self.run.log = log
         return self.run
+
+
+def global_names(chunk: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model chunk, named as if one rank held the whole model."""
+    from megatron.core import parallel_state
+
+    named = {}
+    for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]:
+        words = name.split(".")
+        if words[:2] == ["decoder", "layers"]:
+            words[2] = str(chunk.decoder.layers[int(words[2])].layer_number - 1)
+        if "local_experts" in words:
+            place = words.index("local_experts") + 1
+            held = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+            words[place] = str(int(words[place]) + held * parallel_state.get_expert_model_parallel_rank())
+        named[".".join(words)] = tensor
+    return named
+
+
+def fill_weights() -> None:
+    """From now on a built model's weights follow from their global names: the same in every parallel layout."""
+    from megatron_emoe.layer_spec import ElasticGPTModelBuilder
+
+    build = ElasticGPTModelBuilder.build_model
+
+    def build_and_fill(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = build(self, *args, **kwargs)
+        for name, weight in global_names(model).items():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            values = torch.randn(weight.shape, generator=generator)
+            scale = 0.5 if "router" in name else 0.1
+            weight.data.copy_(1 + values / 10 if weight.dim() == 1 else values * scale)
+        return model
+
+    ElasticGPTModelBuilder.build_model = build_and_fill
 
 
 class TinyDataset(torch.utils.data.Dataset):
