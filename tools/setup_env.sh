@@ -128,9 +128,9 @@ install() {
     say "1/3 making $VENV with ${python% *} (Python ${python##* })"
     "${python% *}" -m venv "$VENV"
   fi
-  say "2/3 installing $torch and the libraries it needs: about 3 GB, usually two to five minutes"
+  say "2/3 $torch and the libraries it needs (the first time about 3 GB to download, two to five minutes)"
   if [ -n "${EMOE_TORCH_INDEX:-}" ]; then pip_install "$torch" --index-url "$EMOE_TORCH_INDEX"; else pip_install "$torch"; fi
-  say "3/3 installing this package and its other dependencies: usually one to three minutes"
+  say "3/3 this package and its other dependencies (the first time one to three minutes)"
   pip_install -e ".[dev]"
   printf 'setup=%s\nroot=%s\npython=%s\ntorch_index=%s\n' \
     "$(setup_sum)" "$PWD" "$python" "${EMOE_TORCH_INDEX:-}" >"$STAMP.new"
