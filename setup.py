@@ -30,6 +30,7 @@ setup(
         "tensorboard>=2.16,<3",
         "matplotlib>=3.9,<4",
         "tqdm>=4.66,<5",
+        "pydantic>=2.7,<3",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.4,<3"],
