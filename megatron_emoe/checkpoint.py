@@ -116,9 +116,17 @@ def _has_checkpoint(folder: str) -> bool:
 def check_shape(args: Namespace, stored: Namespace) -> None:
     """ValueError for the first flag in which the checkpoint holds another model."""
     for name in _SHAPE_FLAGS:
-        old, new = getattr(stored, name, None), getattr(args, name, None)
+        old, new = _shape_value(stored, name), _shape_value(args, name)
         if old is not None and new is not None and old != new:
             raise ValueError(f"{flag(name)} {new}: the checkpoint in --load {args.load} was saved with {old}")
+
+
+def _shape_value(args: Namespace, name: str) -> Any:
+    """Without --group-query-attention the number of query groups is the number of heads: the core writes that into its
+    namespace, and so into checkpoints, when it first logs."""
+    if name == "num_query_groups" and not getattr(args, "group_query_attention", True):
+        return args.num_attention_heads
+    return getattr(args, name, None)
 
 
 # What a configuration field says about how a model runs, not which model it is: taken from the command line.
