@@ -5,11 +5,9 @@
 All of Megatron's flags, plus the group "elastic MoE" (--help). Continue from a checkpoint with --load DIR --finetune.
 """
 
-import sys
-
 from megatron_emoe import host_mode
 
-sys.argv[1:] = host_mode.setup(sys.argv[1:])
+host_mode.start()
 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402

@@ -22,14 +22,14 @@ REPO = Path(__file__).resolve().parent.parent
 OUT = REPO / "demo"
 KS = (1, 2, 3, 4, 6, 8, 10, 12, 16)
 VOCAB = 2048
-BASE_ITERS, CONTINUED_ITERS = 500, 200
+BASE_ITERS, CONTINUED_ITERS = 600, 200
 
-MODEL = """--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
-    --num-experts 32 --moe-router-topk 4 --moe-ffn-hidden-size 64 --ffn-hidden-size 64 --swiglu --disable-bias-linear
+MODEL = """--num-layers 3 --hidden-size 96 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
+    --num-experts 32 --moe-router-topk 4 --moe-ffn-hidden-size 48 --ffn-hidden-size 48 --swiglu --disable-bias-linear
     --normalization RMSNorm --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0
     --untie-embeddings-and-output-weights --moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32"""
 PARALLEL = "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
-TRAIN = """--micro-batch-size 8 --global-batch-size 16 --adam-beta2 0.95 --clip-grad 1.0 --weight-decay 0.1
+TRAIN = """--micro-batch-size 4 --global-batch-size 8 --adam-beta2 0.95 --clip-grad 1.0 --weight-decay 0.1
     --lr-decay-style cosine --log-interval 10 --eval-iters 8 --split 99,1,0 --no-create-attention-mask-in-dataloader"""
 ELASTIC = "--emoe-selection prefix --emoe-k-schedule uniform --emoe-k-min 2 --emoe-k-max 12 --emoe-k-draw layer"
 
@@ -69,11 +69,11 @@ def steps() -> list[Step]:
     corpus += f"--suffix .py --output-prefix {OUT}/data/stdlib --train-tokenizer {VOCAB} --append-eod".split()
     corpus += ["--holdout", "0.05", "--workers", "2", "--errors", "ignore"]
     continued = f"--load {OUT}/checkpoints/base --finetune"
-    low = "--lr 5e-4 --min-lr 5e-5 --lr-warmup-iters 10"
+    low = "--lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 10"
     plot = [sys.executable, str(REPO / "tools/plot_sweep.py"), *(str(OUT / f"{n}.json") for n in ("topk", "elastic"))]
     return [
         Step("corpus", corpus, OUT / "data/stdlib.json"),
-        training("base", BASE_ITERS, "--lr 3e-3 --min-lr 5e-4 --lr-warmup-iters 30", ""),
+        training("base", BASE_ITERS, "--lr 2e-3 --min-lr 1e-3 --lr-warmup-iters 30", ""),
         training("topk", CONTINUED_ITERS, low, continued),
         training("elastic", CONTINUED_ITERS, low, f"{continued} {ELASTIC} --emoe-eval-k 4 8 12"),
         sweep("topk"),

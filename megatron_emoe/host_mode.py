@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import inspect
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -99,6 +100,16 @@ def setup(argv: list[str]) -> list[str]:
         version = importlib.metadata.version("megatron-core")
         print(f"host mode: megatron-core {version} on CPU (gloo); for development and verification, not for speed")
     return argv + _missing_defaults(argv)
+
+
+def start() -> None:
+    """setup() for this program's own command line; what it refuses ends the program with status 2 and one message."""
+    try:
+        sys.argv[1:] = setup(sys.argv[1:])
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def enable(*, force: bool = False) -> None:

@@ -67,7 +67,7 @@ def check_sweep(args: Namespace) -> SweepResult:
         num_experts=args.num_experts,
         data=SweepData(path=tuple(map(str, args.data_path or args.valid_data_path or [])), tokens=args.max_eval_tokens),
         cells=(),
-        command=shlex.join(["torchrun", *sys.argv]),
+        command=shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return resume(out, header)

@@ -6,11 +6,9 @@ The model's flags come from the checkpoint; parallel layout and --micro-batch-si
 already in the output are kept, so an interrupted sweep goes on where it stopped.
 """
 
-import sys
-
 from megatron_emoe import host_mode
 
-sys.argv[1:] = host_mode.setup(sys.argv[1:])
+host_mode.start()
 
 from argparse import ArgumentParser  # noqa: E402
 
