@@ -21,7 +21,8 @@ def table() -> str:
     rows = ["| flag | values | default | meaning |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(ElasticConfig):
         default = "off" if field.default is False else "unset" if field.default is None else f"`{field.default}`"
-        rows.append(f"| `{flag(field.name)}` | {values(field.type)} | {default} | {texts[field.name]} |")
+        meaning = texts[field.name].replace("|", r"\|")  # a bare one would end the cell
+        rows.append(f"| `{flag(field.name)}` | {values(field.type)} | {default} | {meaning} |")
     return "\n".join(rows)
 
 
