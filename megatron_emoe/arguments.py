@@ -15,7 +15,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from megatron_emoe import host_mode
-from megatron_emoe.checkpoint import check_load, locate, model_flags, stored_args
+from megatron_emoe.checkpoint import check_load, has_checkpoint, locate, model_flags, stored_args
 from megatron_emoe.data import check_data
 from megatron_emoe.elastic_config import ElasticConfig
 from megatron_emoe.transformer_config import elastic_config_from_args
@@ -86,6 +86,8 @@ def _complete_training(args: Namespace, parser: ArgumentParser) -> None:
     if args.use_checkpoint_args:
         if args.load is None:
             raise ValueError("--use-checkpoint-args needs --load, which is not given")
+        if has_checkpoint(args.load):
+            locate(args.load, args.ckpt_step)  # the core ends the process with status 0 where this raises
         load_args_from_checkpoint(args)
         _keep_asked_k(args, _given(parser))
     validate_args(args)

@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_emoe.elastic_config import ElasticConfig, flag
 
@@ -32,6 +33,10 @@ _SHAPE_FLAGS = (
     "moe_shared_expert_intermediate_size",
     "moe_layer_freq",
     "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_layernorm",
+    "add_qkv_bias",
     "position_embedding_type",
     "swiglu",
     "normalization",
@@ -53,7 +58,7 @@ def locate(folder: str, step: int | None = None, source: str = "--load") -> Path
         raise ValueError(f"{source} {folder}: no such folder")
     if not tracker.is_file():
         raise ValueError(f"{source} {folder}: no checkpoint in it ({tracker.name} is missing)")
-    newest = tracker.read_text().strip()
+    newest = tracker.read_text(errors="replace").strip()
     if newest != "release" and not newest.isdecimal():
         raise ValueError(f"{source} {folder}: {tracker.name} holds {newest!r}, which is neither a number nor 'release'")
     release = newest == "release" and not step
@@ -65,17 +70,19 @@ def locate(folder: str, step: int | None = None, source: str = "--load") -> Path
     return path
 
 
-def stored_args(checkpoint: Path) -> Namespace:
-    """The arguments a torch_dist checkpoint was saved with.
+def stored_args(checkpoint: Path, source: str = "--load") -> Namespace:
+    """The arguments a torch_dist checkpoint was saved with. source: the flag that names it, for messages.
 
     Raises:
         ValueError: the checkpoint is not torch_dist, or is damaged.
     """
+    if not (checkpoint / ".metadata").is_file():
+        raise ValueError(f"{source} {checkpoint}: not a torch_dist checkpoint (.metadata is missing)")
     try:
-        state = load_common_state_dict(checkpoint)
-        return state["args"]
-    except Exception as error:  # the core raises a different class for each way a folder can be damaged
-        raise ValueError(f"--load {checkpoint}: not a readable torch_dist checkpoint ({error})") from error
+        return load_common_state_dict(checkpoint)["args"]
+    except (Exception, CheckpointException) as error:  # a class for each kind of damage; torch's is no Exception
+        reason = (str(error) or type(error).__name__).strip().splitlines()[-1]  # above it, torch's has the traceback
+        raise ValueError(f"{source} {checkpoint}: not a readable torch_dist checkpoint ({reason})") from error
 
 
 def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
@@ -88,45 +95,40 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
     Raises:
         ValueError: with flag, stored and given value.
     """
-    continues = not args.finetune
-    if args.load is None or (args.load == args.save and continues and not _has_checkpoint(args.load)):
+    source, folder, step, continues = "--load", args.load, args.ckpt_step, not args.finetune
+    if folder is None or (folder == args.save and continues and not has_checkpoint(folder)):
         if args.pretrained_checkpoint is None:
             if args.finetune:
                 raise ValueError("--finetune is given without --load: there is nothing to continue from")
             return
-        continues = False
-        stored = stored_args(locate(args.pretrained_checkpoint, source="--pretrained-checkpoint"))
-    else:
-        stored = stored_args(locate(args.load, args.ckpt_step))
-    check_shape(args, stored)
+        source, folder, step, continues = "--pretrained-checkpoint", args.pretrained_checkpoint, None, False
+    stored = stored_args(locate(folder, step, source), source)
+    check_shape(args, stored, f"{source} {folder}")
     changes = elastic_changes(args, stored)
     if changes and continues:
         raise ValueError(
-            f"--load {args.load}: elastic settings differ from the stored ones: {'; '.join(changes)}. "
+            f"{source} {folder}: elastic settings differ from the stored ones: {'; '.join(changes)}. "
             "Keep them to continue this run, or start a new one from its weights with --finetune"
         )
     for change in changes:
         report(f"elastic setting changed: {change}")
 
 
-def _has_checkpoint(folder: str) -> bool:
+def has_checkpoint(folder: str) -> bool:
+    """Whether something was saved in `folder` (which need not exist)."""
     return Path(get_checkpoint_tracker_filename(folder)).is_file()
 
 
-def check_shape(args: Namespace, stored: Namespace) -> None:
-    """ValueError for the first flag in which the checkpoint holds another model."""
+def check_shape(args: Namespace, stored: Namespace, source: str) -> None:
+    """ValueError for the first flag in which the checkpoint in `source` holds another model.
+
+    A part of the stored model that this run leaves out counts too: the core would drop its weights without a word.
+    """
     for name in _SHAPE_FLAGS:
-        old, new = _shape_value(stored, name), _shape_value(args, name)
-        if old is not None and new is not None and old != new:
-            raise ValueError(f"{flag(name)} {new}: the checkpoint in --load {args.load} was saved with {old}")
-
-
-def _shape_value(args: Namespace, name: str) -> Any:
-    """Without --group-query-attention the number of query groups is the number of heads: the core writes that into its
-    namespace, and so into checkpoints, when it first logs."""
-    if name == "num_query_groups" and not getattr(args, "group_query_attention", True):
-        return args.num_attention_heads
-    return getattr(args, name, None)
+        old, new = getattr(stored, name, None), getattr(args, name)
+        if old is not None and old != new:
+            given = f"{flag(name)} is not given" if new is None else f"{flag(name)} {new}"
+            raise ValueError(f"{given}: the checkpoint in {source} was saved with {old}")
 
 
 # What a configuration field says about how a model runs, not which model it is: taken from the command line.
