@@ -125,10 +125,18 @@ def check_shape(args: Namespace, stored: Namespace, source: str) -> None:
     A part of the stored model that this run leaves out counts too: the core would drop its weights without a word.
     """
     for name in _SHAPE_FLAGS:
-        old, new = getattr(stored, name, None), getattr(args, name)
+        old, new = _shape_value(stored, name), _shape_value(args, name)
         if old is not None and old != new:
             given = f"{flag(name)} is not given" if new is None else f"{flag(name)} {new}"
             raise ValueError(f"{given}: the checkpoint in {source} was saved with {old}")
+
+
+def _shape_value(args: Namespace, name: str) -> Any:
+    """Without --group-query-attention the number of query groups is the number of heads: the core writes that into its
+    namespace, and so into checkpoints, when it first logs."""
+    if name == "num_query_groups" and not getattr(args, "group_query_attention", True):
+        return args.num_attention_heads
+    return getattr(args, name, None)
 
 
 # What a configuration field says about how a model runs, not which model it is: taken from the command line.

@@ -19,7 +19,8 @@ MODEL = {
     "hidden_size": 32,
     "ffn_hidden_size": 64,
     "num_attention_heads": 4,
-    "num_query_groups": None,
+    "group_query_attention": True,
+    "num_query_groups": 2,
     "kv_channels": 8,
     "num_experts": 8,
     "moe_ffn_hidden_size": 16,
@@ -249,6 +250,7 @@ OTHER_MODELS = {
     "hidden_size": 48,
     "ffn_hidden_size": 96,
     "num_attention_heads": 2,
+    "num_query_groups": 1,
     "kv_channels": 16,
     "num_experts": 16,
     "moe_ffn_hidden_size": 8,
@@ -281,10 +283,17 @@ def test_a_part_of_the_model_left_out_is_refused():
 
 
 def test_what_an_older_checkpoint_does_not_say_is_not_compared():
-    stored_run = namespace()
+    stored_run = namespace(kv_channels=None)
     del stored_run.qk_layernorm
-    stored_run.num_query_groups = None
-    check_shape(namespace(qk_layernorm=True, num_query_groups=2), stored_run, "--load x")
+    check_shape(namespace(qk_layernorm=True, kv_channels=16), stored_run, "--load x")
+
+
+def test_query_groups_count_only_where_they_are_used():
+    # Without --group-query-attention every head has its own, and the core writes their number, 4, into what it saves.
+    heads = {"group_query_attention": False, "num_query_groups": 4}
+    check_shape(namespace(**heads | {"num_query_groups": 1}), namespace(**heads), "--load x")
+    with refuses("--num-query-groups 2: the checkpoint in --load x was saved with 4"):
+        check_shape(namespace(), namespace(**heads), "--load x")
 
 
 # First starts, restarts, other people's weights.
