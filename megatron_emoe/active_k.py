@@ -150,9 +150,10 @@ class ActiveK:
 
     def draw(self, elastic: ElasticConfig, model_k: int, layer: int, training: bool) -> Draw:
         """What the layer uses now: the schedule's draw in training, plain top-k' in evaluation."""
-        if training:
+        if training and elastic.draws:
             return draw_for(elastic, model_k, self.place(layer))
-        k = self._override.get(layer, model_k) if isinstance(self._override, Mapping) else self._override or model_k
+        override = None if training else self._override
+        k = override.get(layer, model_k) if isinstance(override, Mapping) else override or model_k
         return Draw(k, k, k, 0)
 
 

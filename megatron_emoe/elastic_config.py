@@ -92,9 +92,9 @@ class ElasticConfig:
         return self.emoe_selection == "coactivation"
 
     @property
-    def varies_k(self) -> bool:
-        """Whether some forward pass uses a k other than --moe-router-topk."""
-        return self.draws_k or bool(self.emoe_eval_k)
+    def draws(self) -> bool:
+        """Whether anything at all is drawn in training: without it, a forward pass need not know where it stands."""
+        return self.samples or self.draws_k
 
     @property
     def hr_loss_coeff(self) -> float:

@@ -34,7 +34,7 @@ class ElasticRouter(TopKRouter):
         if not isinstance(self.config, ElasticTransformerConfig):
             raise TypeError(
                 f"ElasticRouter needs an ElasticTransformerConfig, got {type(self.config).__name__}: "
-                "elastic settings would be lost without a word; build the config with layer_spec.elastic_config()"
+                "elastic settings would be lost without a word; build the config with elastic_config_from_args()"
             )
         self.model_k = self.config.moe_router_topk
 

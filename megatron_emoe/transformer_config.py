@@ -62,6 +62,7 @@ def elastic_config_from_args(args: Namespace) -> ElasticTransformerConfig:
     for field in fields(ElasticConfig):
         setattr(config, field.name, getattr(args, field.name))
     config.moe_router_enable_expert_bias = args.moe_router_enable_expert_bias
+    config.use_te_rng_tracker = args.te_rng_tracker  # the core leaves its own field at the default
     check_elastic(config)
     return config
 
@@ -80,6 +81,7 @@ def check_elastic(config: ElasticTransformerConfig) -> None:
     _refuse_balancing(config)
     _refuse_router_features(config)
     _refuse_frozen_k(config)
+    _refuse_machinery(config)
 
 
 def _conflict(elastic: str, other: str, why: str) -> None:
@@ -151,3 +153,14 @@ def _refuse_frozen_k(config: ElasticTransformerConfig) -> None:
         _conflict(cause, "--moe-expert-rank-capacity-factor", "its buffers are sized for --moe-router-topk")
     if config.moe_apply_probs_on_input:
         _conflict(cause, "--moe-apply-probs-on-input", "it works with one active expert only")
+
+
+def _refuse_machinery(config: ElasticTransformerConfig) -> None:
+    """Parts of the training loop that this package does not serve."""
+    if config.overlap_moe_expert_parallel_comm:
+        raise ValueError(
+            "--overlap-moe-expert-parallel-comm: not supported, its schedule takes a plan from the forward step"
+        )
+    if config.draws and config.use_te_rng_tracker:
+        cause = "--emoe-selection coactivation" if config.samples else f"--emoe-k-schedule {config.emoe_k_schedule}"
+        _conflict(cause, "--te-rng-tracker", "recomputation finds its draws through Megatron's own tracker")

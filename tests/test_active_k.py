@@ -214,7 +214,8 @@ def test_there_is_one_owner():
 
 def test_place_must_be_set(owner):
     with pytest.raises(RuntimeError, match=r"^begin_microbatch\(\) must be called before a training forward pass$"):
-        owner.draw(ElasticConfig(), 2, 1, training=True)
+        owner.draw(ElasticConfig(**COACTIVATION), 2, 1, training=True)
+    assert owner.draw(ElasticConfig(), 2, 1, training=True) == Draw(2, 2, 2, 0)  # nothing is drawn: no place needed
     owner.begin_microbatch(7, 3)
     assert owner.place(2) == Place(7, 3, 2)
     assert owner.draw(ElasticConfig(**UNIFORM), 2, 2, training=True) == draw_for(

@@ -213,10 +213,11 @@ def test_defaults_that_depend_on_other_settings():
 
 def test_what_the_settings_imply():
     nothing = ElasticConfig()
-    assert not (nothing.draws_k or nothing.samples or nothing.varies_k)
-    assert ElasticConfig(**COACTIVATION).samples and not ElasticConfig(**COACTIVATION).varies_k
-    assert ElasticConfig(**UNIFORM).draws_k and ElasticConfig(**UNIFORM).varies_k
-    assert ElasticConfig(emoe_eval_k=[4]).varies_k and not ElasticConfig(emoe_eval_k=[4]).draws_k
+    assert not (nothing.draws_k or nothing.samples or nothing.draws)
+    assert ElasticConfig(**COACTIVATION).samples and not ElasticConfig(**COACTIVATION).draws_k
+    assert ElasticConfig(**UNIFORM).draws_k and not ElasticConfig(**UNIFORM).samples
+    assert all(ElasticConfig(**settings).draws for settings in (COACTIVATION, UNIFORM))
+    assert not ElasticConfig(emoe_eval_k=[4]).draws  # evaluation is no draw
 
 
 @pytest.mark.parametrize(

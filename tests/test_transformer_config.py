@@ -253,6 +253,36 @@ def test_every_feature_works_with_elastic_settings_off(feature):
     check_elastic(with_feature({}, feature))
 
 
+def test_another_schedule_of_the_loop_is_refused_whatever_the_elastic_settings():
+    for settings in ({}, COACTIVATION):
+        refused(
+            settings,
+            {"overlap_moe_expert_parallel_comm": True},
+            "--overlap-moe-expert-parallel-comm: not supported, its schedule takes a plan from the forward step",
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("--emoe-selection coactivation --emoe-pool-k 6", "--emoe-selection coactivation"),
+        (
+            "--emoe-selection prefix --emoe-k-schedule uniform --emoe-k-min 1 --emoe-k-max 4",
+            "--emoe-k-schedule uniform",
+        ),
+    ],
+)
+def test_draws_and_the_engine_s_random_states(monkeypatch, line, cause):
+    message = f"{cause} cannot be combined with --te-rng-tracker: recomputation finds its draws through Megatron's own"
+    args = parsed(monkeypatch, line)
+    args.te_rng_tracker = True
+    with pytest.raises(ValueError, match=f"^{re.escape(message)} tracker$"):
+        elastic_config_from_args(args)
+    plain = parsed(monkeypatch, "--emoe-eval-k 1 4")
+    plain.te_rng_tracker = True
+    elastic_config_from_args(plain)
+
+
 @pytest.mark.parametrize("kinds", ["global_aux_loss", ["seq_aux_loss", "global_aux_loss"]])
 def test_global_balancing_needs_one_k_per_step(kinds):
     feature = {"moe_router_load_balancing_type": kinds}
