@@ -26,7 +26,7 @@ check: setup ## lint, formatting and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## step time and memory: plain top-k against every elastic mode
+bench: setup ## what elastic training costs: step and router time, bytes sent, against plain top-k
 	@$(BIN)/python benchmarks/bench.py
 
 clean: ## remove .venv, caches and what the demo wrote
