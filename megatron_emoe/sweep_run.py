@@ -21,8 +21,10 @@ from megatron.training.training import setup_model_and_optimizer
 from torch import nn
 from tqdm import tqdm
 
+from megatron_emoe.arguments import fail
 from megatron_emoe.checkpoint import locate, stored_args
 from megatron_emoe.data import build_datasets
+from megatron_emoe.elastic_config import flag
 from megatron_emoe.evaluation import Evaluator, HeldOutLoss, counting_rows, current_device
 from megatron_emoe.layer_spec import elastic_model_config
 from megatron_emoe.moe_layer import ElasticMoELayer
@@ -37,6 +39,7 @@ from megatron_emoe.sweep import (
     upsert_cell,
 )
 from megatron_emoe.training import ElasticLoop
+from megatron_emoe.transformer_config import elastic_config_from_args
 
 _SAMPLES_UNIT = 64
 
@@ -47,9 +50,7 @@ def check_sweep(args: Namespace) -> SweepResult:
     Raises:
         ValueError: a k' out of range, or an --out that cannot be written or belongs to another sweep.
     """
-    for k in args.k:
-        if not 1 <= k <= args.num_experts:
-            raise ValueError(f"--k {k}: must lie in [1, {args.num_experts}], the number of experts")
+    _check_ks(args)
     out = Path(args.out)
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
@@ -65,12 +66,21 @@ def check_sweep(args: Namespace) -> SweepResult:
         iteration=int(checkpoint.name.removeprefix("iter_")) if checkpoint.name.startswith("iter_") else 0,
         k_train=stored_args(checkpoint).moe_router_topk,
         num_experts=args.num_experts,
-        data=SweepData(path=tuple(map(str, args.data_path or args.valid_data_path or [])), tokens=args.max_eval_tokens),
+        data=SweepData(path=tuple(map(str, args.data_path or [])), tokens=args.max_eval_tokens),
         cells=(),
         command=shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return resume(out, header)
+
+
+def _check_ks(args: Namespace) -> None:
+    """The rules of --emoe-eval-k for --k: range, groups, and what in the core cannot follow another k."""
+    args.emoe_eval_k = list(dict.fromkeys(args.k))
+    try:
+        elastic_config_from_args(args)
+    except ValueError as error:
+        raise ValueError(str(error).replace(flag("emoe_eval_k"), "--k")) from error
 
 
 def run_sweep(args: Namespace, result: SweepResult) -> SweepResult:
@@ -83,7 +93,7 @@ def run_sweep(args: Namespace, result: SweepResult) -> SweepResult:
     model = _load_model(args, config)
     loop = ElasticLoop(args, config.transformer)
     batches, steps = _read_batches(args)
-    evaluator = Evaluator(args, loop.forward_step)
+    evaluator = Evaluator(args, loop.forward)
     evaluator.loss_at_k(model, {i: part[: _micro_batches(args)] for i, part in batches.items()}, None, 1)  # warm-up
     cost = CostModel(args, model)
     rank = torch.distributed.get_rank()
@@ -142,8 +152,7 @@ def _steps(args: Namespace, wanted: int, length: int) -> int:
     torch.distributed.all_reduce(known, op=torch.distributed.ReduceOp.MAX)
     samples, batch = min(wanted, int(known.item())), args.eval_global_batch_size
     if samples < batch:
-        fail_data = f"--data-path: {samples} sequences of {args.seq_length} tokens, fewer than one batch of {batch}"
-        raise ValueError(fail_data)
+        fail(f"--data-path: {samples} sequences of {args.seq_length} tokens, fewer than one batch of {batch}")
     unit = math.lcm(_SAMPLES_UNIT, batch)
     return (samples // unit * unit or samples // batch * batch) // batch
 

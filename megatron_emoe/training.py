@@ -59,9 +59,10 @@ class ElasticLoop:
             self._begin(model)
         elif self.config.emoe_eval_k:
             data_iterator = self._recording(data_iterator, vp_stage or 0)
-        return self._forward(data_iterator, model)
+        return self.forward(data_iterator, model)
 
-    def _forward(self, data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Tensor, partial]:
+    def forward(self, data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Tensor, partial]:
+        """The same without a word to the owner of k or a record of the batch: for an evaluation at a given k'."""
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
@@ -92,7 +93,8 @@ class ElasticLoop:
     def _begin(self, model: torch.nn.Module) -> None:
         """Tell the owner of k, and the metrics, where training stands: host arithmetic."""
         iteration = self.args.curr_iteration
-        get_active_k().begin_microbatch(iteration, _microbatch(model))
+        if self.config.draws:  # else the core's random-state tracker, which CUDA graphs read too, stays as it is
+            get_active_k().begin_microbatch(iteration, _microbatch(model))
         interval = self.config.emoe_coactivation_interval
         get_elastic_tracker().begin_step(iteration, self.args.log_interval, interval)
 
@@ -109,7 +111,7 @@ class ElasticLoop:
         """Validation loss at each --emoe-eval-k on the batches just evaluated; the loop's `non_loss_data_func`."""
         recorded, self._recorded = self._recorded, {}
         split = self._evaluated_split()
-        evaluator = Evaluator(self.args, self._forward)
+        evaluator = Evaluator(self.args, self.forward)
         steps = self.args.eval_iters
         ks = self.config.emoe_eval_k or []
         self._log_losses(split, {k: evaluator.loss_at_k(model, recorded, k, steps).loss for k in ks})

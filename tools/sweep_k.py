@@ -22,13 +22,17 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--out", required=True, help="Result file (JSON); finished cells in it are kept.")
     group.add_argument("--label", help="Name of the curve in tables and plots. Default: the name of the --load folder.")
     group.add_argument(
-        "--max-eval-tokens", type=int, default=1_000_000, help="Held-out tokens to use at most (the data's first)."
+        "--max-eval-tokens",
+        type=int,
+        default=1_000_000,
+        help="Held-out tokens to use at most (a random part, the same in every sweep).",
     )
     return parser
 
 
 def main() -> None:
-    args = parse_evaluation(add_arguments, skip_train=True, no_load_optim=True, no_load_rng=True, split="0,100,0")
+    fixed = {"skip_train": True, "no_load_optim": True, "no_load_rng": True, "split": "0,100,0"}
+    args = parse_evaluation(add_arguments, **fixed, seed=1234)  # the seed decides which part of the data is read
     try:
         header = check_sweep(args)
     except ValueError as error:
