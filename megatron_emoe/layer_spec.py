@@ -106,13 +106,8 @@ def elastic_model_config(args: Namespace) -> ElasticGPTModelConfig:
     """The model configuration for `megatron.training.pretrain`, from Megatron's arguments and ours.
 
     Raises:
-        ValueError: flags that bring their own layers, or that elastic settings cannot work with.
+        ValueError: see elastic_config_from_args.
     """
-    for name in ("spec", "yaml_cfg", "heterogeneous_layers_config_path", "hybrid_layer_pattern"):
-        if getattr(args, name) is not None:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: it brings its own layers, which are not elastic"
-            )
     transformer = elastic_config_from_args(args)
     config = gpt_config_from_args(copy(args), config=transformer, model_config_cls=ElasticGPTModelConfig)
     config.transformer_layer_spec = elastic_layer_spec

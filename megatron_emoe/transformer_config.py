@@ -41,6 +41,9 @@ _ELASTIC_CLASS: dict[type, type[ElasticTransformerConfig]] = {
 }
 
 
+_OWN_LAYERS = ("spec", "yaml_cfg", "heterogeneous_layers_config_path", "hybrid_layer_pattern")
+
+
 def elastic_config_from_args(args: Namespace) -> ElasticTransformerConfig:
     """The elastic configuration for Megatron's arguments and ours.
 
@@ -50,14 +53,17 @@ def elastic_config_from_args(args: Namespace) -> ElasticTransformerConfig:
     Raises:
         TypeError: the flags lead to a configuration class that has no elastic counterpart.
         AttributeError: `args` lacks an elastic flag; a default would hide it.
-        ValueError: see ElasticTransformerConfig.
+        ValueError: flags that bring their own layers; else see ElasticTransformerConfig.
     """
+    for name in _OWN_LAYERS:
+        if getattr(args, name) is not None:
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: it brings its own layers, which are not elastic")
     plain = copy(args)
     if args.moe_router_score_function == "softmax":
         plain.moe_router_enable_expert_bias = False
     config = core_transformer_config_from_args(plain)
     if type(config) not in _ELASTIC_CLASS:
-        raise TypeError(f"{type(config).__name__} has no elastic counterpart (--heterogeneous-layers-config-path?)")
+        raise TypeError(f"{type(config).__name__} has no elastic counterpart")
     config.__class__ = _ELASTIC_CLASS[type(config)]
     for field in fields(ElasticConfig):
         setattr(config, field.name, getattr(args, field.name))

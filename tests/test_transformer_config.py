@@ -109,6 +109,23 @@ def test_multi_latent_attention_is_promoted_too(monkeypatch):
     assert config.q_lora_rank == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("spec", ["some.module", "some_spec"]),
+        ("heterogeneous_layers_config_path", "layers.json"),
+        ("hybrid_layer_pattern", "M*E"),
+        ("yaml_cfg", "model.yaml"),
+    ],
+)
+def test_flags_that_bring_their_own_layers(monkeypatch, name, value):
+    args = parsed(monkeypatch)
+    setattr(args, name, value)
+    message = f"--{name.replace('_', '-')} {value}: it brings its own layers, which are not elastic"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        elastic_config_from_args(args)
+
+
 def test_another_configuration_class_is_refused(monkeypatch):
     args = parsed(monkeypatch)
 
