@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import NoReturn
@@ -61,9 +62,7 @@ def _parse(complete: Callable[[Namespace, ArgumentParser], None], add_more: Call
         elastic_config_from_args(args)
         _refuse_several_validation_sets(args)
     except (ValueError, AssertionError) as error:  # the core checks its own flags by assertions
-        if not str(error):
-            raise
-        fail(error)
+        fail(str(error) or _broken_rule(error))
     set_global_variables(args)
     return args
 
@@ -78,6 +77,12 @@ def fail(error: object) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _broken_rule(error: Exception) -> str:
+    """What an assertion of the core without a message demands: its line of source."""
+    rule = traceback.extract_tb(error.__traceback__)[-1]
+    return f"Megatron demands: {rule.line} ({os.path.basename(rule.filename)}, line {rule.lineno})"
 
 
 def _complete_training(args: Namespace, parser: ArgumentParser) -> None:
