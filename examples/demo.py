@@ -64,8 +64,15 @@ def sweep(name: str) -> Step:
     return Step(f"sweep {name}", torchrun("tools/sweep_k.py", flags), out)
 
 
+def sources() -> list[str]:
+    """The Python standard library: its modules and packages, without what was installed beside them."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    parts = [path for path in sorted(library.iterdir()) if path.name != "site-packages"]
+    return [str(path) for path in parts if path.suffix == ".py" or (path.is_dir() and any(path.rglob("*.py")))]
+
+
 def steps() -> list[Step]:
-    corpus = [sys.executable, str(REPO / "tools/preprocess_data.py"), "--input", sysconfig.get_paths()["stdlib"]]
+    corpus = [sys.executable, str(REPO / "tools/preprocess_data.py"), "--input", *sources()]
     corpus += f"--suffix .py --output-prefix {OUT}/data/stdlib --train-tokenizer {VOCAB} --append-eod".split()
     corpus += ["--holdout", "0.05", "--workers", "2", "--errors", "ignore"]
     continued = f"--load {OUT}/checkpoints/base --finetune"

@@ -18,6 +18,8 @@ from megatron.core.transformer.moe.moe_logging import (
     get_moe_metrics_tracker,
     set_moe_metrics_tracker,
 )
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 SUMS = ("active k", "pool size", "hierarchical router loss", "router entropy")
@@ -154,8 +156,9 @@ class ElasticMetricsTracker(MoEMetricsTracker):
             pairs[layer - 1] = counts.cpu()  # sync: every --emoe-coactivation-interval iterations only
         on_device = pairs.cuda() if torch.cuda.is_available() else pairs
         torch.distributed.all_reduce(on_device)
-        new = on_device.cpu().long()
-        self._total_pairs = new if self._total_pairs is None else self._total_pairs + new
+        if self._total_pairs is None:
+            self._total_pairs = self._stored_pairs(iteration)
+        self._total_pairs += on_device.cpu().long()
         seen = self._total_pairs[self._total_pairs.sum(dim=(1, 2)) > 0]
         share = coverage(seen).mean().item() if len(seen) else 0.0
         if writer is not None:
@@ -164,9 +167,21 @@ class ElasticMetricsTracker(MoEMetricsTracker):
             self._save_pairs(iteration)
         return f" co-activation coverage: {share:.4f} |"
 
-    def _save_pairs(self, iteration: int) -> None:
-        from safetensors.torch import save_file
+    def _stored_pairs(self, iteration: int) -> Tensor:
+        """int64 [layers, E, E]: what an earlier part of this run counted up to `iteration`, from rank 0's file."""
+        layers, experts = self._size()
+        total = torch.zeros(layers, experts, experts, dtype=torch.long)
+        path = self.folder / "coactivation.safetensors" if self.folder else None
+        if torch.distributed.get_rank() == 0 and path is not None and path.is_file():
+            with safe_open(path, "pt") as file:
+                if int(file.metadata()["iteration"]) < iteration:
+                    for name in file.keys():  # noqa: SIM118, it is no mapping
+                        total[int(name.removeprefix("layer.")) - 1] = file.get_tensor(name)
+        on_device = total.cuda() if torch.cuda.is_available() else total
+        torch.distributed.broadcast(on_device, src=0)
+        return on_device.cpu()
 
+    def _save_pairs(self, iteration: int) -> None:
         assert self.folder is not None and self._total_pairs is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"layer.{i + 1}": pairs for i, pairs in enumerate(self._total_pairs) if pairs.any()}

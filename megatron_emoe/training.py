@@ -33,6 +33,7 @@ def language_model_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tens
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
 
 
+SPIKE = 10.0  # --check-for-spiky-loss: a loss this many times the largest of the first hundred is computed again
 _count_flops = core_training.num_floating_point_operations  # the core's own, before any loop replaced it
 
 
@@ -88,6 +89,15 @@ class ElasticLoop:
                     tolerance=0.0,
                     fatal=True,
                 )
+        if self.args.check_for_spiky_loss and losses.requires_grad:
+            machine = get_rerun_state_machine()
+            machine.validate_result(
+                result=loss,
+                rejection_func=partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss"),
+                message="spiky loss",
+                tolerance=0.0,
+                fatal=False,
+            )
         return loss, tokens, report
 
     def _begin(self, model: torch.nn.Module) -> None:

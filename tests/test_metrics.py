@@ -158,10 +158,11 @@ def test_the_tracker_takes_the_core_s_place(monkeypatch):
 def reported(folder: str) -> tuple[list[str], dict]:
     parallel_state.initialize_model_parallel()
     rank = torch.distributed.get_rank()
-    tracker, writer = get_elastic_tracker(), Writer()
-    tracker.configure(3, 4, folder)
-    lines = []
-    for iteration in (1, 3):  # the second and the fourth step: the co-activation matrix adds up
+    writer, lines = Writer(), []
+    for iteration in (1, 3):  # the second and the fourth step: the co-activation matrix adds up, also over a restart
+        moe_logging.destroy_moe_metrics_tracker()
+        tracker = get_elastic_tracker()
+        tracker.configure(3, 4, folder)
         tracker.begin_step(iteration, log_interval=2, coactivation_interval=2)
         maps = [dense((0, 1), (0, 1), (2, 3)), dense((0, 3), (0, 1), (0, 1))]
         padding_T = torch.tensor([False, False, bool(rank)])  # the last token of rank 1 is padding

@@ -32,6 +32,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 def main() -> None:
     fixed = {"skip_train": True, "no_load_optim": True, "no_load_rng": True, "split": "0,100,0"}
+    fixed["create_attention_mask_in_dataloader"] = False  # causal; [s, s] per sequence would be kept for every k
     args = parse_evaluation(add_arguments, **fixed, seed=1234)  # the seed decides which part of the data is read
     try:
         header = check_sweep(args)
