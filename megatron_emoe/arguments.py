@@ -54,6 +54,8 @@ def _parse(complete: Callable[[Namespace, ArgumentParser], None], add_more: Call
 
     if os.environ.get("RANK", "0") != "0" and {"-h", "--help"} & set(sys.argv):
         sys.exit(0)  # one help text is enough
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv):
+        fail("--yaml-cfg: not supported, the core would ignore every flag; give the settings as flags")
     args = parse_args(add_all)
     vars(args).update(fixed)
     try:
@@ -86,8 +88,6 @@ def _broken_rule(error: Exception) -> str:
 
 
 def _complete_training(args: Namespace, parser: ArgumentParser) -> None:
-    if args.yaml_cfg is not None:
-        raise ValueError(f"--yaml-cfg {args.yaml_cfg}: elastic settings are flags; use a file of flags")
     if args.use_checkpoint_args:
         if args.load is None:
             raise ValueError("--use-checkpoint-args needs --load, which is not given")

@@ -113,6 +113,10 @@ REFUSED = {
         "--emoe-selection coactivation cannot be combined with --moe-router-load-balancing-type sinkhorn: "
         "it chooses the experts itself",
     ),
+    "settings in a file": (
+        {"yaml_cfg": "/no/such/file"},
+        "--yaml-cfg: not supported, the core would ignore every flag; give the settings as flags",
+    ),
     "own layers": (
         {"spec": ["some.module", "some_spec"]},
         "--spec ['some.module', 'some_spec']: it brings its own layers, which are not elastic",
