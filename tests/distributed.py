@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
@@ -24,8 +23,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     """Call fn(*args) on `world_size` gloo ranks in host mode and return what each returned, by rank.
 
     `fn` lives at module level; `fn`, its arguments and its results are pickled. The ranks are fresh processes, forked
-    from a server that has imported Megatron once. Raises RuntimeError with the traceback of the rank that failed
-    first, or TimeoutError; either way the other ranks are ended.
+    from a server that has imported Megatron once. Raises RuntimeError with the tracebacks of the ranks that failed, or
+    TimeoutError; either way all ranks are ended.
     """
     context = _fork_server()
     env = os.environ | _RANK_ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -64,24 +63,26 @@ def torchrun(
     command = [*launcher, str(script), *flags]
     python_path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
     full_env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path} | (env or {})
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=full_env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=cwd, env=full_env, **pipes)
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        _end_launcher(process)
     if check and process.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output[-6000:]}")
     return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+def _end_launcher(process: subprocess.Popen) -> None:
+    """End torchrun and its ranks, which lead sessions of their own: it ends them itself when it is asked to stop."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
 
 
 def free_port() -> int:
@@ -106,7 +107,7 @@ def _rank_main(env: dict[str, str], pipe: Connection, fn: Callable[..., Any], ar
     try:
         result = ("value", _run_one(fn, args))
     except BaseException:
-        result = ("error", f"rank {env['RANK']} failed:\n{traceback.format_exc()}")
+        result = ("error", f"failed:\n{traceback.format_exc()}")
     pipe.send_bytes(pickle.dumps(result))
 
 
@@ -125,24 +126,28 @@ def _run_one(fn: Callable[..., Any], args: tuple) -> Any:
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
-    """One result per pipe, in order; stops at the first rank that reports an error or dies."""
-    results: dict[Connection, Any] = {}
-    while len(results) < len(pipes):
-        open_pipes = [pipe for pipe in pipes if pipe not in results]
-        ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
+    """What each rank sent, in order. When one fails, the others get two seconds more: the cause may be theirs."""
+    answers: dict[int, tuple[str, Any]] = {}
+    failed: list[str] = []
+    while len(answers) < len(pipes):
+        missing = [rank for rank in range(len(pipes)) if rank not in answers]
+        ready = wait([pipes[rank] for rank in missing], timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            late = [pipes.index(pipe) for pipe in open_pipes]
-            raise TimeoutError(f"ranks {late} gave no result in time")
-        for pipe in ready:
-            results[pipe] = _receive(pipe, pipes.index(pipe))
-    return [results[pipe] for pipe in pipes]
+            break
+        for rank in [rank for rank in missing if pipes[rank] in ready]:
+            answers[rank] = _receive(pipes[rank])
+            if answers[rank][0] == "error":
+                failed.append(f"rank {rank} {answers[rank][1]}")
+                deadline = min(deadline, time.monotonic() + 2)
+    if failed:
+        raise RuntimeError("\n".join(failed))
+    if len(answers) < len(pipes):
+        raise TimeoutError(f"ranks {missing} gave no result in time")
+    return [answers[rank][1] for rank in range(len(pipes))]
 
 
-def _receive(pipe: Connection, rank: int) -> Any:
+def _receive(pipe: Connection) -> tuple[str, Any]:
     try:
-        kind, content = pickle.loads(pipe.recv_bytes())
+        return pickle.loads(pipe.recv_bytes())
     except EOFError:
-        raise RuntimeError(f"rank {rank} died without a word") from None
-    if kind == "error":
-        raise RuntimeError(content)
-    return content
+        return "error", "died without a word"

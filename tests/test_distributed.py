@@ -1,0 +1,77 @@
+"""The test helpers themselves: a rank that fails must fail the test."""
+
+import os
+import subprocess
+import time
+
+import pytest
+from distributed import run_ranks, torchrun
+
+
+def summed(offset: int) -> float:
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor([float(dist.get_rank() + offset)], device="cuda")
+    dist.all_reduce(total)
+    return total.item() + dist.get_rank()
+
+
+def one_fails() -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        raise ValueError("a rank's own words")
+    dist.barrier()
+
+
+def one_dies() -> None:
+    import torch.distributed as dist
+
+    if os.environ["RANK"] == "0":
+        os._exit(3)
+    dist.barrier()
+
+
+def test_each_rank_answers():
+    assert run_ranks(summed, 2, 10) == [21, 22]
+
+
+def test_a_failing_rank_is_reported_with_its_traceback_and_ends_the_others():
+    with pytest.raises(RuntimeError, match="rank 1 failed:(?s:.*)one_fails(?s:.*)ValueError: a rank's own words"):
+        run_ranks(one_fails, 2)
+
+
+def test_a_rank_that_dies_is_reported():
+    with pytest.raises(RuntimeError, match="rank 0 died without a word"):  # rank 1 fails as well, perhaps first
+        run_ranks(one_dies, 2)
+
+
+def test_a_rank_that_hangs_is_ended():
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"ranks \[0\] gave no result in time"):
+        run_ranks(time.sleep, 1, 300, timeout=6)
+    assert time.monotonic() - begin < 60
+
+
+def test_torchrun_returns_the_output_or_raises_with_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], *sys.argv[1:])\n"
+    )
+    output = torchrun(2, script, "--flag", "value").stdout
+    assert "rank 0 of 2 --flag value" in output and "rank 1 of 2 --flag value" in output
+    script.write_text("import sys\nprint('last words')\nsys.exit(5)\n")
+    with pytest.raises(RuntimeError, match="script.py ended with 1:(?s:.*)last words"):
+        torchrun(1, script)
+    assert torchrun(1, script, check=False).returncode == 1
+
+
+def test_torchrun_ends_its_ranks_when_time_is_over(tmp_path):
+    pid = tmp_path / "pid"
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        torchrun(1, script, timeout=20)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
