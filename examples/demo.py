@@ -20,9 +20,9 @@ from megatron_emoe.sweep import cost_at_k, effective_range, load, markdown_table
 
 REPO = Path(__file__).resolve().parent.parent
 OUT = REPO / "demo"
-KS = (1, 2, 3, 4, 6, 8, 10, 12, 16)
+KS = (1, 2, 4, 6, 8, 10, 12, 16)
 VOCAB = 2048
-BASE_ITERS, CONTINUED_ITERS = 600, 200
+BASE_ITERS, CONTINUED_ITERS = 400, 120
 
 MODEL = """--num-layers 3 --hidden-size 96 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
     --num-experts 32 --moe-router-topk 4 --moe-ffn-hidden-size 48 --ffn-hidden-size 48 --swiglu --disable-bias-linear
@@ -60,7 +60,7 @@ def training(name: str, iterations: int, lr: str, extra: str) -> Step:
 def sweep(name: str) -> Step:
     out = OUT / f"{name}.json"
     flags = f"""--load {OUT}/checkpoints/{name} --label {name} --out {out} --data-path {OUT}/data/stdlib_heldout
-        --k {" ".join(map(str, KS))} --max-eval-tokens 65536 --no-create-attention-mask-in-dataloader {PARALLEL}"""
+        --k {" ".join(map(str, KS))} --max-eval-tokens 32768 --no-create-attention-mask-in-dataloader {PARALLEL}"""
     return Step(f"sweep {name}", torchrun("tools/sweep_k.py", flags), out)
 
 
