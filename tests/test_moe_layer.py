@@ -201,7 +201,7 @@ def test_each_layer_can_have_its_own_k_in_evaluation():
 def padded_rows(settings: dict[str, Any]) -> list[tuple[int, int, Tensor]]:
     """(k, rows, rows of each expert) of training passes under a schedule that draws k."""
     start()
-    layer, seen = build_layer(layer_config(**PREFIX | settings)), []
+    layer, seen = build_layer(layer_config(**settings)), []
     layer.experts.register_forward_pre_hook(lambda _m, inputs: seen.append((inputs[0].shape[0], inputs[1])))
     for iteration in range(6):
         begin(iteration)
@@ -210,15 +210,19 @@ def padded_rows(settings: dict[str, Any]) -> list[tuple[int, int, Tensor]]:
     return [(scheduled_now(layer, i), rows, torch.as_tensor(each)) for i, (rows, each) in enumerate(seen)]
 
 
-def test_capacity_and_its_padding_follow_the_drawn_k():
-    settings = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
-    seen = run_ranks(padded_rows, 1, settings)[0]
+@pytest.mark.parametrize("elastic", ["coactivation", "prefix"])
+def test_capacity_and_its_padding_follow_the_drawn_k(elastic):
+    changes = PREFIX | (COACTIVATION if elastic == "coactivation" else {}) | {"moe_expert_capacity_factor": 1.0}
+    seen = run_ranks(padded_rows, 1, changes | {"moe_pad_expert_input_to_capacity": True})[0]
     assert len({k for k, *_ in seen}) > 2
     for k, rows, each in seen:
         limit = TOKENS * k // 8
         assert rows == 8 * limit and (each == limit).all()
-    for k, rows, each in run_ranks(padded_rows, 1, {"moe_expert_capacity_factor": 1.0})[0]:
+    filled = set()
+    for k, rows, each in run_ranks(padded_rows, 1, changes)[0]:
         assert each.max() <= TOKENS * k // 8 and rows == each.sum()
+        filled |= {k} if each.max() == TOKENS * k // 8 else set()
+    assert len(filled) > 2  # the limit is met, so a limit of another k would show
 
 
 def quantization_padding() -> tuple[Tensor, Tensor, list[int]]:

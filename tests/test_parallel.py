@@ -4,10 +4,12 @@ The layouts compared see the same tokens, start from the same weights, and must 
 """
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_emoe.active_k import Place, scheduled_k
@@ -29,7 +31,9 @@ from tests.tiny import (
 
 AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
 BOTH = COACTIVATION | {"emoe_k_schedule": "uniform", "emoe_k_min": 1, "emoe_k_max": 4}
-PIPELINE = AUX | BOTH | {"num_layers": 4, "emoe_k_draw": "microbatch", "train_iters": 2}
+PIPELINE = (
+    AUX | BOTH | {"num_layers": 4, "emoe_k_draw": "microbatch", "train_iters": 2, "emoe_coactivation_interval": 1}
+)
 
 
 def runs_of(ranks: int, changes: dict[str, Any]) -> list[Run]:
@@ -94,11 +98,14 @@ def one_stage() -> list[Run]:
 
 
 @pytest.fixture(scope="module")
-def two_stages() -> list[Run]:
-    return runs_of(2, PIPELINE | {"pipeline_model_parallel_size": 2})
+def plain(tmp_path_factory) -> tuple[list[Run], Path]:
+    """Two pipeline stages without recomputation, and where the co-activation matrix is."""
+    folder = tmp_path_factory.mktemp("plain")
+    return runs_of(2, PIPELINE | {"pipeline_model_parallel_size": 2, "tensorboard_dir": str(folder)}), folder
 
 
-def test_two_pipeline_stages_equal_one(one_stage, two_stages):
+def test_two_pipeline_stages_equal_one(one_stage, plain):
+    two_stages = plain[0]
     assert two_stages[0].losses == [] and len(one_stage[0].losses) == 2 * 4
     assert two_stages[1].losses == pytest.approx(one_stage[0].losses, rel=1e-5)
     maps, single = maps_of(two_stages), maps_of(one_stage)
@@ -129,17 +136,21 @@ RECOMPUTE = {
 
 
 @pytest.mark.parametrize("kind", RECOMPUTE)
-def test_recomputation_draws_the_same_k_and_experts_also_after_other_microbatches(kind, two_stages):
+def test_recomputation_draws_the_same_k_and_experts_also_after_other_microbatches(kind, plain, tmp_path):
     """One forward, one backward: the first stage recomputes a micro-batch after running the forward of the next."""
-    runs = runs_of(2, PIPELINE | RECOMPUTE[kind] | {"pipeline_model_parallel_size": 2})
-    assert runs[1].losses == two_stages[1].losses
-    for mine, plain in zip(runs, two_stages, strict=True):
-        for ours, theirs in zip(mine.gradients, plain.gradients, strict=True):
+    layout = {"pipeline_model_parallel_size": 2, "tensorboard_dir": str(tmp_path)}
+    runs = runs_of(2, PIPELINE | RECOMPUTE[kind] | layout)
+    assert runs[1].losses == plain[0][1].losses
+    for mine, reference in zip(runs, plain[0], strict=True):
+        for ours, theirs in zip(mine.gradients, reference.gradients, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-        assert all(torch.equal(mine.weights[name], plain.weights[name]) for name in plain.weights)
+        assert all(torch.equal(mine.weights[name], reference.weights[name]) for name in reference.weights)
         passes = {grad: [r for r in mine.routes if r.training and r.grad == grad] for grad in (False, True)}
         assert len(passes[False]) == len(passes[True]) == 2 * 4 * 2  # steps, micro-batches, layers of a stage
     assert all(len(set(ks)) > 1 for (_, layer), ks in ks_of(maps_of(runs)).items() if layer < 3)
+    pairs, wanted = (load_file(folder / "coactivation.safetensors") for folder in (tmp_path, plain[1]))
+    assert pairs.keys() == wanted.keys() == {f"layer.{layer}" for layer in range(1, 5)}
+    assert all(torch.equal(pairs[layer], wanted[layer]) for layer in wanted)  # each pass is counted once
 
 
 @pytest.mark.parametrize("pattern", ["[0,1]", "[1,0]"])

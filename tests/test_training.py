@@ -30,6 +30,7 @@ SIGMOID = {
 MICRO_BATCH_TOKENS = 2 * 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [AUX, SIGMOID | SEQUENCE_AND_Z],
