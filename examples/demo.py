@@ -20,7 +20,7 @@ from megatron_emoe.sweep import cost_at_k, effective_range, load, markdown_table
 
 REPO = Path(__file__).resolve().parent.parent
 OUT = REPO / "demo"
-KS = (1, 2, 4, 6, 8, 10, 12, 16)
+KS = (1, 2, 4, 6, 8, 12, 16)
 VOCAB = 2048
 BASE_ITERS, CONTINUED_ITERS = 400, 120
 
@@ -115,7 +115,7 @@ def report(seconds: dict[str, float]) -> str:
     lines += [
         f"Held-out loss (nats per token) at k' active experts. Both continue one base, which used {topk.k_train}."
     ]
-    lines += ["", markdown_table([topk, elastic]), ""]
+    lines += ["", markdown_table([topk, elastic])]
     for result in (topk, elastic):
         end = wall(result)
         lines.append(
