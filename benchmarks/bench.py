@@ -71,7 +71,7 @@ def _table(results: dict) -> str:
             rows.append(f"| {name} | {stock:.2f} | {elastic:.2f} | {ratio:.3f} | {low:.3f} to {high:.3f} | {goal} |")
     sent = results["step"]["bytes"]
     rows.append(
-        f"| all-to-all, bytes per step | {sent['stock']} | {sent['elastic']} (bytes) | "
+        f"| all-to-all, bytes per step | {sent['stock']} | {sent['elastic']} | "
         f"{sent['elastic'] / sent['stock']:.3f} | counted | 1 |"
     )
     return "\n".join(rows)
@@ -94,13 +94,11 @@ The two variants take turns within one process: {steps} pairs after 5 pairs of w
 paired ratios, the interval a 95 % bootstrap over the pairs.
 
 - Step: 2 ranks, expert parallelism 2, alltoall; 4 layers, hidden size 256, 32 experts of width 256, k = 4, 2 x 2
-sequences
-  of 256 tokens per rank; elastic: co-activation sampling from pools up to 12, a pool size per token, hierarchical loss
-  1e-3.
+  sequences of 256 tokens per rank; elastic: co-activation sampling from pools up to 12, a pool size per token,
+  hierarchical loss 1e-3.
 - Router: T = 8192 tokens, E = 64, k = 8, K = 24, load-balancing loss on, no hierarchical loss (a loss that stock top-k
-does
-  not have is measured in a row of its own); forward and backward, once from hidden states of size 2048 (OLMoE) and once
-  from the logits.
+  does not have is measured in a row of its own); forward and backward, once from hidden states of size 2048 (OLMoE)
+  and once from the logits.
 - Bytes: what the ranks together hand to `all_to_all_single` in one step, a rank's share to itself included.
 
 No GPU figure is stated: none has been measured yet.
