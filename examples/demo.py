@@ -20,7 +20,7 @@ from megatron_emoe.sweep import cost_at_k, effective_range, load, markdown_table
 
 REPO = Path(__file__).resolve().parent.parent
 OUT = REPO / "demo"
-KS = (1, 2, 4, 6, 8, 12, 16)
+KS = (2, 4, 6, 8, 12, 16)
 VOCAB = 2048
 BASE_ITERS, CONTINUED_ITERS = 400, 120
 
@@ -30,7 +30,7 @@ MODEL = """--num-layers 3 --hidden-size 96 --num-attention-heads 4 --seq-length 
     --untie-embeddings-and-output-weights --moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32"""
 PARALLEL = "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
 TRAIN = """--micro-batch-size 4 --global-batch-size 8 --adam-beta2 0.95 --clip-grad 1.0 --weight-decay 0.1
-    --lr-decay-style cosine --log-interval 10 --eval-iters 8 --split 99,1,0 --no-create-attention-mask-in-dataloader"""
+    --lr-decay-style cosine --log-interval 10 --eval-iters 4 --split 99,1,0 --no-create-attention-mask-in-dataloader"""
 ELASTIC = "--emoe-selection prefix --emoe-k-schedule uniform --emoe-k-min 4 --emoe-k-max 12"
 
 
