@@ -19,6 +19,8 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+from megatron_emoe import flag_files
+
 # Flags that host mode needs, added where the user did not give them. An empty value marks a switch.
 _DEFAULTS = {
     "--distributed-backend": "gloo",
@@ -103,9 +105,12 @@ def setup(argv: list[str]) -> list[str]:
 
 
 def start() -> None:
-    """setup() for this program's own command line; what it refuses ends the program with status 2 and one message."""
+    """setup() for this program's own command line, with the words that @FILE stands for.
+
+    What is refused ends the program with status 2 and one message.
+    """
     try:
-        sys.argv[1:] = setup(sys.argv[1:])
+        sys.argv[1:] = setup(flag_files.expand(sys.argv[1:]))
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)

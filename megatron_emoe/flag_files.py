@@ -1,0 +1,67 @@
+"""Flag files: the word @FILE on a command line stands for the words in that file.
+
+A file is read like a shell reads words: white space separates, quotes hold together, a # that begins a word begins a
+comment, a backslash at the end of a line continues it. A file may name another with @OTHER, relative to its own
+folder. Where a flag comes twice the later one wins, so what follows @FILE on the command line overrides it. A value
+that begins with @ is written --flag=@value.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+_GAP = re.compile(r"(?:\s|\\\n|(?<![^\s])#[^\n]*)*")
+_WORD = re.compile(r"""(?:[^\s"'\\]|\\[^\n]|"(?:[^"\\]|\\.)*"|'[^']*')+""", re.DOTALL)
+
+
+def expand(argv: list[str]) -> list[str]:
+    """Return argv with every word @FILE replaced by the words of FILE.
+
+    Raises:
+        ValueError: a file that cannot be read, has an unbalanced quote, or names itself, with its path and line.
+    """
+    return [word for given in argv for word in _expand(given, Path(), ())]
+
+
+def _expand(word: str, folder: Path, open_files: tuple[Path, ...]) -> Iterator[str]:
+    """The words that `word` stands for. folder: what a relative path is relative to; open_files: who names whom."""
+    if not word.startswith("@"):
+        yield word
+        return
+    file = folder / word[1:]
+    if file.resolve() in open_files:
+        chain = " -> ".join(map(str, [*open_files, file.resolve()]))
+        raise ValueError(f"{word}: a flag file must not name itself ({chain})")
+    for inner in _words(word, file):
+        yield from _expand(inner, file.parent, (*open_files, file.resolve()))
+
+
+def _words(word: str, file: Path) -> Iterator[str]:
+    """The words in `file`, which the command line or another file calls `word`."""
+    text = _read(word, file)
+    end = _after_gap(text, 0)
+    while end < len(text):
+        found = _WORD.match(text, end)
+        if found is None or (found.end() < len(text) and text[found.end()] in "\"'"):
+            line = text.count("\n", 0, end) + 1
+            raise ValueError(f"{word}: line {line} of {file} has a quote or a backslash without its partner")
+        yield shlex.split(found[0])[0]
+        end = _after_gap(text, found.end())
+
+
+def _after_gap(text: str, start: int) -> int:
+    gap = _GAP.match(text, start)
+    assert gap is not None  # it matches the empty string
+    return gap.end()
+
+
+def _read(word: str, file: Path) -> str:
+    if file.is_dir():
+        raise ValueError(f"{word}: {file} is a folder, not a flag file")
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{word}: no flag file {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{word}: {file} cannot be read as text ({error})") from error
