@@ -1,0 +1,75 @@
+"""The full-size models from their configurations alone: published parameter counts, and every tensor's name and shape.
+
+configs/ holds the values of the published config.json files, in the keys of the time they were written. Nothing is
+allocated: transformers builds each model on the meta device.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+CONFIGS = Path(__file__).parent / "configs"
+MODELS = [path.stem for path in sorted(CONFIGS.glob("*.json"))]
+
+# Total, then active at k, 2k and 3k: both embedding tables count, ERNIE's selection bias (27 x 64) does not.
+PUBLISHED = {
+    "olmoe_1b_7b": (6_919_161_856, 1_282_017_280, 2_087_323_648, 2_892_630_016),
+    "qwen1_5_moe_a2_7b": (14_315_784_192, 2_689_173_504, 3_519_645_696, 4_350_117_888),
+    "deepseek_v2_lite": (15_706_484_224, 2_661_150_208, 4_010_667_520, 5_360_184_832),
+    "ernie4_5_21b_a3b": (21_825_436_160, 3_352_148_480, 5_263_178_240, 7_174_208_000),
+}
+
+
+def by_hand(name: str, k: int | None = None) -> int:
+    """Parameters with k active experts (None: all), from the models' papers and cards; H is the hidden size."""
+    if name == "olmoe_1b_7b":  # 16 layers; 16 heads of 128, norms over all of q and of k; 64 experts of width 1024
+        H, attention, expert = 2048, 4 * 2048 * 2048 + 2 * 2048, 3 * 2048 * 1024
+        return 2 * 50304 * H + H + 16 * (attention + 2 * H + H * 64 + (k or 64) * expert)
+    if name == "qwen1_5_moe_a2_7b":  # 24 layers; biased q, k, v; a gated shared expert of width 5632; 60 of width 1408
+        H, attention, expert = 2048, 4 * 2048 * 2048 + 3 * 2048, 3 * 2048 * 1408
+        return 2 * 151936 * H + H + 24 * (attention + 2 * H + H * 60 + 3 * H * 5632 + H + (k or 60) * expert)
+    if name == "deepseek_v2_lite":  # 27 layers, the first dense (10944); latent 512, heads 128 + 64 and 128; 2 shared
+        H, expert = 2048, 3 * 2048 * 1408
+        attention = H * 16 * (128 + 64) + H * (512 + 64) + 512 + 512 * 16 * (128 + 128) + 16 * 128 * H
+        moe = H * 64 + 2 * expert + (k or 64) * expert
+        return 2 * 102400 * H + H + 27 * (attention + 2 * H) + 3 * H * 10944 + 26 * moe
+    H, expert = 2560, 3 * 2560 * 1536  # ERNIE: 28 layers, the first dense (12288); 20 heads and 4 of k, v; 2 shared
+    attention = 2 * H * 20 * 128 + 2 * H * 4 * 128
+    moe = H * 64 + 2 * expert + (k or 64) * expert
+    return 103424 * H + H + 28 * (attention + 2 * H) + 3 * H * 12288 + 27 * moe
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name):
+    config = AutoConfig.from_pretrained(CONFIGS / f"{name}.json", trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def k_and_experts(config) -> tuple[int, int]:
+    return config.num_experts_per_tok, config.num_experts
+
+
+def test_there_is_a_configuration_of_every_model():
+    assert PUBLISHED.keys() == set(MODELS)
+
+
+def test_parameters_of_the_model_are_the_published_ones(name, model):
+    k, experts = k_and_experts(model.config)
+    counted = {n: p.numel() for n, p in model.named_parameters() if "e_score_correction_bias" not in n}
+    routed = sum(size for n, size in counted.items() if ".mlp.experts." in n)
+    total = sum(counted.values())
+    active = [total - routed + routed * n // experts for n in (k, 2 * k, 3 * k)]
+    assert (total, *active) == PUBLISHED[name]
+
+
+def test_parameters_by_hand_are_the_published_ones(name, model):
+    k, _ = k_and_experts(model.config)
+    assert (by_hand(name), *(by_hand(name, n) for n in (k, 2 * k, 3 * k))) == PUBLISHED[name]
