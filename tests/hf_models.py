@@ -138,8 +138,8 @@ def build(
     """A random model in evaluation mode, on the CPU, with transformers' plain (eager) attention and experts.
 
     tied: whether the head is the embedding; None: the architecture's default (ERNIE: tied). score_bias: offset and
-    spread (standard deviation) of ERNIE's selection bias, fp32; on the released 21B model the offset is 22 to 63 and the
-    spread is of the order of one expert's mean score, here 1/8. router_scale: standard deviation of router logits.
+    spread (standard deviation) of ERNIE's selection bias, fp32; on the released 21B model the offset is 22 to 63 and
+    the spread is of the order of one expert's mean score, here 1/8. router_scale: standard deviation of router logits.
     """
     made = config(model_type, tied=tied, **config_changes)
     made._attn_implementation = "eager"
