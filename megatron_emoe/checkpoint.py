@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_emoe.elastic_config import ElasticConfig, flag
+from megatron_emoe.elastic_config import MODEL_FEATURES, ElasticConfig, flag
 
 _MEASURING_ONLY = {"emoe_eval_k", "emoe_coactivation_interval"}
 _SHAPE_FLAGS = (
@@ -124,19 +124,20 @@ def check_shape(args: Namespace, stored: Namespace, source: str) -> None:
 
     A part of the stored model that this run leaves out counts too: the core would drop its weights without a word.
     """
-    for name in _SHAPE_FLAGS:
+    for name in (*_SHAPE_FLAGS, *MODEL_FEATURES):
         old, new = _shape_value(stored, name), _shape_value(args, name)
-        if old is not None and old != new:
+        if old != new and (old is not None or name in MODEL_FEATURES):
             given = f"{flag(name)} is not given" if new is None else f"{flag(name)} {new}"
-            raise ValueError(f"{given}: the checkpoint in {source} was saved with {old}")
+            saved = "without it" if old is None else f"with {old}"
+            raise ValueError(f"{given}: the checkpoint in {source} was saved {saved}")
 
 
 def _shape_value(args: Namespace, name: str) -> Any:
     """Without --group-query-attention the number of query groups is the number of heads: the core writes that into its
-    namespace, and so into checkpoints, when it first logs."""
+    namespace, and so into checkpoints, when it first logs. A checkpoint without our flags has no feature of ours."""
     if name == "num_query_groups" and not getattr(args, "group_query_attention", True):
         return args.num_attention_heads
-    return getattr(args, name, None)
+    return getattr(args, name, getattr(ElasticConfig, name, None))
 
 
 # What a configuration field says about how a model runs, not which model it is: taken from the command line.
@@ -200,14 +201,15 @@ def model_flags(stored: Namespace) -> dict[str, Any]:
 
 
 def elastic_changes(args: Namespace, stored: Namespace) -> list[str]:
-    """Every elastic setting, and k, that differs from the stored run, as 'flag: stored a, now b'.
+    """Every elastic setting, and k, that differs from the stored run, as 'flag: stored a, now b'. Model features are
+    no such settings (see check_shape).
 
     A checkpoint without elastic settings is one of plain top-k: the defaults.
     """
     changes = []
     for field in fields(ElasticConfig):
         old, new = getattr(stored, field.name, field.default), getattr(args, field.name)
-        if old != new and field.name not in _MEASURING_ONLY:
+        if old != new and field.name not in (*_MEASURING_ONLY, *MODEL_FEATURES):
             changes.append(f"{flag(field.name)}: stored {old}, now {new}")
     if stored.moe_router_topk != args.moe_router_topk:
         changes.append(f"--moe-router-topk: stored {stored.moe_router_topk}, now {args.moe_router_topk}")

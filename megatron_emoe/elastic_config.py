@@ -2,7 +2,7 @@
 
 Flags are generated from the fields (`emoe_pool_k` is `--emoe-pool-k`), so a default exists once and the help text is
 the string under the field. Sources: EMoE (arXiv 2509.21892), Matryoshka MoE (arXiv 2509.26520), ERNIE 5.0 (arXiv
-2602.04705).
+2602.04705). The last fields are model features: parts of released models that Megatron-Core has no flag for.
 """
 
 from dataclasses import dataclass, fields
@@ -81,6 +81,15 @@ class ElasticConfig:
     emoe_coactivation_interval: int = 0
     """Iterations between measurements of the expert-by-expert co-activation matrix. 0: never."""
 
+    emoe_qk_norm: Literal["core", "full", "latent"] = "core"
+    """Model feature: what --qk-layernorm norms. core: each head. full: queries and keys over their whole width (OLMoE,
+    arXiv 2409.02060). latent: with --multi-latent-attention and no --q-lora-rank, the compressed keys and values only
+    (DeepSeek-V2-Lite, arXiv 2405.04434)."""
+
+    emoe_clip_qkv: float | None = None
+    """Model feature: clamp queries, keys and values to [-c, c] after their norm and before rotary embedding (OLMoE).
+    Unset: no clamp."""
+
     @property
     def draws_k(self) -> bool:
         """Whether the number of active experts varies in training."""
@@ -136,6 +145,8 @@ def flag(name: str) -> str:
     """`emoe_pool_k` -> `--emoe-pool-k`."""
     return "--" + name.replace("_", "-")
 
+
+MODEL_FEATURES = ("emoe_qk_norm", "emoe_clip_qkv")  # part of which model it is, like the number of layers
 
 _SCHEDULE_NEEDS = {
     "constant": set(),

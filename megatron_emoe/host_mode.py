@@ -299,7 +299,6 @@ def _adapt_core() -> None:
     filesystem_async.get_write_results_queue = queue
     _allow_no_cuda(initialize.initialize_megatron)
     _recompute_without_engine(random)
-    _widen_attention()
     _replace_norm()
     _replace_adam()
 
@@ -328,20 +327,6 @@ def _recompute_without_engine(random: Any) -> None:
     random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=_nothing)
     random.fp8_autocast = random.activation_recompute_forward = lambda **kwargs: contextlib.nullcontext()
     random._get_share_storage = lambda: refill
-
-
-def _widen_attention() -> None:
-    """Multi-latent attention tells its core attention the width of the values; the local one does not listen."""
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    build = DotProductAttention.__init__
-
-    def build_with_widths(self, *args, k_channels: int | None = None, v_channels: int | None = None, **kwargs):
-        build(self, *args, **kwargs)
-        if v_channels is not None:
-            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
-
-    DotProductAttention.__init__ = build_with_widths
 
 
 def _replace_norm() -> None:

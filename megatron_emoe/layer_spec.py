@@ -1,5 +1,10 @@
-"""Puts the elastic classes into Megatron-Core's own specs, local or Transformer Engine. The only file that knows
-specs."""
+"""Puts the elastic classes and the model features into Megatron-Core's own specs, local or Transformer Engine. The
+only file that knows specs.
+
+Checkpoint keys are those of the Transformer Engine spec, whichever spec a model is built with: where that one fuses a
+norm into the linear layer behind it, the local spec's norm is saved under the fused name. A checkpoint written on the
+CPU so loads on a GPU, and back.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +17,27 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import gpt
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
+from megatron_emoe.attention import (
+    ClippedSelfAttention,
+    FullWidthKeyNorm,
+    FullWidthQueryNorm,
+    LatentDotProductAttention,
+    LatentNormSelfAttention,
+)
 from megatron_emoe.moe_layer import ElasticMoELayer
 from megatron_emoe.router import ElasticRouter
-from megatron_emoe.transformer_config import elastic_config_from_args
+from megatron_emoe.transformer_config import ElasticTransformerConfig, elastic_config_from_args
 
 
 def elastic_layer(spec: ModuleSpec) -> ModuleSpec:
@@ -31,8 +47,8 @@ def elastic_layer(spec: ModuleSpec) -> ModuleSpec:
         TypeError: the spec holds a MoE layer or router other than the core's.
     """
     mlp = spec.submodules.mlp
-    target = mlp.func if isinstance(mlp, functools.partial) else getattr(mlp, "module", None)
-    if not (isinstance(target, type) and issubclass(target, MoELayer)) or target is ElasticMoELayer:
+    target = _class_of(mlp)
+    if not _is_moe(mlp) or target is ElasticMoELayer:
         return spec
     if target is not MoELayer or not isinstance(mlp, functools.partial):
         raise TypeError(f"{target.__name__} in the layer spec is not the core's MoELayer: it would stay inelastic")
@@ -45,26 +61,86 @@ def elastic_layer(spec: ModuleSpec) -> ModuleSpec:
     return replace(spec, submodules=replace(spec.submodules, mlp=elastic))
 
 
-def elastic_layers(block: Any) -> Any:
+def _class_of(mlp: Any) -> Any:
+    return mlp.func if isinstance(mlp, functools.partial) else getattr(mlp, "module", None)
+
+
+def _is_moe(mlp: Any) -> bool:
+    target = _class_of(mlp)
+    return isinstance(target, type) and issubclass(target, MoELayer)
+
+
+def attention_layer(spec: ModuleSpec, config: ElasticTransformerConfig) -> ModuleSpec:
+    """A copy of a transformer layer's spec with the attention that --emoe-qk-norm and --emoe-clip-qkv ask for.
+
+    Raises:
+        TypeError: a feature is asked for, and the spec's attention is not the core's.
+    """
+    attention = spec.submodules.self_attention
+    parts, module = attention.submodules, attention.module
+    if getattr(parts, "core_attention", None) is DotProductAttention and module is MLASelfAttention:
+        parts = replace(parts, core_attention=LatentDotProductAttention)
+    if config.emoe_qk_norm == "full":
+        parts = replace(parts, q_layernorm=FullWidthQueryNorm, k_layernorm=FullWidthKeyNorm)
+    if config.emoe_qk_norm == "latent":
+        module = _exchange(module, MLASelfAttention, LatentNormSelfAttention)
+    if config.emoe_clip_qkv is not None:
+        module = _exchange(module, SelfAttention, ClippedSelfAttention)
+    attention = replace(attention, module=module, submodules=parts)
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
+
+
+def _exchange(module: type, core: type, ours: type) -> type:
+    if module is not core:
+        raise TypeError(f"{module.__name__} in the layer spec is not the core's {core.__name__}: no such feature")
+    return ours
+
+
+def canonical_keys(spec: ModuleSpec) -> ModuleSpec:
+    """A copy of a transformer layer's spec that saves every norm of its own where Transformer Engine would fuse it."""
+    layer = spec.submodules
+    attention = layer.self_attention.submodules
+    fused = {"input_layernorm": "self_attention.linear_qkv"}
+    if hasattr(attention, "kv_layernorm"):
+        fused = {
+            "self_attention.q_layernorm": "self_attention.linear_q_up_proj",
+            "self_attention.kv_layernorm": "self_attention.linear_kv_up_proj",
+        }
+    if not _is_moe(layer.mlp):
+        fused["pre_mlp_layernorm"] = "mlp.linear_fc1"
+    keys = {key: name for key, name in layer.sharded_state_dict_keys_map.items() if not key.endswith("layernorm.")}
+    for norm, linear in fused.items():
+        owner = attention if norm.startswith("self_attention.") else layer
+        if getattr(owner, norm.rpartition(".")[2]) is not IdentityOp:
+            keys[f"{norm}."] = f"{linear}.layer_norm_"
+    return replace(spec, submodules=replace(layer, sharded_state_dict_keys_map=keys))
+
+
+def our_layer(spec: ModuleSpec, config: ElasticTransformerConfig) -> ModuleSpec:
+    """A copy of a transformer layer's spec with everything that this package adds to it (TypeError as above)."""
+    return canonical_keys(attention_layer(elastic_layer(spec), config))
+
+
+def our_layers(block: Any, config: ElasticTransformerConfig) -> Any:
     """The same for a block of layers (`layer_specs`), or a single layer's spec."""
     if not hasattr(block, "layer_specs"):
-        return elastic_layer(block)
-    return replace(block, layer_specs=[elastic_layer(spec) for spec in block.layer_specs])
+        return our_layer(block, config)
+    return replace(block, layer_specs=[our_layer(spec, config) for spec in block.layer_specs])
 
 
 def elastic_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
-    """`transformer_layer_spec` of the model: the core's default spec for these flags, with elastic MoE layers."""
-    return elastic_layers(gpt.default_layer_spec(config, vp_stage))
+    """`transformer_layer_spec` of the model: the core's default spec for these flags, with what this package adds."""
+    return our_layers(gpt.default_layer_spec(config, vp_stage), config.transformer)
 
 
 def _elastic_mtp_block(config: GPTModelConfig, *args: Any, **kwargs: Any) -> Any:
-    """The core's multi-token-prediction block; its inner layers come from the stock spec and are made elastic here."""
+    """The core's multi-token-prediction block; its inner layers come from the stock spec and become ours here."""
     block = _core_mtp_block(config, *args, **kwargs)
     if block is None:
         return None
     layers = []
     for spec in block.layer_specs:
-        inner = replace(spec.submodules, mtp_model_layer=elastic_layer(spec.submodules.mtp_model_layer))
+        inner = replace(spec.submodules, mtp_model_layer=our_layer(spec.submodules.mtp_model_layer, config.transformer))
         layers.append(replace(spec, submodules=inner))
     return replace(block, layer_specs=layers)
 

@@ -88,6 +88,8 @@ def check_elastic(config: ElasticTransformerConfig) -> None:
     _refuse_router_features(config)
     _refuse_frozen_k(config)
     _refuse_machinery(config)
+    _check_qk_norm(config)
+    _refuse_attention_features(config)
 
 
 def _conflict(elastic: str, other: str, why: str) -> None:
@@ -170,3 +172,53 @@ def _refuse_machinery(config: ElasticTransformerConfig) -> None:
     if config.draws and config.use_te_rng_tracker:
         cause = "--emoe-selection coactivation" if config.samples else f"--emoe-k-schedule {config.emoe_k_schedule}"
         _conflict(cause, "--te-rng-tracker", "recomputation finds its draws through Megatron's own tracker")
+
+
+def _check_qk_norm(config: ElasticTransformerConfig) -> None:
+    """What --emoe-qk-norm needs. Without it the core builds multi-latent attention in two ways that it cannot."""
+    kind, latent = config.emoe_qk_norm, config.multi_latent_attention
+    needs = f"{flag('emoe_qk_norm')} {kind}: needs"
+    if kind != "core" and not config.qk_layernorm:
+        raise ValueError(f"{needs} --qk-layernorm, which is not given")
+    if kind == "full" and latent:
+        _conflict("--emoe-qk-norm full", "--multi-latent-attention", "it has no queries and keys of the model's width")
+    if kind == "full" and config.normalization != "RMSNorm":
+        raise ValueError(f"{needs} --normalization RMSNorm, not {config.normalization}")
+    if kind == "full" and config.layernorm_zero_centered_gamma:
+        _conflict("--emoe-qk-norm full", "--apply-layernorm-1p", "its weight is the factor itself, not factor - 1")
+    if kind == "latent" and not latent:
+        raise ValueError(f"{needs} --multi-latent-attention, which is not given")
+    q_rank = config.q_lora_rank if latent else None
+    if kind == "latent" and q_rank is not None:
+        _conflict("--emoe-qk-norm latent", f"--q-lora-rank {q_rank}", "compressed queries have a norm; use core")
+    if kind == "core" and latent and config.qk_layernorm and q_rank is None and config.transformer_impl == "local":
+        raise ValueError(
+            "--qk-layernorm with --multi-latent-attention and no --q-lora-rank: the local implementation has no norm "
+            "before the queries' projection; for DeepSeek-V2-Lite's model give --emoe-qk-norm latent"
+        )
+
+
+def _refuse_attention_features(config: ElasticTransformerConfig) -> None:
+    """Kinds of attention that would go around the clamp or the norm of queries and keys."""
+    limit, cause = config.emoe_clip_qkv, None
+    if config.emoe_qk_norm != "core":
+        cause = f"--emoe-qk-norm {config.emoe_qk_norm}"
+    if limit is not None:
+        cause = f"--emoe-clip-qkv {limit}"
+        if not 0 < limit < float("inf"):
+            raise ValueError(f"{cause}: must be a finite number above 0")
+        if config.multi_latent_attention:
+            _conflict(cause, "--multi-latent-attention", "its keys and values are expanded after the clamp's place")
+    if cause is None:
+        return
+    if config.transformer_impl == "inference_optimized":
+        _conflict(cause, "--transformer-impl inference_optimized", "its layers are fused for the core's own attention")
+    if config.experimental_attention_variant is not None:
+        variant = f"--experimental-attention-variant {config.experimental_attention_variant}"
+        _conflict(cause, variant, "it is another attention")
+    if config.qk_l2_norm:
+        _conflict(cause, "--qk-l2-norm", "it is another norm of queries and keys")
+    if config.fused_single_qkv_rope:
+        _conflict(cause, "fused_single_qkv_rope", "rotary embedding comes before queries and keys are split")
+    if getattr(config, "mla_down_proj_fusion", False):
+        _conflict(cause, "--mla-down-proj-fusion", "it is another attention class of the core")

@@ -1,0 +1,118 @@
+"""Attention of released models that Megatron-Core's own cannot express: only what differs from the core's classes.
+
+OLMoE (arXiv 2409.02060, section 2) norms queries and keys over their whole width, before they are split into heads,
+and can clamp them. DeepSeek-V2-Lite (arXiv 2405.04434, appendix B) norms the compressed keys and values only.
+Shapes: S positions, B sequences, N heads of this rank, D width of a head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class FullWidthNorm(nn.Module, ABC):
+    """RMSNorm over all heads together, for the spec's q_layernorm and k_layernorm (arXiv 2409.02060, section 2).
+
+    With tensor parallelism a rank has some of the heads: the sum of squares goes over all of them. Every rank holds the
+    whole weight and uses its part. The core sums the gradients of whatever is called q_layernorm or k_layernorm over
+    the tensor-parallel ranks; as each is zero outside its part, the sum is the gradient of the whole weight, and a
+    checkpoint holds one tensor [width] whatever the number of ranks.
+
+    hidden_size: D, as the core calls it. eps: added to the mean of squares.
+    """
+
+    def __init__(self, hidden_size: int, config: TransformerConfig, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.width = self.heads(config) * hidden_size
+        ranks = get_tensor_model_parallel_world_size()
+        self.copies = max(1, ranks // self.heads(config))  # more ranks than heads: several hold the same one
+        self.local_width = self.width * self.copies // ranks
+        self.weight = nn.Parameter(torch.ones(self.width, dtype=config.params_dtype))
+
+    @staticmethod
+    @abstractmethod
+    def heads(config: TransformerConfig) -> int:
+        """The number of heads over all ranks."""
+
+    def forward(self, x_SBND: Tensor) -> Tensor:
+        """Normed heads, in shape and dtype of `x_SBND`; statistics in fp32."""
+        x = x_SBND.float()
+        squares = x.pow(2).sum((-2, -1), keepdim=True)
+        squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
+        x = x * torch.rsqrt(squares / (self.copies * self.width) + self.eps)
+        first = get_tensor_model_parallel_rank() // self.copies * self.local_width
+        weight_ND = self.weight[first : first + self.local_width].view(x_SBND.shape[-2:])
+        return weight_ND * x.to(x_SBND.dtype)
+
+
+class FullWidthQueryNorm(FullWidthNorm):
+    """FullWidthNorm of the queries."""
+
+    @staticmethod
+    def heads(config: TransformerConfig) -> int:
+        """All attention heads."""
+        return config.num_attention_heads
+
+
+class FullWidthKeyNorm(FullWidthNorm):
+    """FullWidthNorm of the keys."""
+
+    @staticmethod
+    def heads(config: TransformerConfig) -> int:
+        """All query groups: a key serves a group of queries."""
+        return config.num_query_groups or config.num_attention_heads
+
+
+class ClippedSelfAttention(SelfAttention):
+    """Queries, keys and values clamped to [-c, c], after their norm and before rotary embedding; c is
+    --emoe-clip-qkv."""
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Query [S, B, N, D], key and value [S, B, query groups of this rank, D], and what else the core returns."""
+        query, key, value, *gate = super().get_query_key_value_tensors(*args, **kwargs)
+        limit = self.config.emoe_clip_qkv
+        return *(tensor.clamp(-limit, limit) for tensor in (query, key, value)), *gate
+
+
+class LatentNormSelfAttention(MLASelfAttention):
+    """Multi-latent attention that norms the compressed keys and values, and no queries (DeepSeek-V2-Lite, arXiv
+    2405.04434, equation 9 and appendix B)."""
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """What to build, as the spec says. The core's rule would put a norm of the layer's input before the queries'
+        projection (Transformer Engine), or refuse (local)."""
+        return {
+            "linear_q_proj": submodules.linear_q_proj,
+            "linear_q_up_proj": IdentityOp,
+            "linear_kv_up_proj": submodules.linear_kv_up_proj,
+            "q_layernorm": IdentityOp,
+            "kv_layernorm": submodules.kv_layernorm,
+        }
+
+
+class LatentDotProductAttention(DotProductAttention):
+    """The core's own dot-product attention with values narrower or wider than keys, as multi-latent attention asks for.
+
+    v_channels: width of a head's values; unset where the core builds an ordinary one first, which it then replaces.
+    k_channels: that of its keys, from which nothing follows here.
+    """
+
+    def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
