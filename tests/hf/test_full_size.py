@@ -4,11 +4,15 @@ configs/ holds the values of the published config.json files, in the keys of the
 allocated: transformers builds each model on the meta device.
 """
 
+from collections import Counter
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_emoe.hf.architecture import architecture_of
 
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = [path.stem for path in sorted(CONFIGS.glob("*.json"))]
@@ -73,3 +77,59 @@ def test_parameters_of_the_model_are_the_published_ones(name, model):
 def test_parameters_by_hand_are_the_published_ones(name, model):
     k, _ = k_and_experts(model.config)
     assert (by_hand(name), *(by_hand(name, n) for n in (k, 2 * k, 3 * k))) == PUBLISHED[name]
+
+
+def on_disk(model) -> dict[str, tuple[int, ...]]:
+    """Names and shapes as save_pretrained writes them: one tensor for each expert's gate, up and down."""
+    shapes = {}
+    for name, parameter in model.named_parameters():  # a tied head comes once, as the embedding
+        shape = tuple(parameter.shape)
+        prefix, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            experts, rows, columns = shape
+            for expert in range(experts):
+                for half in ("gate_proj", "up_proj"):
+                    shapes[f"{prefix}.{expert}.{half}.weight"] = (rows // 2, columns)
+        elif last == "down_proj":
+            shapes |= {f"{prefix}.{expert}.down_proj.weight": shape[1:] for expert in range(shape[0])}
+        else:
+            shapes[name.replace(".gate.moe_statics.", ".moe_statics.")] = shape
+    return shapes
+
+
+def test_the_name_table_is_the_model_tensor_by_tensor(model):
+    groups = architecture_of(model.config).groups(model.config)
+    named = Counter(name for group in groups for piece in group.pieces for name, _ in piece.hf)
+    table = {name: shape for group in groups for name, shape in group.hf_tensors().items()}
+    assert max(named.values()) == 1
+    assert table == on_disk(model)
+
+
+def test_megatron_tensors_hold_the_published_parameters(name, model):
+    architecture = architecture_of(model.config)
+    pieces = [piece for group in architecture.groups(model.config) for piece in group.pieces]
+    places = [architecture.layout(model.config).place(piece) for piece in pieces]
+    bias = sum(prod(place.size) for place in places if place.key.endswith("expert_bias"))
+    assert sum(prod(place.size) for place in places) - bias == PUBLISHED[name][0]
+    assert bias == (27 * 64 if name == "ernie4_5_21b_a3b" else 0)
+
+
+def test_chunks_fill_every_megatron_tensor_once(model):
+    architecture = architecture_of(model.config)
+    layout = architecture.layout(model.config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    filled: Counter[str] = Counter()
+    corners = set()
+    for place in (layout.place(piece) for group in architecture.groups(model.config) for piece in group.pieces):
+        assert shapes.setdefault(place.key, place.shape) == place.shape
+        assert all(o + s <= w for o, s, w in zip(place.offset, place.size, place.shape, strict=True)), place
+        corners.add((place.key, place.offset))
+        filled[place.key] += prod(place.size)
+    assert filled == {key: prod(shape) for key, shape in shapes.items()}
+    assert len(corners) == sum(len(group.pieces) for group in architecture.groups(model.config))
+
+
+def test_hf_and_megatron_chunks_are_of_one_size(model):
+    for group in architecture_of(model.config).groups(model.config):
+        for piece in group.pieces:
+            assert prod(piece.chunk_shape) == sum(prod(shape) for _, shape in piece.hf), piece
