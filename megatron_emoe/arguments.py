@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import traceback
@@ -127,3 +129,23 @@ def _keep_asked_k(args: Namespace, given: dict[str, object]) -> None:
 def _say(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
+
+
+def stored_form(words: list[str]) -> Namespace:
+    """The arguments that a training run with these model flags would store in its checkpoints.
+
+    What is not a matter of the model (batch, parallel layout, kernels) has its default.
+    """
+    given = dict(zip(words, [*words[1:], ""], strict=True))
+    length = str(min(4096, int(given["--max-position-embeddings"])))
+    needed = ["--micro-batch-size", "1", "--seq-length", length]
+    argv = sys.argv
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            sys.argv = [argv[0], *host_mode.setup([*words, *needed])]
+            args = parse_args(add_arguments)
+            validate_args(args)
+        finally:
+            sys.argv = argv
+    elastic_config_from_args(args)
+    return args

@@ -1,0 +1,234 @@
+"""What the four architectures have in common: from a config.json to Megatron's flags and to the name table."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_emoe.hf.pieces import Group, Layout, PackQKV, Piece, gated, linear
+
+Flags = dict[str, Any]
+"""Megatron's arguments by name (underscores); True is a switch."""
+
+
+class Architecture(ABC):
+    """One Hugging Face architecture: its flags and its name table, both from the same configuration.
+
+    Subclasses say what is special; the order of the methods is that of a forward pass.
+    """
+
+    model_type: ClassVar[str]
+    k_key: ClassVar[str] = "num_experts_per_tok"
+    """The name of k in config.json. (In memory transformers lets every architecture say num_experts_per_tok.)"""
+    carried: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of tensors that this package does not train: kept on import, written back on export."""
+    rope_types: ClassVar[tuple[str, ...]] = ("default",)
+
+    @abstractmethod
+    def refuse(self, config: PretrainedConfig) -> None:
+        """ValueError, by the config's own key, for what cannot be expressed exactly."""
+
+    @abstractmethod
+    def own_flags(self, config: PretrainedConfig) -> Flags:
+        """The flags that only this architecture needs."""
+
+    @abstractmethod
+    def attention(self, config: PretrainedConfig, layer: int) -> list[Piece]:
+        """Attention of a layer, with the norm before it."""
+
+    @abstractmethod
+    def shared_experts(self, config: PretrainedConfig, layer: int) -> list[Piece]:
+        """Shared experts of a MoE layer, with their gate."""
+
+    def is_moe(self, config: PretrainedConfig, layer: int) -> bool:
+        """Whether a layer (0-based) has experts."""
+        return True
+
+    def router(self, config: PretrainedConfig, layer: int) -> list[Piece]:
+        """Router of a MoE layer, with its selection bias."""
+        shape = (config.num_experts, config.hidden_size)
+        return [linear("mlp.router.weight", f"{_prefix(layer)}.mlp.gate.weight", shape, layer)]
+
+    def expert_width(self, config: PretrainedConfig) -> int:
+        return config.moe_intermediate_size
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Refuse what this package, or Megatron-Core, cannot compute exactly.
+
+        Raises:
+            ValueError: key, value and rule.
+        """
+        if config.hidden_act != "silu":
+            raise ValueError(f"hidden_act {config.hidden_act!r}: only 'silu' (SwiGLU) is supported")
+        rope = config.rope_parameters
+        if rope["rope_type"] not in self.rope_types:
+            raise ValueError(
+                f"rope_type {rope['rope_type']!r} (rope_scaling): {self.model_type} is supported with "
+                f"{' or '.join(map(repr, self.rope_types))}"
+            )
+        if rope["rope_theta"] != int(rope["rope_theta"]):
+            raise ValueError(
+                f"rope_theta {rope['rope_theta']}: must be a whole number, Megatron's --rotary-base is one"
+            )
+        if not 1 <= config.num_experts_per_tok <= config.num_experts:
+            raise ValueError(f"{self.k_key} {config.num_experts_per_tok}: must lie in [1, {config.num_experts}]")
+        self.refuse(config)
+
+    def flags(self, config: PretrainedConfig) -> Flags:
+        """Megatron's flags for exactly this model. How to run it (parallelism, kernels, data) is not among them."""
+        dtype = str(config.dtype).removeprefix("torch.")
+        heads = config.num_attention_heads
+        return {
+            "num_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "ffn_hidden_size": config.intermediate_size,
+            "num_attention_heads": heads,
+            **self.group_query(config),
+            "max_position_embeddings": config.max_position_embeddings,
+            "position_embedding_type": "rope",
+            "rotary_base": int(config.rope_parameters["rope_theta"]),
+            "normalization": "RMSNorm",
+            "norm_epsilon": config.rms_norm_eps,
+            "swiglu": True,
+            "disable_bias_linear": True,
+            "attention_dropout": getattr(config, "attention_dropout", 0.0),
+            "hidden_dropout": 0.0,
+            "vocab_size": config.vocab_size,
+            **({} if config.tie_word_embeddings else {"untie_embeddings_and_output_weights": True}),
+            "num_experts": config.num_experts,
+            "moe_router_topk": config.num_experts_per_tok,
+            "moe_ffn_hidden_size": self.expert_width(config),
+            "moe_router_dtype": "fp32",
+            **self.layer_frequency(config),
+            **self.own_flags(config),
+            **({"bf16": True} if dtype == "bfloat16" else {"fp16": True} if dtype == "float16" else {}),
+        }
+
+    def group_query(self, config: PretrainedConfig) -> Flags:
+        """Grouped queries, and the width of a head where it is not hidden size / heads."""
+        flags: Flags = {}
+        if config.num_key_value_heads != config.num_attention_heads:
+            flags = {"group_query_attention": True, "num_query_groups": config.num_key_value_heads}
+        if head_dim(config) != config.hidden_size // config.num_attention_heads:
+            flags["kv_channels"] = head_dim(config)
+        return flags
+
+    def layer_frequency(self, config: PretrainedConfig) -> Flags:
+        """--moe-layer-freq where some layers are dense. (Where none is, Megatron's default stacks all layers.)"""
+        kinds = [int(self.is_moe(config, layer)) for layer in range(config.num_hidden_layers)]
+        if all(kinds):
+            return {}
+        if not any(kinds):
+            raise ValueError("no layer has experts: this is a dense model")
+        first = kinds.index(1)
+        if all(kinds[first:]):
+            return {"moe_layer_freq": f"([0]*{first}+[1]*{len(kinds) - first})"}
+        return {"moe_layer_freq": f"([{','.join(map(str, kinds))}])"}
+
+    def layout(self, config: PretrainedConfig, *, stacked: bool | None = None) -> Layout:
+        """Layout of the checkpoint that these flags lead to, or of one that stacks its layers as told."""
+        if stacked is None:
+            stacked = not self.layer_frequency(config)
+        return Layout(stacked, config.num_hidden_layers, config.num_experts)
+
+    def groups(self, config: PretrainedConfig) -> list[Group]:
+        """The whole name table: embedding, layers, head."""
+        vocabulary = (config.vocab_size, config.hidden_size)
+        embedding = linear("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocabulary)
+        head = [linear("decoder.final_layernorm.weight", "model.norm.weight", (config.hidden_size,))]
+        if not config.tie_word_embeddings:
+            head.append(linear("output_layer.weight", "lm_head.weight", vocabulary))
+        layers = [Group(f"layer {n}", tuple(self.layer(config, n)), layer=n) for n in range(config.num_hidden_layers)]
+        return [Group("embedding", (embedding,)), *layers, Group("head", tuple(head))]
+
+    def layer(self, config: PretrainedConfig, layer: int) -> list[Piece]:
+        """One decoder layer."""
+        return [*self.attention(config, layer), *self._mlp(config, layer)]
+
+    def _mlp(self, config: PretrainedConfig, layer: int) -> list[Piece]:
+        hf, hidden = f"{_prefix(layer)}.mlp", config.hidden_size
+        norm = f"{_prefix(layer)}.post_attention_layernorm.weight"
+        if not self.is_moe(config, layer):
+            before = linear("mlp.linear_fc1.layer_norm_weight", norm, (hidden,), layer)
+            return [before, *gated("mlp", hf, config.intermediate_size, hidden, layer)]
+        pieces = [linear("pre_mlp_layernorm.weight", norm, (hidden,), layer), *self.router(config, layer)]
+        for expert in range(config.num_experts):
+            width = self.expert_width(config)
+            pieces += gated("mlp.experts.experts", f"{hf}.experts.{expert}", width, hidden, layer, expert)
+        return pieces + self.shared_experts(config, layer)
+
+
+def self_attention(config: PretrainedConfig, layer: int, *, bias: bool = False) -> list[Piece]:
+    """Attention with separate q, k, v projections and the norm before it. bias: q, k and v have one."""
+    hidden, width = config.hidden_size, head_dim(config)
+    groups = config.num_key_value_heads
+    hf = f"{_prefix(layer)}.self_attn"
+    rows = {"q": config.num_attention_heads * width, "k": groups * width, "v": groups * width}
+    packed = sum(rows.values())
+
+    def qkv(kind: str, *columns: int) -> Piece:
+        parts = tuple((f"{hf}.{letter}_proj.{kind}", (count, *columns)) for letter, count in rows.items())
+        name = f"self_attention.linear_qkv.{kind}"
+        return Piece(name, (packed, *columns), parts, layer, transform=PackQKV(groups))
+
+    return [
+        linear(
+            "self_attention.linear_qkv.layer_norm_weight", f"{_prefix(layer)}.input_layernorm.weight", (hidden,), layer
+        ),
+        qkv("weight", hidden),
+        *([qkv("bias")] if bias else []),
+        linear("self_attention.linear_proj.weight", f"{hf}.o_proj.weight", (hidden, rows["q"]), layer),
+    ]
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Width of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _prefix(layer: int) -> str:
+    return f"model.layers.{layer}"
+
+
+def architectures() -> dict[str, Architecture]:
+    """Every supported architecture, by model_type."""
+    from megatron_emoe.hf import deepseek_v2, ernie4_5_moe, olmoe, qwen2_moe
+
+    classes = (olmoe.Olmoe, qwen2_moe.Qwen2Moe, deepseek_v2.DeepseekV2, ernie4_5_moe.Ernie45Moe)
+    return {cls.model_type: cls() for cls in classes}
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The architecture of a configuration, checked (ValueError: not supported, or not with these settings)."""
+    architecture = architectures()[config.model_type]
+    architecture.check(config)
+    return architecture
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration in `folder`/config.json, completed by transformers. Code in the folder is never run.
+
+    Raises:
+        ValueError: path and reason; also for an architecture that is not supported.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; {folder} is no Hugging Face model")
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    known = architectures()
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if model_type not in known:
+        raise ValueError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(known)}")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        known[model_type].check(config)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config

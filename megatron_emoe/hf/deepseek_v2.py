@@ -1,0 +1,99 @@
+"""DeepSeek-V2-Lite (deepseek-ai/DeepSeek-V2-Lite): multi-latent attention without a query latent, yarn, shared experts
+without a gate, a dense first layer."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from megatron_emoe.hf.architecture import Architecture, Flags
+from megatron_emoe.hf.pieces import Piece, gated, linear
+
+# What Megatron's multi-latent attention fixes, for want of flags: values of its configuration class.
+_YARN_FIXED = {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
+
+
+class DeepseekV2(Architecture):
+    model_type = "deepseek_v2"
+    rope_types = ("default", "yarn")
+
+    def refuse(self, config: PretrainedConfig) -> None:
+        must_be = {
+            "q_lora_rank": (None,),
+            "attention_bias": (False,),
+            "mlp_bias": (False, None),
+            "topk_method": ("greedy", None),
+            "n_group": (1, None),
+            "topk_group": (1, None),
+            "norm_topk_prob": (False, None),
+            "scoring_func": ("softmax", None),
+            "moe_layer_freq": (1, None),
+        }
+        for key, allowed in must_be.items():
+            value = getattr(config, key, None)
+            if value not in allowed:
+                raise ValueError(f"{key} {value!r}: deepseek_v2 is supported with {allowed[0]!r} (DeepSeek-V2-Lite)")
+        rope = config.rope_parameters
+        for key, fixed in _YARN_FIXED.items():
+            if rope["rope_type"] == "yarn" and rope.get(key, fixed) != fixed:
+                raise ValueError(
+                    f"rope_scaling.{key} {rope[key]}: Megatron-Core has no flag for it; it must be {fixed}"
+                )
+
+    def is_moe(self, config: PretrainedConfig, layer: int) -> bool:
+        return layer >= config.first_k_dense_replace
+
+    def group_query(self, config: PretrainedConfig) -> Flags:
+        return {}  # every head has keys and values of its own, made from the latent
+
+    def own_flags(self, config: PretrainedConfig) -> Flags:
+        return {
+            "multi_latent_attention": True,
+            "kv_lora_rank": config.kv_lora_rank,
+            "qk_head_dim": config.qk_nope_head_dim,
+            "qk_pos_emb_head_dim": config.qk_rope_head_dim,
+            "v_head_dim": config.v_head_dim,
+            "qk_layernorm": True,
+            "emoe_qk_norm": "latent",
+            **self._rope(config),
+            "no_rope_fusion": True,
+            "moe_router_pre_softmax": True,
+            "moe_router_topk_scaling_factor": float(config.routed_scaling_factor),
+            **self._shared_width(config),
+        }
+
+    def _rope(self, config: PretrainedConfig) -> Flags:
+        rope = config.rope_parameters
+        if rope["rope_type"] == "default":
+            return {"rope_type": "rope"}
+        return {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": float(rope["factor"]),
+            "mscale": float(rope.get("mscale") or 1.0),
+            "mscale_all_dim": float(rope.get("mscale_all_dim") or 0.0),
+        }
+
+    def _shared_width(self, config: PretrainedConfig) -> Flags:
+        if not config.n_shared_experts:
+            return {}
+        return {"moe_shared_expert_intermediate_size": config.n_shared_experts * config.moe_intermediate_size}
+
+    def attention(self, config: PretrainedConfig, layer: int) -> list[Piece]:
+        hf, heads, hidden = f"model.layers.{layer}.self_attn", config.num_attention_heads, config.hidden_size
+        latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
+        nope, value = config.qk_nope_head_dim, config.v_head_dim
+        shapes = {
+            "linear_q_proj.weight": ("q_proj", (heads * (nope + rope), hidden)),
+            "linear_kv_down_proj.weight": ("kv_a_proj_with_mqa", (latent + rope, hidden)),
+            "linear_kv_up_proj.layer_norm_weight": ("kv_a_layernorm", (latent,)),
+            "linear_kv_up_proj.weight": ("kv_b_proj", (heads * (nope + value), latent)),
+            "linear_proj.weight": ("o_proj", (hidden, heads * value)),
+        }
+        pieces = [linear("input_layernorm.weight", f"model.layers.{layer}.input_layernorm.weight", (hidden,), layer)]
+        for name, (theirs, shape) in shapes.items():
+            pieces.append(linear(f"self_attention.{name}", f"{hf}.{theirs}.weight", shape, layer))
+        return pieces
+
+    def shared_experts(self, config: PretrainedConfig, layer: int) -> list[Piece]:
+        width = self._shared_width(config).get("moe_shared_expert_intermediate_size")
+        hf = f"model.layers.{layer}.mlp.shared_experts"
+        return gated("mlp.shared_experts", hf, width, config.hidden_size, layer) if width else []
