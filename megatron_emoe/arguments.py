@@ -47,7 +47,7 @@ def parse_evaluation(add_more: Callable[[ArgumentParser], ArgumentParser], **fix
     return _parse(_complete_evaluation, add_more, fixed)
 
 
-def _parse(complete: Callable[[Namespace, ArgumentParser], None], add_more: Callable, fixed: dict) -> Namespace:
+def _parse(complete: Callable[[Namespace, ArgumentParser, dict], None], add_more: Callable, fixed: dict) -> Namespace:
     parsers = []
 
     def add_all(parser: ArgumentParser) -> ArgumentParser:
@@ -61,7 +61,7 @@ def _parse(complete: Callable[[Namespace, ArgumentParser], None], add_more: Call
     args = parse_args(add_all)
     vars(args).update(fixed)
     try:
-        complete(args, parsers[0])
+        complete(args, parsers[0], fixed)
         check_data(args)
         elastic_config_from_args(args)
         _refuse_several_validation_sets(args)
@@ -89,7 +89,7 @@ def _broken_rule(error: Exception) -> str:
     return f"Megatron demands: {rule.line} ({os.path.basename(rule.filename)}, line {rule.lineno})"
 
 
-def _complete_training(args: Namespace, parser: ArgumentParser) -> None:
+def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> None:
     if args.use_checkpoint_args:
         if args.load is None:
             raise ValueError("--use-checkpoint-args needs --load, which is not given")
@@ -101,10 +101,10 @@ def _complete_training(args: Namespace, parser: ArgumentParser) -> None:
     check_load(args, report=_say)
 
 
-def _complete_evaluation(args: Namespace, parser: ArgumentParser) -> None:
+def _complete_evaluation(args: Namespace, parser: ArgumentParser, fixed: dict) -> None:
     if args.load is None:
         raise ValueError("--load is not given: which checkpoint?")
-    given = _given(parser)
+    given = _given(parser) | fixed
     for name, value in model_flags(stored_args(locate(args.load, args.ckpt_step))).items():
         if name not in given:
             setattr(args, name, value)
