@@ -227,13 +227,15 @@ def test_finetune_starts_a_new_run_and_is_told(stored):
     ]
 
 
+NO_ELASTIC_SETTING = ["emoe_eval_k", "emoe_coactivation_interval", "emoe_qk_norm", "emoe_clip_qkv"]
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(ElasticConfig)])
-def test_every_setting_but_measurements_counts(name):
+def test_every_setting_but_measurements_and_model_features_counts(name):
     new = namespace()
     setattr(new, name, "something else")
     expected = [f"--{name.replace('_', '-')}: stored {getattr(namespace(), name)}, now something else"]
-    measured_only = name in ("emoe_eval_k", "emoe_coactivation_interval")
-    assert elastic_changes(new, namespace()) == ([] if measured_only else expected)
+    assert elastic_changes(new, namespace()) == ([] if name in NO_ELASTIC_SETTING else expected)
 
 
 def test_a_checkpoint_of_the_core_is_one_of_plain_top_k():
@@ -274,6 +276,31 @@ def test_another_model_is_refused(stored, name, value):
     flag = "--" + name.replace("_", "-")
     with refuses(f"{flag} {value}: the checkpoint in --load {folder} was saved with {MODEL[name]}"):
         check(namespace(load=folder, finetune=True, **{name: value}))
+
+
+FEATURES = [
+    ({"emoe_qk_norm": "core"}, {"emoe_qk_norm": "full"}, "--emoe-qk-norm full: {} with core"),
+    ({"emoe_qk_norm": "full"}, {"emoe_qk_norm": "latent"}, "--emoe-qk-norm latent: {} with full"),
+    ({"emoe_clip_qkv": 8.0}, {"emoe_clip_qkv": 4.0}, "--emoe-clip-qkv 4.0: {} with 8.0"),
+    ({"emoe_clip_qkv": 8.0}, {"emoe_clip_qkv": None}, "--emoe-clip-qkv is not given: {} with 8.0"),
+    ({"emoe_clip_qkv": None}, {"emoe_clip_qkv": 4.0}, "--emoe-clip-qkv 4.0: {} without it"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), FEATURES, ids=[message.format("was") for *_, message in FEATURES])
+@pytest.mark.parametrize("continues", [True, False], ids=["continue", "finetune"])
+def test_another_model_feature_is_refused(stored, old, new, message, continues):
+    folder = stored(namespace(**old))
+    with refuses(message.format(f"the checkpoint in --load {folder} was saved")):
+        check(namespace(load=folder, finetune=not continues, **new))
+    assert check(namespace(load=folder, finetune=not continues, **old)) == []
+
+
+def test_a_checkpoint_of_the_core_has_no_model_feature():
+    check_shape(namespace(), Namespace(**MODEL), "--load x")
+    for feature in ({"emoe_qk_norm": "full"}, {"emoe_clip_qkv": 4.0}):
+        with pytest.raises(ValueError, match="the checkpoint in --load x was saved"):
+            check_shape(namespace(**feature), Namespace(**MODEL), "--load x")
 
 
 def test_a_part_of_the_model_left_out_is_refused():

@@ -43,6 +43,8 @@ LINES: list[dict[str, Any]] = [
         "emoe_k_schedule": "default-or-smaller",
         "emoe_k_min": 1,
         "emoe_k_default_prob": 0.7,
+        "emoe_qk_norm": "full",
+        "emoe_clip_qkv": 4.0,
     },
     {
         "emoe_selection": "prefix",
@@ -100,7 +102,7 @@ def test_the_lines_cover_every_elastic_field():
 )
 def test_every_flag_reaches_every_built_layer(kind, line):
     more = {
-        "attention": {},
+        "attention": {"qk_layernorm": "emoe_qk_norm" in line},
         "multi-latent": {"multi_latent_attention": True},
         "multi-token": {"mtp_num_layers": 1},
     }[kind]
