@@ -1,4 +1,4 @@
-"""Megatron in one process without torchrun, for the checks of a conversion: arguments, process groups, and no traces."""
+"""Megatron in one process without torchrun, for the checks of a conversion; on the way out nothing of it is left."""
 
 from __future__ import annotations
 
@@ -7,66 +7,48 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import unset_global_variables
 from megatron.training.initialize import initialize_megatron
 
 from megatron_emoe import host_mode
+from megatron_emoe.arguments import add_arguments, parse_evaluation
+from megatron_emoe.checkpoint import model_flags, stored_args
 
 
 @contextlib.contextmanager
-def megatron(checkpoint: Path, *, length: int, bf16: bool = False, flags: Sequence[str] = ()) -> Iterator[Namespace]:
-    """Megatron's arguments for evaluating a checkpoint folder, with everything initialised on this one process.
-
-    The model's flags come from the checkpoint, as for every evaluation. On the way out the process groups and Megatron's
-    global variables are gone, unless the caller had a process group already. length: tokens in a sequence. bf16: run
-    in bf16, else fp32, whatever type the checkpoint is in. flags: how to run, such as --transformer-impl local.
+def alone() -> Iterator[None]:
+    """Process groups of this one process inside; the caller's default group stays, if there is one.
 
     Raises:
-        ValueError: more than one process, or a flag that host mode cannot serve.
-        SystemExit: status 2 after one message on stderr (flags or checkpoint refused).
+        ValueError: this is one of several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) != 1:
         raise ValueError(f"WORLD_SIZE {os.environ['WORLD_SIZE']}: a check runs in one process, without torchrun")
-    words = ["--load", str(checkpoint), "--seq-length", str(length), "--micro-batch-size", "1", "--mock-data"]
-    words += ["--tokenizer-type", "NullTokenizer", "--moe-token-dispatcher-type", "alltoall", *flags]
-    fixed = {"skip_train": True, "no_load_optim": True, "no_load_rng": True, "exit_on_missing_checkpoint": True}
-    had_groups = torch.distributed.is_initialized()
-    with _quiet():
-        args = _parse(words, {**fixed, "bf16": bf16, "fp16": False, "mtp_num_layers": None})
-        _join_alone()
-        initialize_megatron()
+    had_group = torch.distributed.is_initialized()
+    if not had_group:
+        _make_group()
+    with quiet():
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
     try:
-        yield args
+        yield
     finally:
-        unset_global_variables()
-        destroy_rerun_state_machine()
         parallel_state.destroy_model_parallel()
-        if not had_groups:
+        if not had_group:
             torch.distributed.destroy_process_group()
 
 
-def _parse(words: list[str], fixed: dict[str, object]) -> Namespace:
-    from megatron_emoe.arguments import parse_evaluation
-
-    before = sys.argv
-    sys.argv = [before[0], *host_mode.setup(words)]
-    try:
-        return parse_evaluation(lambda parser: parser, **fixed)
-    finally:
-        sys.argv = before
-
-
-def _join_alone() -> None:
-    """A group of one process, which needs no port. Collectives of checkpoints are on the CPU, the model's on its
-    device."""
-    if torch.distributed.is_initialized():
-        return
+def _make_group() -> None:
+    """Without a port: the store is in this process. What checkpoints say to each other is on the CPU."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(0)
@@ -75,7 +57,64 @@ def _join_alone() -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def evaluating(folder: Path, *, length: int, bf16: bool, flags: Sequence[str] = ()) -> Iterator[Namespace]:
+    """Megatron initialised to evaluate the checkpoint in `folder`, exactly as tools/sweep_k.py has it; its arguments.
+
+    length: tokens in a sequence. bf16: run in bf16, else in fp32, whatever the checkpoint is in. flags: how to run.
+
+    Raises:
+        ValueError: as `alone`; a flag that host mode cannot serve.
+        SystemExit: status 2, after one message on stderr (flags or checkpoint refused).
+    """
+    fixed: dict[str, Any] = {
+        "skip_train": True,
+        "no_load_optim": True,
+        "no_load_rng": True,
+        "bf16": bf16,
+        "fp16": False,
+    }
+    with _command_line(["--load", str(folder), *_RUN, "--seq-length", str(length), *flags]), quiet():
+        args = parse_evaluation(lambda parser: parser, **fixed, mtp_num_layers=None)
+    with alone(), quiet():
+        try:
+            initialize_megatron()
+            yield args
+        finally:
+            unset_global_variables()
+            destroy_rerun_state_machine()
+
+
+def layer_arguments(checkpoint: Path, *, length: int, flags: Sequence[str], changes: Mapping[str, Any]) -> Namespace:
+    """Arguments to build, in fp32, the model of a checkpoint's own folder (iter_..., release) with these `changes`.
+
+    Raises:
+        ValueError: not a torch_dist checkpoint, or a flag that host mode cannot serve.
+    """
+    with _command_line([*_RUN, "--seq-length", str(length), *flags]), quiet():
+        args = parse_args(add_arguments)
+        stored = model_flags(stored_args(checkpoint, "checkpoint"))
+        vars(args).update({**stored, "bf16": False, "fp16": False, "mtp_num_layers": None, **changes})
+        args.seq_length, args.micro_batch_size = length, 1
+        validate_args(args)
+    return args
+
+
+_RUN = "--micro-batch-size 1 --mock-data --tokenizer-type NullTokenizer --moe-token-dispatcher-type alltoall".split()
+
+
+@contextlib.contextmanager
+def _command_line(words: list[str]) -> Iterator[None]:
+    before = sys.argv
+    with quiet():
+        sys.argv = [before[0], *host_mode.setup(words)]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
     """Megatron prints its 800 arguments and more; nothing of that belongs in a report."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
