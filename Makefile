@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo demo-convert test check bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
 	@echo
 	@echo "  PYTHON=/path/to/python3.12      the interpreter to build $(VENV) with (3.12 or 3.13)"
 	@echo "  EMOE_TORCH_INDEX=https://...    the package index to take torch from (CPU-only wheels)"
@@ -17,6 +17,9 @@ setup: ## create .venv and install the package with its development tools
 
 demo: setup ## the whole path on a small model: data, training, sweep over k, figure
 	@$(BIN)/python examples/demo.py
+
+demo-convert: setup ## a tiny Hugging Face model into Megatron, verified, trained elastically, and back
+	@$(BIN)/python examples/demo_convert.py
 
 test: setup ## all tests (those that need a GPU skip themselves without one)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
@@ -30,5 +33,5 @@ bench: setup ## what elastic training costs: step and router time, bytes sent, a
 	@$(BIN)/python benchmarks/bench.py
 
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) demo demo_convert build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
