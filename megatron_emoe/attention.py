@@ -14,7 +14,9 @@ import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -89,13 +91,15 @@ class ClippedSelfAttention(SelfAttention):
         return *(tensor.clamp(-limit, limit) for tensor in (query, key, value)), *gate
 
 
-class LatentNormSelfAttention(MLASelfAttention):
-    """Multi-latent attention that norms the compressed keys and values, and no queries (DeepSeek-V2-Lite, arXiv
-    2405.04434, equation 9 and appendix B)."""
+class LatentSelfAttention(MLASelfAttention):
+    """Multi-latent attention that can leave queries without a norm (DeepSeek-V2-Lite, arXiv 2405.04434, equation 9 and
+    appendix B), and whose local form has right gradients with tensor parallelism."""
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
-        """What to build, as the spec says. The core's rule would put a norm of the layer's input before the queries'
-        projection (Transformer Engine), or refuse (local)."""
+        """What to build. With --emoe-qk-norm latent that is what the spec says; the core's rule would put a norm of the
+        layer's input before the queries' projection (Transformer Engine), or refuse (local)."""
+        if self.config.emoe_qk_norm != "latent":
+            return super()._resolve_qk_norm_config(submodules)
         return {
             "linear_q_proj": submodules.linear_q_proj,
             "linear_q_up_proj": IdentityOp,
@@ -103,6 +107,20 @@ class LatentNormSelfAttention(MLASelfAttention):
             "q_layernorm": IdentityOp,
             "kv_layernorm": submodules.kv_layernorm,
         }
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Compressed queries and keys with values, of this rank's part of the sequence, [S / ranks, B, their width].
+
+        The local projection is split over the ranks. The core would gather its output and hand the rotary part to every
+        rank's heads, and in the backward pass drop what all heads but a rank's own add to that part's gradient. In this
+        form, which is Transformer Engine's, it gathers that part itself and adds the gradients up.
+        """
+        queries, keys_values = super()._qkv_down_projection(hidden_states)
+        whole = self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim
+        if self.config.sequence_parallel and keys_values.size(-1) != whole:
+            keys_values = gather_from_tensor_model_parallel_region(keys_values)
+            keys_values = scatter_to_sequence_parallel_region(keys_values)
+        return queries, keys_values
 
 
 class LatentDotProductAttention(DotProductAttention):

@@ -33,7 +33,7 @@ from megatron_emoe.attention import (
     FullWidthKeyNorm,
     FullWidthQueryNorm,
     LatentDotProductAttention,
-    LatentNormSelfAttention,
+    LatentSelfAttention,
 )
 from megatron_emoe.moe_layer import ElasticMoELayer
 from megatron_emoe.router import ElasticRouter
@@ -74,26 +74,23 @@ def attention_layer(spec: ModuleSpec, config: ElasticTransformerConfig) -> Modul
     """A copy of a transformer layer's spec with the attention that --emoe-qk-norm and --emoe-clip-qkv ask for.
 
     Raises:
-        TypeError: a feature is asked for, and the spec's attention is not the core's.
+        TypeError: the spec's attention is not the core's class that the feature extends.
     """
     attention = spec.submodules.self_attention
-    parts, module = attention.submodules, attention.module
-    if getattr(parts, "core_attention", None) is DotProductAttention and module is MLASelfAttention:
-        parts = replace(parts, core_attention=LatentDotProductAttention)
+    module, parts = attention.module, attention.submodules
+    extended = MLASelfAttention if config.emoe_qk_norm == "latent" else SelfAttention
+    if (config.emoe_qk_norm != "core" or config.emoe_clip_qkv is not None) and module is not extended:
+        raise TypeError(f"{module.__name__} in the layer spec is not the core's {extended.__name__}")
+    if module is MLASelfAttention:
+        module = LatentSelfAttention
+        if parts.core_attention is DotProductAttention:
+            parts = replace(parts, core_attention=LatentDotProductAttention)
     if config.emoe_qk_norm == "full":
         parts = replace(parts, q_layernorm=FullWidthQueryNorm, k_layernorm=FullWidthKeyNorm)
-    if config.emoe_qk_norm == "latent":
-        module = _exchange(module, MLASelfAttention, LatentNormSelfAttention)
     if config.emoe_clip_qkv is not None:
-        module = _exchange(module, SelfAttention, ClippedSelfAttention)
+        module = ClippedSelfAttention
     attention = replace(attention, module=module, submodules=parts)
     return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
-
-
-def _exchange(module: type, core: type, ours: type) -> type:
-    if module is not core:
-        raise TypeError(f"{module.__name__} in the layer spec is not the core's {core.__name__}: no such feature")
-    return ours
 
 
 def canonical_keys(spec: ModuleSpec) -> ModuleSpec:
