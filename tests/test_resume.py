@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.distributed import run_ranks, torchrun
-from tests.tiny import Run, arguments, flags, train
+from tests.tiny import Run, arguments, flags, stored_tensors, train
 
 ELASTIC = {
     "moe_router_topk": 3,
@@ -40,19 +38,6 @@ RUN = ELASTIC | {
 }
 # Stored by parameter: buffers of shards would come with the arbitrary memory between parameters.
 DISTRIBUTED = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
-
-
-def stored_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: weights and optimizer state."""
-    reader = checkpoint.FileSystemReader(folder / f"iter_{iteration:07d}")
-    entries = reader.read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    checkpoint.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
 
 
 def assert_same_checkpoint(one: Path, other: Path, iteration: int) -> None:

@@ -11,10 +11,13 @@ import zlib
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 BASE: dict[str, Any] = {
@@ -257,6 +260,19 @@ def _train_stock(words: list[str]) -> None:
 
     pretrain_stock.build_datasets = tiny_datasets
     pretrain_stock.train(words)
+
+
+def stored_tensors(folder: Path, iteration: int) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole and by its key: weights and optimizer state."""
+    reader = checkpoint.FileSystemReader(folder / f"iter_{iteration:07d}")
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def arguments(words: list[str]) -> Namespace:
