@@ -15,6 +15,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 
 from megatron_emoe.arguments import parse  # noqa: E402
 from megatron_emoe.data import build_datasets  # noqa: E402
+from megatron_emoe.hf.companions import keep_companions  # noqa: E402
 from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402
 from megatron_emoe.training import ElasticLoop  # noqa: E402
 
@@ -23,6 +24,8 @@ def main() -> None:
     args = parse()
     model = elastic_model_config(args)
     loop = ElasticLoop(args, model.transformer)
+    if args.rank == 0:
+        keep_companions(args.load or args.pretrained_checkpoint, args.save)
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         build_datasets,

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_emoe.elastic_config import MODEL_FEATURES, ElasticConfig, flag
 
 _MEASURING_ONLY = {"emoe_eval_k", "emoe_coactivation_interval"}
-_SHAPE_FLAGS = (
+SHAPE_FLAGS = (
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -124,15 +124,15 @@ def check_shape(args: Namespace, stored: Namespace, source: str) -> None:
 
     A part of the stored model that this run leaves out counts too: the core would drop its weights without a word.
     """
-    for name in (*_SHAPE_FLAGS, *MODEL_FEATURES):
-        old, new = _shape_value(stored, name), _shape_value(args, name)
+    for name in (*SHAPE_FLAGS, *MODEL_FEATURES):
+        old, new = shape_value(stored, name), shape_value(args, name)
         if old != new and (old is not None or name in MODEL_FEATURES):
             given = f"{flag(name)} is not given" if new is None else f"{flag(name)} {new}"
             saved = "without it" if old is None else f"with {old}"
             raise ValueError(f"{given}: the checkpoint in {source} was saved {saved}")
 
 
-def _shape_value(args: Namespace, name: str) -> Any:
+def shape_value(args: Namespace, name: str) -> Any:
     """Without --group-query-attention the number of query groups is the number of heads: the core writes that into its
     namespace, and so into checkpoints, when it first logs. A checkpoint without our flags has no feature of ours."""
     if name == "num_query_groups" and not getattr(args, "group_query_attention", True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,17 +16,15 @@ from transformers import PretrainedConfig
 
 from megatron_emoe.arguments import stored_form
 from megatron_emoe.hf.architecture import Architecture, Flags, architecture_of, read_config
+from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
 from megatron_emoe.hf.output_folder import OutputFolder, state_of
 from megatron_emoe.hf.pieces import Group, Layout, Piece
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder, write_shard
 from megatron_emoe.hf.torch_dist import COMMON_STATE, TorchDistWriter
 
-HF_FOLDER = "hf"
-CARRIED = "carried.safetensors"
 FLAG_FILE = "model.args"
 WORKERS = 2  # one reads while the other writes; each has a group of tensors in memory
 _IGNORED = ("rotary_emb.inv_freq",)  # old releases saved this buffer; it follows from the configuration
-_KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 
 
 def import_model(
@@ -207,10 +204,7 @@ def _write_companions(folder: Path, hf: Path, out: Path, carried: Mapping[str, T
     """hf/ with everything but the weights, and the flag file. Returns the tokenizer's flags."""
     kept = folder / HF_FOLDER
     kept.mkdir(exist_ok=True)
-    for pattern in _KEPT:
-        for path in hf.glob(pattern):
-            if not path.name.endswith(".safetensors.index.json"):
-                shutil.copyfile(path, kept / path.name)
+    copy_companions(hf, kept)
     if carried:
         write_shard({name: tensor.clone() for name, tensor in carried.items()}, kept / CARRIED)
     tokenizer = tokenizer_flags(kept, out / HF_FOLDER)

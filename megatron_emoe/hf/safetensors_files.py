@@ -52,7 +52,7 @@ class SafetensorsFolder:
         self.files = _files(folder)
         self.tensors: dict[str, StoredTensor] = {}
         for file in sorted(set(self.files.values())):
-            for stored in _header(file):
+            for stored in header(file):
                 self._add(stored)
         _check_index(folder, self.files, self.tensors)
         for stored in [*self.tensors.values()]:
@@ -137,7 +137,8 @@ def _files(folder: Path) -> dict[str, Path]:
     raise ValueError(f"{folder}: no weights ({SINGLE} or {INDEX}){hint}")
 
 
-def _header(file: Path) -> list[StoredTensor]:
+def header(file: Path) -> list[StoredTensor]:
+    """All tensors of one file (ValueError: not readable, or of a type that is not supported)."""
     try:
         with safe_open(file, framework="pt") as opened:
             entries = []

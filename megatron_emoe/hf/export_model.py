@@ -1,0 +1,236 @@
+"""Megatron -> Hugging Face: a torch_dist checkpoint to safetensors, one group of tensors at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from megatron_emoe.arguments import stored_form
+from megatron_emoe.checkpoint import SHAPE_FLAGS, locate, shape_value, stored_args
+from megatron_emoe.elastic_config import flag
+from megatron_emoe.hf.architecture import Architecture, architecture_of, read_config
+from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
+from megatron_emoe.hf.import_model import WORKERS, flag_words, in_parallel
+from megatron_emoe.hf.output_folder import OutputFolder, state_of
+from megatron_emoe.hf.pieces import Group, Layout
+from megatron_emoe.hf.safetensors_files import header, write_index, write_shard
+from megatron_emoe.hf.torch_dist import TorchDistReader
+from megatron_emoe.sweep import best_k, load, range_end
+
+# What decides, beside the shape of the weights, what the model computes. A config.json must say the same.
+_COMPUTES = (
+    *("norm_epsilon", "add_bias_linear", "gated_linear_unit", "softmax_scale", "mtp_num_layers"),
+    *("rotary_base", "rotary_percent", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling"),
+    *("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
+    *("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "emoe_combine"),
+    *("moe_router_pre_softmax", "moe_router_score_function", "moe_router_topk_scaling_factor"),
+    *("moe_router_num_groups", "moe_router_group_topk", "moe_shared_expert_gate", "moe_expert_capacity_factor"),
+)
+
+
+def export_model(
+    megatron: Path,
+    out: Path,
+    *,
+    k: int | None = None,
+    step: int | None = None,
+    hf_config: Path | None = None,
+    sweep: Path | None = None,
+    workers: int = WORKERS,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Write a Megatron checkpoint as a Hugging Face model to the new folder `out`.
+
+    The newest checkpoint in the folder `megatron`, or that of iteration `step`, saved in any parallel layout. Weights
+    keep the type they are stored in. config.json, tokenizer and carried tensors come from `megatron`/hf, or from
+    `hf_config`, a folder with the original model's config.json. k: num_experts_per_tok to write, by default the k in
+    training. sweep: result of tools/sweep_k.py, whose k' and effective range go into config.json.
+
+    Raises:
+        ValueError: a checkpoint that is missing, damaged, or another model than config.json says; k out of range; an
+            output that cannot be written. Nothing is left behind.
+    """
+    checkpoint = locate(str(megatron), step, "--megatron")
+    args = stored_args(checkpoint, "--megatron")
+    companions = _companions(megatron, hf_config)
+    config = read_config(companions)
+    architecture = architecture_of(config)
+    _check_same_model(architecture, config, args, companions)
+    k = args.moe_router_topk if k is None else k
+    if not 1 <= k <= config.num_experts:
+        raise ValueError(f"--k {k}: must lie in [1, {config.num_experts}], the number of experts")
+    reader = TorchDistReader(checkpoint)
+    groups = architecture.groups(config)
+    layout = architecture.layout(config, stacked=not any(key.startswith("decoder.layers.0.") for key in reader.tensors))
+    _check_tensors(reader, groups, layout, config)
+    settings = elastic_settings(args, checkpoint, sweep)
+    state = state_of([*checkpoint.glob("*"), companions / "config.json"])
+    with OutputFolder(out).making({"files": state, "k": k, "settings": settings, "to": "safetensors"}) as folder:
+        carried = _carried(companions)
+        folder.check_space(_total(groups, layout, reader) + sum(carried.values()) + (16 << 20))
+        _write_shards(folder, reader, groups, layout, companions if carried else None, carried, workers)
+        copy_companions(companions, folder.path)
+        _write_config(folder.path, architecture, config, reader, {architecture.k_key: k, "emoe": settings})
+    report(f"{out}: {config.model_type}, {architecture.k_key} {k}")
+    for line in serving_lines(out, architecture, settings, config.num_experts):
+        report(line)
+
+
+def _companions(megatron: Path, hf_config: Path | None) -> Path:
+    if hf_config is not None:
+        return hf_config
+    folder = megatron / HF_FOLDER
+    if not folder.is_dir():
+        raise ValueError(
+            f"--megatron {megatron}: has no folder {HF_FOLDER} with the original config.json and tokenizer; "
+            "name the folder of the original model with --hf-config"
+        )
+    return folder
+
+
+def _check_same_model(architecture: Architecture, config: PretrainedConfig, args: Namespace, companions: Path) -> None:
+    """ValueError for the first flag in which the checkpoint is another model than config.json says."""
+    if config.dtype is None:
+        config.dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    expected = stored_form(flag_words(architecture.flags(config)))
+    for name in (*SHAPE_FLAGS, *_COMPUTES):
+        stored, asked = _value(args, name), _value(expected, name)
+        if stored != asked:
+            raise ValueError(
+                f"{flag(name)} {stored}: the checkpoint was trained with it, {companions / 'config.json'} means {asked}"
+            )
+
+
+def _value(args: Namespace, name: str) -> Any:
+    """A setting in a form that two commands for the same model share."""
+    every = args.moe_layer_freq
+    layers = [int(n % every == 0) for n in range(args.num_layers)] if isinstance(every, int) else every
+    if name == "moe_layer_freq":
+        return layers
+    if name == "ffn_hidden_size" and all(layers):
+        return None  # no layer has this width
+    return shape_value(args, name)
+
+
+def _check_tensors(reader: TorchDistReader, groups: list[Group], layout: Layout, config: PretrainedConfig) -> None:
+    """ValueError for a tensor that is missing, or one that this architecture has no place for."""
+    places = [layout.place(piece) for group in groups for piece in group.pieces]
+    known = {place.key for place in places}
+    for place in places:
+        if place.key not in reader.tensors:
+            raise ValueError(f"{reader.folder}: {place.key} is missing")
+    for key in reader.tensors:
+        if key.startswith(("decoder.", "embedding.", "output_layer.", "mtp.")) and key not in known:
+            raise ValueError(f"{reader.folder}: holds {key}, for which {config.model_type} has no place")
+
+
+def elastic_settings(args: Namespace, checkpoint: Path, sweep: Path | None) -> dict[str, Any]:
+    """The block "emoe" of config.json: how the model was trained, and at which k' it was evaluated."""
+    settings = {
+        "k_train": args.moe_router_topk,
+        "iteration": int(checkpoint.name.removeprefix("iter_")) if checkpoint.name.startswith("iter_") else 0,
+        "selection": getattr(args, "emoe_selection", "topk"),
+        "pool_k": getattr(args, "emoe_pool_k", None),
+        "k_schedule": getattr(args, "emoe_k_schedule", "constant"),
+        "k_min": getattr(args, "emoe_k_min", None),
+        "k_max": getattr(args, "emoe_k_max", None),
+        "evaluated_k": sorted(getattr(args, "emoe_eval_k", None) or []),
+    }
+    if sweep is None:
+        return settings
+    result = load(sweep)
+    if result.iteration != settings["iteration"] or result.k_train != settings["k_train"]:
+        raise ValueError(
+            f"--sweep {sweep}: is of iteration {result.iteration} and k = {result.k_train}, the checkpoint of "
+            f"iteration {settings['iteration']} and k = {settings['k_train']}"
+        )
+    evaluated = sorted(cell.k for cell in result.cells if isinstance(cell.k, int))
+    return settings | {"evaluated_k": evaluated, "range_end": range_end(result), "best_k": best_k(result)}
+
+
+def _carried(companions: Path) -> dict[str, int]:
+    """Names and bytes of the tensors that are only carried along."""
+    if not (companions / CARRIED).is_file():
+        return {}
+    return {stored.name: stored.bytes for stored in header(companions / CARRIED)}
+
+
+def _total(groups: list[Group], layout: Layout, reader: TorchDistReader) -> int:
+    return sum(_bytes(group, layout, reader) for group in groups)
+
+
+def _bytes(group: Group, layout: Layout, reader: TorchDistReader) -> int:
+    return sum(
+        torch.Size(piece.chunk_shape).numel() * reader.tensors[layout.place(piece).key].properties.dtype.itemsize
+        for piece in group.pieces
+    )
+
+
+def _write_shards(
+    folder: OutputFolder,
+    reader: TorchDistReader,
+    groups: list[Group],
+    layout: Layout,
+    companions: Path | None,
+    carried: Mapping[str, int],
+    workers: int,
+) -> None:
+    """One file for each group, and one for what is carried."""
+    count = len(groups) + (companions is not None)
+    names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    with tqdm(total=_total(groups, layout, reader), desc="export", unit="B", unit_scale=True) as bar:
+        bar.update(sum(_bytes(group, layout, reader) for group in groups if group.name in folder.done))
+
+        def convert(file: str, group: Group) -> None:
+            chunks = reader.read([layout.place(piece) for piece in group.pieces])
+            tensors: dict[str, Tensor] = {}
+            for piece, chunk in zip(group.pieces, chunks, strict=True):
+                unpacked = piece.transform.unpack(chunk.reshape(piece.chunk_shape), [shape for _, shape in piece.hf])
+                tensors.update(zip([name for name, _ in piece.hf], unpacked, strict=True))
+            write_shard(tensors, folder.path / file)
+            folder.finished(group.name, {name: tensor.nbytes for name, tensor in tensors.items()})
+            bar.update(_bytes(group, layout, reader))
+
+        calls = [(file, group) for file, group in zip(names, groups, strict=False) if group.name not in folder.done]
+        in_parallel(convert, calls, workers)
+    shards = {file: folder.done[group.name] for file, group in zip(names, groups, strict=False)}
+    if companions is not None:
+        shutil.copyfile(companions / CARRIED, folder.path / names[-1])
+        shards[names[-1]] = dict(carried)
+    write_index(shards, folder.path)
+
+
+def _write_config(
+    folder: Path,
+    architecture: Architecture,
+    config: PretrainedConfig,
+    reader: TorchDistReader,
+    changes: Mapping[str, Any],
+) -> None:
+    """config.json as it was, with k, the elastic settings, and the type of the weights."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    key = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    dtype = reader.tensors["embedding.word_embeddings.weight"].properties.dtype
+    raw[key] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(raw | dict(changes), indent=2) + "\n")
+
+
+def serving_lines(out: Path, architecture: Architecture, settings: Mapping[str, Any], num_experts: int) -> list[str]:
+    """How to serve the model with another k'."""
+    k = settings["pool_k"] or settings["k_max"] or min(2 * settings["k_train"], num_experts)
+    override = json.dumps({architecture.k_key: k})
+    return [
+        "to serve it at another k', here k' = " + str(k) + ":",
+        f"  vllm serve {out} --hf-overrides '{override}'",
+        f'  AutoModelForCausalLM.from_pretrained("{out}", {architecture.k_key}={k})',
+    ]

@@ -1,0 +1,130 @@
+"""Checkpoints between Hugging Face (safetensors) and Megatron (torch_dist), with proof that they compute the same.
+
+    python tools/convert_checkpoint.py import  --hf DIR --out DIR
+    python tools/convert_checkpoint.py verify  --hf DIR --megatron DIR --k 4 8 16
+    python tools/convert_checkpoint.py export  --megatron DIR --out DIR
+    python tools/convert_checkpoint.py inspect DIR
+
+Imports and exports run on any machine, with a few layers in memory; docs/checkpoints.md says more.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in (_add_import, _add_export, _add_verify, _add_inspect):
+        verb = add(verbs)
+        verb.add_argument("--host-mode", action="store_true", help="Run on CPU even where CUDA is present.")
+    return top
+
+
+def _add_import(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    verb = verbs.add_parser("import", help="Hugging Face -> Megatron")
+    verb.add_argument("--hf", type=Path, required=True, help="Folder with config.json and safetensors.")
+    verb.add_argument("--out", type=Path, required=True, help="Folder to make: release/, model.args, hf/.")
+    verb.add_argument("--no-verify", action="store_true", help="Skip the comparison of every layer with transformers.")
+    _add_workers(verb)
+    return verb
+
+
+def _add_export(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    verb = verbs.add_parser("export", help="Megatron -> Hugging Face")
+    verb.add_argument("--megatron", type=Path, required=True, help="Folder that training saved to, or an import made.")
+    verb.add_argument("--out", type=Path, required=True, help="Folder to make.")
+    verb.add_argument("--k", type=int, help="Active experts to write into config.json. Default: k in training.")
+    verb.add_argument("--ckpt-step", type=int, help="Iteration to export. Default: the newest.")
+    verb.add_argument("--hf-config", type=Path, help="Folder of the original model. Default: hf/ in --megatron.")
+    verb.add_argument("--sweep", type=Path, help="Result of tools/sweep_k.py, noted in config.json.")
+    _add_workers(verb)
+    return verb
+
+
+def _add_workers(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--workers", type=int, default=2, help="Threads; each holds one layer in memory. Default: 2.")
+
+
+def _add_verify(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    verb = verbs.add_parser("verify", help="compare both models on the same tokens, at several k'")
+    verb.add_argument("--hf", type=Path, required=True, help="Folder with config.json and safetensors.")
+    verb.add_argument("--megatron", type=Path, required=True, help="Megatron checkpoint, as --load takes it.")
+    verb.add_argument("--k", type=int, nargs="+", help="Numbers of active experts k'. Default: the model's.")
+    verb.add_argument("--bf16", action="store_true", help="Run both models in bf16. Default: fp32.")
+    verb.add_argument(
+        "--text", type=Path, help="Text to run on, through the tokenizer in --hf. Default: random tokens."
+    )
+    verb.add_argument("--json", type=Path, help="File to write the comparison to.")
+    return verb
+
+
+def _add_inspect(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    verb = verbs.add_parser("inspect", help="what a checkpoint of either side is; reads headers only")
+    verb.add_argument("folder", type=Path, metavar="DIR")
+    verb.add_argument("--json", action="store_true", help="Print JSON.")
+    return verb
+
+
+def run_import(chosen: argparse.Namespace) -> None:
+    from megatron_emoe.hf.import_model import import_model
+    from megatron_emoe.hf.layer_check import check_layers
+
+    import_model(chosen.hf, chosen.out, workers=chosen.workers, verify=None if chosen.no_verify else check_layers)
+
+
+def run_export(chosen: argparse.Namespace) -> None:
+    from megatron_emoe.hf.export_model import export_model
+
+    export_model(
+        chosen.megatron,
+        chosen.out,
+        k=chosen.k,
+        step=chosen.ckpt_step,
+        hf_config=chosen.hf_config,
+        sweep=chosen.sweep,
+        workers=chosen.workers,
+    )
+
+
+def run_verify(chosen: argparse.Namespace) -> int:
+    from megatron_emoe.hf.verify import text_tokens, verify
+
+    tokens = text_tokens(chosen.hf, chosen.text) if chosen.text else None
+    result = verify(chosen.hf, chosen.megatron, ks=chosen.k, tokens=tokens, bf16=chosen.bf16)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    return 0 if result.passed else 1
+
+
+def run_inspect(chosen: argparse.Namespace) -> None:
+    from megatron_emoe.hf.inspect_model import inspect
+
+    found = inspect(chosen.folder)
+    print(found.as_json() if chosen.json else found.as_text())
+
+
+def main() -> int:
+    """Exit status 0; 1: the models differ; 2: refused, with one message on stderr."""
+    chosen = parser().parse_args()
+    if getattr(chosen, "workers", 1) < 1:
+        parser().error(f"--workers {chosen.workers}: must be at least 1")
+    from megatron_emoe import host_mode
+
+    host_mode.setup(["--host-mode"] if chosen.host_mode else [])  # before anything of Megatron is imported
+    run = {"import": run_import, "export": run_export, "verify": run_verify, "inspect": run_inspect}[chosen.verb]
+    try:
+        return run(chosen) or 0
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name} {chosen.verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
