@@ -1,5 +1,5 @@
-"""From the command line to built layers: every elastic setting arrives, in every kind of layer, and no MoE layer stays
-stock."""
+"""From the command line to built layers: every elastic setting arrives, in every kind of layer, no MoE layer stays
+stock, and every tensor is saved under its one key."""
 
 import contextlib
 import io
@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 
 import pytest
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_emoe.elastic_config import ElasticConfig
-from megatron_emoe.layer_spec import elastic_layer
+from megatron_emoe.layer_spec import elastic_layer, our_layer
 from megatron_emoe.moe_layer import ElasticMoELayer
 from megatron_emoe.router import ElasticRouter
 from tests.distributed import run_ranks
-from tests.tiny import COACTIVATION, PREFIX, arguments, flags, start
+from tests.tiny import COACTIVATION, PREFIX, arguments, flags, layer_config, start
 
 # Together these give every elastic field a value other than its default.
 LINES: list[dict[str, Any]] = [
@@ -67,8 +68,8 @@ class Layer(NamedTuple):
     number: int
 
 
-def build(changes: dict[str, Any]) -> list[Layer]:
-    """Parse a command line, build the model it asks for, and describe every MoE layer in it."""
+def model_of(changes: dict[str, Any]) -> Any:
+    """Parse a command line and build the model it asks for."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_emoe.layer_spec import elastic_model_config
@@ -76,8 +77,18 @@ def build(changes: dict[str, Any]) -> list[Layer]:
     args = arguments(flags(**changes))
     start()
     config = elastic_model_config(args)
-    model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
-    return [describe(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+    return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def build(changes: dict[str, Any]) -> list[Layer]:
+    """Every MoE layer of that model, described."""
+    return [describe(name, layer) for name, layer in model_of(changes).named_modules() if isinstance(layer, MoELayer)]
+
+
+def keys(changes: dict[str, Any]) -> set[str]:
+    """The keys under which that model's tensors are saved."""
+    entries = model_of(changes).sharded_state_dict().values()
+    return {entry.key for entry in entries if not entry.key.endswith("_extra_state")}
 
 
 def describe(name: str, layer: Any) -> Layer:
@@ -186,3 +197,86 @@ def test_a_combination_that_cannot_work_ends_with_one_message_naming_both_flags(
     errors = [line for line in message.splitlines() if "error:" in line]
     assert status == 2 and len(errors) == 1
     assert all(word in errors[0] for word in named)
+
+
+# Where Transformer Engine's layers keep what a layer holds, whichever spec built it.
+ATTENTION = {
+    "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_proj.weight",
+}
+LATENT_ATTENTION = {
+    "input_layernorm.weight",
+    "self_attention.linear_q_proj.weight",
+    "self_attention.linear_kv_down_proj.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight",
+    "self_attention.linear_kv_up_proj.weight",
+    "self_attention.linear_proj.weight",
+}
+COMPRESSED_QUERIES = LATENT_ATTENTION - {"self_attention.linear_q_proj.weight"} | {
+    "self_attention.linear_q_down_proj.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight",
+    "self_attention.linear_q_up_proj.weight",
+}
+NORMS = {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+DENSE = {"mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}
+MOE = {
+    "pre_mlp_layernorm.weight",
+    "mlp.router.weight",
+    "mlp.experts.experts.linear_fc1.weight",
+    "mlp.experts.experts.linear_fc2.weight",
+}
+SHARED = {"mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts.linear_fc2.weight"}
+ENDS = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
+MTP = {f"mtp.layers.0.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "final_layernorm")}
+STACKED, FIRST, SECOND, PREDICTED = "decoder.layers.", "decoder.layers.0.", "decoder.layers.1.", "mtp.layers.0."
+LATENT = {"multi_latent_attention": True, "qk_layernorm": True, "emoe_qk_norm": "latent"}
+DENSE_FIRST = {"moe_layer_freq": "[0,1]"}
+SAVED: dict[str, tuple[dict[str, Any], dict[str, set[str]]]] = {
+    "plain": ({}, {STACKED: ATTENTION | MOE}),
+    "OLMoE": ({"qk_layernorm": True, "emoe_qk_norm": "full"}, {STACKED: ATTENTION | NORMS | MOE}),
+    "Qwen": (
+        {"add_qkv_bias": True, "moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True},
+        {STACKED: ATTENTION | {"self_attention.linear_qkv.bias"} | MOE | SHARED | {"mlp.shared_experts.gate_weight"}},
+    ),
+    "DeepSeek-V2-Lite": (
+        LATENT | DENSE_FIRST | {"moe_shared_expert_intermediate_size": 32},
+        {FIRST: LATENT_ATTENTION | DENSE, SECOND: LATENT_ATTENTION | MOE | SHARED},
+    ),
+    "compressed queries": (
+        LATENT | DENSE_FIRST | {"emoe_qk_norm": "core", "q_lora_rank": 16},
+        {FIRST: COMPRESSED_QUERIES | DENSE, SECOND: COMPRESSED_QUERIES | MOE},
+    ),
+    "ERNIE": (
+        DENSE_FIRST | {"moe_router_enable_expert_bias": True, "moe_router_pre_softmax": None},
+        {FIRST: ATTENTION | DENSE, SECOND: ATTENTION | MOE | {"mlp.router.expert_bias"}},
+    ),
+    "multi-token": (
+        DENSE_FIRST | {"mtp_num_layers": 1},
+        {FIRST: ATTENTION | DENSE, SECOND: ATTENTION | MOE, f"{PREDICTED}transformer_layer.": ATTENTION | MOE},
+    ),
+    "multi-token, latent": (
+        LATENT | {"mtp_num_layers": 1},
+        {STACKED: LATENT_ATTENTION | MOE, f"{PREDICTED}transformer_layer.": LATENT_ATTENTION | MOE},
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "layers"), SAVED.values(), ids=SAVED)
+def test_tensors_are_saved_under_the_keys_of_transformer_engine(changes, layers):
+    expected = {prefix + name for prefix, names in layers.items() for name in names}
+    assert run_ranks(keys, 1, changes)[0] == expected | ENDS | (MTP if "mtp_num_layers" in changes else set())
+
+
+class OtherAttention(SelfAttention):
+    """Somebody else's attention."""
+
+
+@pytest.mark.parametrize("changes", [{"emoe_qk_norm": "full", "qk_layernorm": True}, {"emoe_clip_qkv": 1.0}])
+def test_a_feature_on_somebody_else_s_attention_is_refused(changes):
+    spec = get_gpt_layer_local_spec(8, moe_grouped_gemm=False)
+    other = replace(spec.submodules.self_attention, module=OtherAttention)
+    config = layer_config(normalization="RMSNorm", **changes)
+    with pytest.raises(TypeError, match="OtherAttention in the layer spec is not the core's SelfAttention"):
+        our_layer(replace(spec, submodules=replace(spec.submodules, self_attention=other)), config)
+    assert our_layer(spec, config).submodules.self_attention != spec.submodules.self_attention
