@@ -90,7 +90,7 @@ def run_sweep(args: Namespace, result: SweepResult) -> SweepResult:
         return result
     initialize_megatron()
     config = elastic_model_config(args)
-    model = _load_model(args, config)
+    model = load_model(args, config)
     loop = ElasticLoop(args, config.transformer)
     batches, steps = _read_batches(args)
     evaluator = Evaluator(args, loop.forward)
@@ -107,7 +107,7 @@ def run_sweep(args: Namespace, result: SweepResult) -> SweepResult:
     return result
 
 
-def _load_model(args: Namespace, config: Any) -> list[nn.Module]:
+def load_model(args: Namespace, config: Any) -> list[nn.Module]:
     """The checkpoint's model in evaluation mode: no optimizer, no gradients buffers (--skip-train)."""
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 TIE = 1e-5
-"""Routing scores are softmax probabilities, for ERNIE plus a selection bias. Two experts whose scores differ by no more
-than this are a tie in fp32: near ERNIE's offset of 40 one step of fp32 is 3.8e-6."""
+"""Routing scores are softmax probabilities, for ERNIE plus a selection bias. Where the same hidden states are routed in
+fp32, two experts are a tie if their scores differ by no more than this: near ERNIE's offset of 40 a step of fp32 is
+3.8e-6."""
 
 
 @dataclass
@@ -27,6 +28,26 @@ class Trace:
     outputs_BSD: dict[int, Tensor] = field(default_factory=dict)
     chosen_BSE: dict[int, Tensor] = field(default_factory=dict)
     scores_BSE: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One run of one model. logits_BSV: fp32, on the CPU."""
+
+    logits_BSV: Tensor
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far one run is from another. max_difference: of a logit. kl: mean KL, nats per token, in float64. other_top1:
+    share of tokens with another most likely next token. other_sets: share of (token, MoE layer) pairs with other
+    experts."""
+
+    max_difference: float
+    kl: float
+    other_top1: float
+    other_sets: float
 
 
 @contextmanager
@@ -119,20 +140,61 @@ def relative_difference(ours_BSD: Tensor, theirs_BSD: Tensor) -> Tensor:
     return (ours_BSD - theirs_BSD).abs().amax(dim=-1) / scale_BS
 
 
-def differing_sets(theirs: Trace, ours: Trace, layer: int) -> tuple[Tensor, Tensor]:
+def differing_sets(theirs: Trace, ours: Trace, layer: int, tie: float = TIE) -> tuple[Tensor, Tensor]:
     """Where a layer's routed sets differ, and where they differ by nothing but ties: bool [B, S] each."""
     a_BSE, b_BSE = theirs.chosen_BSE[layer], ours.chosen_BSE[layer]
     differs_BS = (a_BSE != b_BSE).any(dim=-1)
     scores_BSE = theirs.scores_BSE[layer]
-    lost = torch.where(a_BSE & ~b_BSE, scores_BSE, torch.inf).amin(dim=-1)
-    gained = torch.where(b_BSE & ~a_BSE, scores_BSE, -torch.inf).amax(dim=-1)
-    highest = torch.where(a_BSE & ~b_BSE, scores_BSE, -torch.inf).amax(dim=-1)
-    lowest = torch.where(b_BSE & ~a_BSE, scores_BSE, torch.inf).amin(dim=-1)
-    close = (lost - gained).abs().maximum((highest - lowest).abs()) <= TIE
-    same_number = a_BSE.sum(dim=-1) == b_BSE.sum(dim=-1)
-    return differs_BS, differs_BS & close & same_number
+    swapped_BSE = a_BSE ^ b_BSE
+    highest_BS = torch.where(swapped_BSE, scores_BSE, -torch.inf).amax(dim=-1)
+    lowest_BS = torch.where(swapped_BSE, scores_BSE, torch.inf).amin(dim=-1)
+    same_number_BS = a_BSE.sum(dim=-1) == b_BSE.sum(dim=-1)
+    return differs_BS, differs_BS & same_number_BS & (highest_BS - lowest_BS <= tie)
 
 
-def after(flagged_BS: Tensor) -> Tensor:
+def distance(expected: Answer, found: Answer, where_BS: Tensor) -> Distance:
+    """Over the tokens where `where_BS`; infinite where there are none."""
+    if not where_BS.any():
+        return Distance(torch.inf, torch.inf, torch.inf, torch.inf)
+    a_TV, b_TV = expected.logits_BSV[where_BS], found.logits_BSV[where_BS]
+    p_TV, q_TV = a_TV.double().log_softmax(-1), b_TV.double().log_softmax(-1)
+    layers = expected.trace.chosen_BSE
+    differs = [differing_sets(expected.trace, found.trace, layer)[0][where_BS] for layer in layers]
+    return Distance(
+        max_difference=float((a_TV - b_TV).abs().max()),
+        kl=float((p_TV.exp() * (p_TV - q_TV)).sum(-1).mean()),
+        other_top1=float((a_TV.argmax(-1) != b_TV.argmax(-1)).double().mean()),
+        other_sets=float(torch.stack(differs).double().mean()),
+    )
+
+
+def reached_by_no_tie(expected: Trace, found: Trace, tie: float | None) -> tuple[Tensor, int, int | None]:
+    """Tokens that no tie reaches (bool [B, S]), the number of ties, the first layer with another difference of sets.
+
+    A tie reaches its own token, and in the layers that follow all later ones of its sequence. Without a `tie` none is
+    told apart: every token counts.
+    """
+    reached_BS = torch.zeros(next(iter(expected.outputs_BSD.values())).shape[:2], dtype=torch.bool)
+    ties, first = 0, None
+    for layer in sorted(expected.chosen_BSE):
+        differs_BS, tied_BS = differing_sets(expected, found, layer, -1.0 if tie is None else tie)
+        if first is None and (differs_BS & ~tied_BS & ~reached_BS).any():
+            first = layer
+        tied_BS = tied_BS & ~reached_BS
+        ties += int(tied_BS.sum())
+        reached_BS = _from_there_on(reached_BS | tied_BS)
+    return ~reached_BS, ties, first
+
+
+def first_layer(expected: Trace, found: Trace, where_BS: Tensor, bound: float) -> int | None:
+    """The first layer whose output differs by more than `bound` (relative) at a token where `where_BS`."""
+    for layer in sorted(expected.outputs_BSD):
+        difference_BS = relative_difference(found.outputs_BSD[layer], expected.outputs_BSD[layer])
+        if not (difference_BS[where_BS] <= bound).all():
+            return layer
+    return None
+
+
+def _from_there_on(flagged_BS: Tensor) -> Tensor:
     """Every position at or after a flagged one of the same sequence: what attention carries a difference to."""
     return flagged_BS.int().cummax(dim=1).values.bool()

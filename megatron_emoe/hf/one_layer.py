@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,11 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from megatron_emoe.checkpoint import stored_args
 from megatron_emoe.evaluation import current_device
 from megatron_emoe.hf.architecture import read_config
-from megatron_emoe.hf.one_process import layer_arguments, quiet
+from megatron_emoe.hf.one_process import layer_arguments, quiet, silent_transformers
 from megatron_emoe.hf.pieces import Place
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder
 from megatron_emoe.hf.torch_dist import TorchDistReader
@@ -63,7 +60,7 @@ class HFLayers:
 
     def _load(self, made: PreTrainedConfig, tensors: Mapping[str, Tensor], part: str, needed: str) -> PreTrainedModel:
         made._attn_implementation = made._experts_implementation = "eager"
-        with _silent_transformers():
+        with silent_transformers():
             model, loading = _class_of(made).from_pretrained(
                 None, config=made, state_dict=dict(tensors), dtype=torch.float32, output_loading_info=True
             )
@@ -92,22 +89,6 @@ def _one_layer(config: PreTrainedConfig, moe: bool) -> PreTrainedConfig:
     for name, value in kinds[config.model_type].items():
         setattr(made, name, value)
     return made
-
-
-@contextlib.contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """Without its bars, and its warning of weights that are not there: they are meant not to be."""
-    before = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class MegatronLayers:

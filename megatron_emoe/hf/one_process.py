@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import unset_global_variables
 from megatron.training.initialize import initialize_megatron
+from transformers.utils import logging as hf_logging
 
 from megatron_emoe import host_mode
 from megatron_emoe.arguments import add_arguments, parse_evaluation
@@ -119,3 +120,20 @@ def quiet() -> Iterator[None]:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
+
+
+@contextlib.contextmanager
+def silent_transformers() -> Iterator[None]:
+    """transformers without its progress bars and warnings (of weights that are not there: here they are meant not to
+    be)."""
+    before = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            yield
+    finally:
+        hf_logging.set_verbosity(before)
+        if bars:
+            hf_logging.enable_progress_bar()

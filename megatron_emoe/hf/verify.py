@@ -1,0 +1,289 @@
+"""The proof of a conversion: a whole Hugging Face model and a whole Megatron checkpoint on the same tokens.
+
+transformers loads the one by its own rules, without this package's name tables; the other is built and loaded as for
+training and for tools/sweep_k.py. Both answer at each number k' of active experts. One of the two models is in memory
+at a time, in the type asked for.
+
+How close can two implementations of one model come? transformers also runs against itself, with the output of every
+decoder layer jittered by one unit in the last place of its type: the noise. Our distance may be FACTOR times the noise
+(its square for a KL), or the floor, whichever is larger.
+
+fp32: the floors are |dlogit| 1e-5 and KL 1e-10 nats. On tiny models our distance was at most 2.7 times the noise,
+which is 1e-6 to 7e-6. A routed set may differ by a tie, two experts with the same score up to rounding: the tokens that
+such a choice reaches are counted, and left out of all bounds. Any other difference of sets fails.
+
+bf16: two right implementations differ in single logits by 5, where a token meets another expert, so the bounds are on
+means over all tokens. Measured on 12 tiny random models at k' = 1 to 8: KL up to 1.7e-2, another most likely token
+14 %, other sets 4.3 %; the floors are about twice that. They prove that bf16 computes the same function, not that no
+weight is wrong: that is fp32's business.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from megatron_emoe.active_k import get_active_k
+from megatron_emoe.checkpoint import locate
+from megatron_emoe.evaluation import current_device
+from megatron_emoe.hf.architecture import read_config
+from megatron_emoe.hf.comparison import (
+    Answer,
+    Distance,
+    distance,
+    first_layer,
+    reached_by_no_tie,
+    set_hf_k,
+    tracing_hf,
+    tracing_megatron,
+)
+from megatron_emoe.hf.one_process import evaluating, silent_transformers
+from megatron_emoe.layer_spec import elastic_model_config
+from megatron_emoe.sweep_run import load_model
+
+FACTOR = 4.0
+"""Our distance over the noise, at most."""
+TIE = 1e-4
+"""As comparison.TIE, for hidden states that went through many layers with other roundings."""
+SEQUENCES, LENGTH = 8, 64
+
+
+FLOORS = {
+    torch.float32: Distance(max_difference=1e-5, kl=1e-10, other_top1=1.0, other_sets=1.0),
+    torch.bfloat16: Distance(max_difference=torch.inf, kl=3e-2, other_top1=0.25, other_sets=0.1),
+}
+"""The least bounds. fp32: the logits' bound implies the others. bf16: see above."""
+LAYER_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-5}
+"""From which relative difference on a decoder layer's output is named as the first that differs."""
+
+
+@dataclass(frozen=True)
+class KRow:
+    """The comparison at one k'.
+
+    tokens: all of them; compared: those that no tie reaches; ties: (token, MoE layer) pairs that differ by a tie alone.
+    ours: our distance from transformers over the compared tokens; noise: that of transformers from itself. first_layer:
+    the first decoder layer (0-based) whose output differs by more than rounding, first_layer_sets: the first in which
+    a routed set does, and not by a tie; None where there is none. failures: what is out of bounds, in words.
+    """
+
+    k: int
+    tokens: int
+    compared: int
+    ties: int
+    ours: Distance
+    noise: Distance
+    first_layer: int | None
+    first_layer_sets: int | None
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The comparison of two models at every k'. dtype: "fp32" or "bf16"."""
+
+    hf: str
+    checkpoint: str
+    dtype: str
+    rows: tuple[KRow, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is within its bounds."""
+        return not any(row.failures for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "passed": self.passed}
+
+    def table(self) -> str:
+        """For people: a line for each k' (in brackets the noise), then what failed."""
+        lines = [f"{'k':>4} {'max |dlogit|':>20} {'mean KL':>20} {'same top-1':>11} {'same sets':>10} {'compared':>11}"]
+        for row in self.rows:
+            ours, noise = row.ours, row.noise
+            lines.append(
+                f"{row.k:>4} {ours.max_difference:>10.1e} ({noise.max_difference:.1e}) "
+                f"{ours.kl:>10.1e} ({noise.kl:.1e}) {1 - ours.other_top1:>11.2%} {1 - ours.other_sets:>10.2%} "
+                f"{row.compared:>5}/{row.tokens}"
+            )
+        lines += [f"k = {row.k}: {failure}" for row in self.rows for failure in row.failures]
+        return "\n".join([*lines, f"{self.dtype}: {'the same model' if self.passed else 'NOT the same model'}"])
+
+
+def verify(
+    hf: Path,
+    checkpoint: Path,
+    *,
+    ks: Sequence[int] | None = None,
+    tokens: Tensor | None = None,
+    bf16: bool = False,
+    flags: Sequence[str] = (),
+    report: Callable[[str], None] = print,
+) -> VerifyReport:
+    """Compare the model in `hf` with the newest checkpoint in the folder `checkpoint` (as --load takes it).
+
+    ks: numbers of active experts, by default the model's own. tokens: int64 [B, S], by default 8 x 64 random ones; see
+    also `text_tokens`. bf16: both in bf16, else both in fp32, whatever type they are stored in. flags: Megatron's, on
+    how to run (--transformer-impl local). One process; a GPU is used where there is one.
+
+    Raises:
+        ValueError: a k' or a token out of range, or a model that cannot be read. A difference is no error, but a report
+            that has not passed.
+        SystemExit: status 2, after one message on stderr, where Megatron's arguments or the checkpoint are refused.
+    """
+    config = read_config(hf)
+    locate(str(checkpoint), source="checkpoint")
+    ks = list(dict.fromkeys(ks or [config.num_experts_per_tok]))
+    tokens = random_tokens(config.vocab_size) if tokens is None else tokens
+    _check(ks, config.num_experts, tokens, config.vocab_size)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    report(f"{hf} and {checkpoint}, {tokens.numel()} tokens, {'bf16' if bf16 else 'fp32'}; in brackets the noise")
+    with torch.no_grad():
+        theirs = _run_hf(hf, tokens, ks, dtype)
+        ours = _run_megatron(checkpoint, tokens, ks, bf16, flags, config.vocab_size)
+        rows = tuple(_row(k, theirs[k], ours[k], dtype) for k in ks)
+    result = VerifyReport(str(hf), str(checkpoint), "bf16" if bf16 else "fp32", rows)
+    report(result.table())
+    return result
+
+
+def _check(ks: Sequence[int], num_experts: int, tokens: Tensor, vocab_size: int) -> None:
+    for k in ks:
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"--k {k}: must lie in [1, {num_experts}], the number of experts")
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(f"tokens {int(tokens.min())} to {int(tokens.max())}: the model has 0 to {vocab_size - 1}")
+
+
+def random_tokens(vocab_size: int, *, sequences: int = SEQUENCES, length: int = LENGTH, seed: int = 1) -> Tensor:
+    """Token ids, int64 [sequences, length], uniform."""
+    return torch.randint(0, vocab_size, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def text_tokens(hf: Path, text: Path, *, sequences: int = SEQUENCES, length: int = LENGTH) -> Tensor:
+    """The first tokens of a text file, int64 [sequences, length], by the tokenizer in `hf`.
+
+    Raises:
+        ValueError: no tokenizer, no such file, or too short a text.
+    """
+    try:
+        ids = AutoTokenizer.from_pretrained(str(hf), trust_remote_code=False)(text.read_text())["input_ids"]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--text {text}: cannot be read, or {hf} has no tokenizer ({error})") from error
+    if len(ids) < sequences * length:
+        raise ValueError(f"--text {text}: {len(ids)} tokens, {sequences} x {length} are needed")
+    return torch.tensor(ids[: sequences * length]).view(sequences, length)
+
+
+def _run_hf(folder: Path, tokens_BS: Tensor, ks: Sequence[int], dtype: torch.dtype) -> dict[int, tuple[Answer, Answer]]:
+    """By k': transformers' answer, and its answer with noise."""
+    with silent_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            trust_remote_code=False,
+        )
+    model = model.to(current_device()).eval()
+    tokens_BS = tokens_BS.to(current_device())
+    answers = {}
+    for k in ks:
+        set_hf_k(model.model.layers, k)
+        answer = _answer_hf(model, tokens_BS)
+        with _noise(model.model.layers):
+            answers[k] = answer, _answer_hf(model, tokens_BS)
+    del model
+    _free()
+    return answers
+
+
+def _answer_hf(model: PreTrainedModel, tokens_BS: Tensor) -> Answer:
+    with tracing_hf(model.model.layers, tokens_BS.shape[0]) as trace:
+        logits_BSV = model(tokens_BS, use_cache=False).logits
+    return Answer(logits_BSV.float().cpu(), trace)
+
+
+@contextmanager
+def _noise(layers: nn.ModuleList) -> Iterator[None]:
+    """Inside, every decoder layer's output is off by up to one unit in the last place, at random."""
+    generator = torch.Generator().manual_seed(1)
+
+    def jitter(_layer: nn.Module, _inputs: Any, hidden: Tensor) -> Tensor:
+        unit = torch.finfo(hidden.dtype).eps * (2 * torch.rand(hidden.shape, generator=generator) - 1)
+        return (hidden.float() * (1 + unit.to(hidden.device))).to(hidden.dtype)
+
+    hooks = [layer.register_forward_hook(jitter) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _run_megatron(
+    folder: Path, tokens_BS: Tensor, ks: Sequence[int], bf16: bool, flags: Sequence[str], vocab_size: int
+) -> dict[int, Answer]:
+    with evaluating(folder, length=tokens_BS.shape[1], bf16=bf16, flags=flags) as args:
+        model = load_model(args, elastic_model_config(args))[0]
+        layers = unwrap_model(model).decoder.layers
+        tokens_BS = tokens_BS.to(current_device())
+        positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        answers = {}
+        for k in ks:
+            with tracing_megatron(layers, tokens_BS.shape[0]) as trace, get_active_k().evaluating(k):
+                logits_BSV = model(tokens_BS, positions_BS, None)
+            answers[k] = Answer(logits_BSV[..., :vocab_size].float().cpu(), trace)
+        del model, layers
+    _free()
+    return answers
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _row(k: int, theirs: tuple[Answer, Answer], ours: Answer, dtype: torch.dtype) -> KRow:
+    """The numbers of one k', and which of them are out of bounds for this type."""
+    expected, noisy = theirs
+    tie = TIE if dtype == torch.float32 else None  # in bf16 they are everywhere
+    clean_BS, ties, first_sets = reached_by_no_tie(expected.trace, ours.trace, tie)
+    row = KRow(
+        k=k,
+        tokens=clean_BS.numel(),
+        compared=int(clean_BS.sum()),
+        ties=ties,
+        ours=distance(expected, ours, clean_BS),
+        noise=distance(expected, noisy, reached_by_no_tie(expected.trace, noisy.trace, tie)[0]),
+        first_layer=first_layer(expected.trace, ours.trace, clean_BS, LAYER_BOUND[dtype]),
+        first_layer_sets=first_sets,
+        failures=(),
+    )
+    return KRow(**{**vars(row), "failures": tuple(_failures(row, dtype))})
+
+
+def _failures(row: KRow, dtype: torch.dtype) -> list[str]:
+    """What is out of bounds. A value that is not a number is."""
+    layers = f"first layer that differs: {row.first_layer}; in its experts: {row.first_layer_sets}"
+    failures = []
+    if row.compared * 2 < row.tokens:
+        failures.append(f"ties reach {row.tokens - row.compared} of {row.tokens} tokens: take other tokens")
+    if dtype == torch.float32 and row.first_layer_sets is not None:
+        failures.append(f"other experts are chosen, and not by a tie; {layers}")
+    noise, floor = vars(row.noise), vars(FLOORS[dtype])
+    for name, value in vars(row.ours).items():
+        bound = max(noise[name] * (FACTOR**2 if name == "kl" else FACTOR), floor[name])
+        if not value <= bound:
+            failures.append(f"{name} {value:.2e} above {bound:.1e}; {layers}")
+    return failures
