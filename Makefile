@@ -29,8 +29,8 @@ check: setup ## lint, formatting and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## what elastic training costs: step and router time, bytes sent, against plain top-k
-	@$(BIN)/python benchmarks/bench.py
+bench: setup ## what elastic training costs against plain top-k, and conversion against copying
+	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) demo demo_convert build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

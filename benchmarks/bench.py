@@ -1,9 +1,11 @@
-"""What elasticity costs: paired ratios, elastic to stock Megatron-Core, interleaved in one run.
+"""Paired measurements, interleaved in one run; each part of docs/performance.md is written by its own.
 
-    make bench                    # on CPU: host mode, two gloo ranks; prints a table and writes docs/performance.md
+    make bench                                      # on CPU: all parts
+    make bench BENCH_ARGS="--only conversion"       # one of them: elastic, conversion
 
-Three measurements: one optimizer step of the same model with stock top-k and with co-activation sampling plus the
-hierarchical loss; the router alone, forward and backward, plain and sampling; the bytes handed to the all-to-all.
+elastic: one optimizer step of the same model with stock top-k and with co-activation sampling plus the hierarchical
+loss; the router alone, forward and backward, plain and sampling; the bytes handed to the all-to-all. conversion: import
+and export of a checkpoint against copying its bytes, and the memory they take.
 """
 
 import argparse
@@ -20,40 +22,59 @@ from importlib.metadata import version
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-STEP_GOAL, ROUTER_GOAL = 1.01, 1.5
+STEP_GOAL, ROUTER_GOAL, CONVERSION_GOAL = 1.01, 1.5, 0.5
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", choices=list(PARTS), help="Measure one part and leave the rest of the report.")
     options.add_argument("--steps", type=int, default=40, help="Measured pairs of steps, after 5 pairs of warm-up.")
+    options.add_argument("--repeats", type=int, default=5, help="Measured pairs of copy and conversion.")
+    options.add_argument("--folder", default=tempfile.gettempdir(), help="Where conversions happen; 16 GB are needed.")
     options.add_argument("--out", default=REPO / "docs/performance.md", type=Path, help="Report (Markdown).")
     chosen = options.parse_args()
     if chosen.steps < 30:
         sys.exit(f"--steps {chosen.steps}: must be at least 30, or the interval says little")
-    results = {name: _measure(name, ranks, chosen.steps) for name, ranks in (("router", 1), ("step", 2))}
-    table = _table(results)
-    print(table)
+    if chosen.repeats < 3:
+        sys.exit(f"--repeats {chosen.repeats}: must be at least 3, or the median says little")
     chosen.out.parent.mkdir(exist_ok=True)
-    chosen.out.write_text(_report(table, chosen.steps))
-    print(f"written: {chosen.out}")
+    for part in [chosen.only] if chosen.only else PARTS:
+        text = PARTS[part](chosen)
+        print(text)
+        old = chosen.out.read_text() if chosen.out.exists() else ""
+        chosen.out.write_text(with_part(old, part, text))
+        print(f"written: {chosen.out}")
 
 
-def _measure(name: str, ranks: int, steps: int) -> dict:
-    """Run one measurement under torchrun and read the JSON that its first rank writes."""
+def with_part(report: str, part: str, text: str) -> str:
+    """The report with this part new, or at its end where it was not there; other parts stay as they are."""
+    begin, end = f"<!-- part: {part} -->\n", f"<!-- end of part: {part} -->\n"
+    report = report or "# Performance\n\nMeasured and written by `make bench`, part by part. No GPU figure is stated.\n"
+    before, found, rest = report.partition(begin)
+    after = rest.partition(end)[2] if found else ""
+    if not found:
+        before += "\n"
+    return f"{before}{begin}{text.strip()}\n{end}{after}"
+
+
+def _measure(name: str, *words: str, ranks: int | None = None) -> dict:
+    """Run one measurement, under torchrun where it has ranks, and read the JSON that it writes."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [*launcher, str(REPO / f"benchmarks/measure_{name}.py"), str(steps), str(out)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        launcher = [sys.executable]
+        if ranks:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = [*launcher, str(REPO / f"benchmarks/measure_{name}.py"), *words, str(out)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
         run = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
         if run.returncode != 0:
             sys.exit(f"{' '.join(command)} failed:\n{(run.stdout + run.stderr)[-4000:]}")
         return json.loads(out.read_text())
 
 
-def ratio_with_interval(elastic: list[float], stock: list[float]) -> tuple[float, float, float]:
-    """Median of the paired ratios and its 95 % bootstrap interval (2000 resamples, fixed seed)."""
-    ratios = [a / b for a, b in zip(elastic, stock, strict=True)]
+def ratio_with_interval(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """Median of the paired ratios ours / theirs and its 95 % bootstrap interval (2000 resamples, fixed seed)."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
     return statistics.median(ratios), medians[50], medians[1949]
@@ -77,21 +98,19 @@ def _table(results: dict) -> str:
     return "\n".join(rows)
 
 
-def _report(table: str, steps: int) -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
-    return f"""# Performance
+def elastic(chosen: argparse.Namespace) -> str:
+    """The part on what elastic training costs."""
+    ranks = {"router": 1, "step": 2}
+    results = {name: _measure(name, str(chosen.steps), ranks=count) for name, count in ranks.items()}
+    return f"""## What elastic training costs
 
-What elastic training costs against the same Megatron-Core with stock top-k. Written by `make bench`.
+Elastic training against the same Megatron-Core with stock top-k. {_machine()} Host mode (CPU, gloo, one thread per
+rank): ratios are meaningful here, absolute times are not.
 
-{date.today()}, {os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {versions}. Host mode (CPU, gloo,
-one thread per rank): ratios are meaningful here, absolute times are not.
+{_table(results)}
 
-{table}
-
-The two variants take turns within one process: {steps} pairs after 5 pairs of warm-up; the ratio is the median of the
-paired ratios, the interval a 95 % bootstrap over the pairs.
+The two variants take turns within one process: {chosen.steps} pairs after 5 pairs of warm-up; the ratio is the median
+of the paired ratios, the interval a 95 % bootstrap over the pairs.
 
 - Step: 2 ranks, expert parallelism 2, alltoall; 4 layers, hidden size 256, 32 experts of width 256, k = 4, 2 x 2
   sequences of 256 tokens per rank; elastic: co-activation sampling from pools up to 12, a pool size per token,
@@ -100,9 +119,57 @@ paired ratios, the interval a 95 % bootstrap over the pairs.
   does not have is measured in a row of its own); forward and backward, once from hidden states of size 2048 (OLMoE)
   and once from the logits.
 - Bytes: what the ranks together hand to `all_to_all_single` in one step, a rank's share to itself included.
-
-No GPU figure is stated: none has been measured yet.
 """
+
+
+def conversion(chosen: argparse.Namespace) -> str:
+    """The part on import and export."""
+    result = _measure("conversion", "--repeats", str(chosen.repeats), "--folder", chosen.folder)
+    size, group = result["bytes"] / 1e9, result["group_bytes"] / 1e9
+    rows = [_conversion_row(kind, result, 2 * group + 1) for kind in ("import", "export")]
+    head = "| | copy, s | conversion, s | ratio | 95 % interval | goal | whole process, s | peak memory, GB | bound |"
+    return f"""## Import and export against copying
+
+A checkpoint of {size:.2f} GB in bfloat16: OLMoE's widths, 4 layers, the largest group of tensors (a layer) {group:.2f}
+GB. {_machine()} Random weights, no check of the result (`--no-verify`).
+
+{head}
+| --- | ---: | ---: | ---: | --- | --- | ---: | ---: | ---: |
+{"\n".join(rows)}
+
+{chosen.repeats} pairs in each direction; a copy and a conversion take turns, each with its source dropped from the page
+cache before it starts and its output on the disk (fsync) when the clock stops. Ratio: throughput of the conversion to
+that of the copy, median of the paired ratios; the interval is a 95 % bootstrap over the pairs. The process's time
+includes the start of Python and its libraries. Peak memory: the largest resident set of the process, mapped files
+included, largest of all repeats; the bound is twice the largest group and 1 GB.
+"""
+
+
+def _conversion_row(kind: str, result: dict, bound: float) -> str:
+    runs = result[kind]
+    copies, seconds, process = ([run[name] for run in runs] for name in ("copy", "seconds", "process"))
+    ratio, low, high = ratio_with_interval(copies, seconds)
+    times = " | ".join(f"{statistics.median(values):.1f}" for values in (copies, seconds))
+    peak = max(run["peak_bytes"] for run in runs) / 1e9
+    return (
+        f"| {kind} | {times} | {ratio:.2f} | {low:.2f} to {high:.2f} | {CONVERSION_GOAL} | "
+        f"{statistics.median(process):.1f} | {peak:.2f} | {bound:.2f} |"
+    )
+
+
+def _machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
+    python = platform.python_version()
+    return f"{date.today()}, {os.cpu_count()} cores of {cpu}, Python {python}, {versions}."
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+
+
+PARTS = {"elastic": elastic, "conversion": conversion}
 
 
 if __name__ == "__main__":
