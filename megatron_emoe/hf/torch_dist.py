@@ -209,6 +209,8 @@ class TorchDistReader:
     def _plan(self, key: str, places: Sequence[Place], targets: dict[MetadataIndex, Tensor]) -> list[ReadItem]:
         """What to read for these chunks of one tensor; makes their targets."""
         stored = self._stored(places[0])
+        for place in places:
+            self._check_bounds(place, stored)
         wanted = [ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.size)) for place in places]
         # Other layers of a stacked tensor are left out: finding overlaps among all their chunks would take longest.
         first, last = min(c.offsets[0] for c in wanted), max(c.offsets[0] + c.sizes[0] for c in wanted)
@@ -218,7 +220,6 @@ class TorchDistReader:
         for item in items:
             found[item.dest_index] += torch.Size(item.lengths).numel()
         for place in places:
-            self._check_bounds(place, stored)
             index = _index(place)
             targets[index] = torch.empty(place.size, dtype=stored.properties.dtype)
             if found[index] != targets[index].numel():
