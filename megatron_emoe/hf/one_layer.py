@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from megatron_emoe.checkpoint import stored_args
 from megatron_emoe.evaluation import current_device
 from megatron_emoe.hf.architecture import read_config
-from megatron_emoe.hf.one_process import layer_arguments, quiet, silent_transformers
+from megatron_emoe.hf.one_process import completed, model_arguments, quiet, silent_transformers
 from megatron_emoe.hf.pieces import Place
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder
 from megatron_emoe.hf.torch_dist import TorchDistReader
@@ -100,8 +100,9 @@ class MegatronLayers:
 
     def __init__(self, checkpoint: Path, length: int, flags: Sequence[str] = ()) -> None:
         """checkpoint: the folder release or iter_... length: of a sequence. ValueError: not readable."""
-        self.checkpoint, self.length, self.flags = checkpoint, length, flags
+        self.checkpoint = checkpoint
         self.stored = stored_args(checkpoint, "checkpoint")
+        self._arguments = model_arguments(checkpoint, length=length, flags=flags)
         self._reader = TorchDistReader(checkpoint)
         self._built: dict[str, nn.Module] = {}
 
@@ -130,8 +131,7 @@ class MegatronLayers:
 
     def _build(self, moe: bool, ends: bool) -> nn.Module:
         frequency = 1 if self.stored.moe_layer_freq == 1 else [int(moe)]
-        changes = {"num_layers": 1, "moe_layer_freq": frequency}
-        args = layer_arguments(self.checkpoint, length=self.length, flags=self.flags, changes=changes)
+        args = completed(self._arguments, num_layers=1, moe_layer_freq=frequency)
         args.padded_vocab_size = self.stored.padded_vocab_size
         with quiet():
             builder = ElasticGPTModelBuilder(elastic_model_config(args))

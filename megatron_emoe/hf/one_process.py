@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,25 @@ def evaluating(folder: Path, *, length: int, bf16: bool, flags: Sequence[str] = 
             destroy_rerun_state_machine()
 
 
-def layer_arguments(checkpoint: Path, *, length: int, flags: Sequence[str], changes: Mapping[str, Any]) -> Namespace:
-    """Arguments to build, in fp32, the model of a checkpoint's own folder (iter_..., release) with these `changes`.
+def model_arguments(checkpoint: Path, *, length: int, flags: Sequence[str]) -> Namespace:
+    """Arguments for the model of a checkpoint's own folder (iter_..., release), in fp32; for `completed`.
 
     Raises:
         ValueError: not a torch_dist checkpoint, or a flag that host mode cannot serve.
     """
+    stored = model_flags(stored_args(checkpoint, "checkpoint"))
     with _command_line([*_RUN, "--seq-length", str(length), *flags]), quiet():
         args = parse_args(add_arguments)
-        stored = model_flags(stored_args(checkpoint, "checkpoint"))
-        vars(args).update({**stored, "bf16": False, "fp16": False, "mtp_num_layers": None, **changes})
-        args.seq_length, args.micro_batch_size = length, 1
+    fixed = {"bf16": False, "fp16": False, "mtp_num_layers": None, "seq_length": length, "micro_batch_size": 1}
+    vars(args).update({**stored, **fixed})
+    return args
+
+
+def completed(args: Namespace, **changes: Any) -> Namespace:
+    """A copy with these changes, completed and checked by the core (AssertionError)."""
+    args = copy.deepcopy(args)
+    vars(args).update(changes)
+    with quiet():
         validate_args(args)
     return args
 

@@ -203,7 +203,9 @@ def _run_hf(folder: Path, tokens_BS: Tensor, ks: Sequence[int], dtype: torch.dty
         with _noise(model.model.layers):
             answers[k] = answer, _answer_hf(model, tokens_BS)
     del model
-    _free()
+    gc.collect()  # before the other model comes
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return answers
 
 
@@ -243,15 +245,7 @@ def _run_megatron(
             with tracing_megatron(layers, tokens_BS.shape[0]) as trace, get_active_k().evaluating(k):
                 logits_BSV = model(tokens_BS, positions_BS, None)
             answers[k] = Answer(logits_BSV[..., :vocab_size].float().cpu(), trace)
-        del model, layers
-    _free()
     return answers
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _row(k: int, theirs: tuple[Answer, Answer], ours: Answer, dtype: torch.dtype) -> KRow:
