@@ -22,24 +22,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, Olmoe
 REPO = Path(__file__).resolve().parent.parent
 OUT = REPO / "demo_convert"
 HF, MEGATRON, TRAINED, EXPORTED = (OUT / name for name in ("hf", "megatron", "trained", "exported"))
-PACKAGES = "argparse.py asyncio collections email http importlib json logging multiprocessing unittest urllib xml"
+PACKAGES = "asyncio email http importlib json logging multiprocessing unittest xml"
 VOCAB, LENGTH, K, POOL = 2048, 128, 4, 12
 END = "<|endoftext|>"
 
-TRAIN = f"""--seq-length {LENGTH} --micro-batch-size 4 --global-batch-size 16 --train-iters 60 --lr 4e-3 --min-lr 1e-3
-    --lr-decay-style cosine --lr-warmup-iters 5 --clip-grad 1.0 --log-interval 10 --eval-interval 60 --eval-iters 4
-    --split 95,5,0 --save-interval 60 --no-create-attention-mask-in-dataloader --expert-model-parallel-size 2
+TRAIN = f"""--seq-length {LENGTH} --micro-batch-size 4 --global-batch-size 16 --train-iters 40 --lr 4e-3 --min-lr 1e-3
+    --lr-decay-style cosine --lr-warmup-iters 5 --clip-grad 1.0 --log-interval 10 --eval-interval 1000 --eval-iters 4
+    --split 95,5,0 --save-interval 40 --no-create-attention-mask-in-dataloader --expert-model-parallel-size 2
     --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
     --emoe-selection coactivation --emoe-pool-k {POOL} --emoe-eval-k {K} {2 * K} {3 * K}"""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command. show: which lines of its output belong on the terminal; the log has all of them."""
+    """One command. show: which parts of its output belong on the terminal, a pattern or its groups; the log has all."""
 
     name: str
     command: list[str]
-    show: str
+    show: str = "^.*$"
 
 
 def sources() -> list[Path]:
@@ -85,8 +85,8 @@ def steps() -> list[Step]:
     training = [str(REPO / "pretrain_emoe.py"), f"@{MEGATRON}/model.args", "--load", str(MEGATRON), "--finetune"]
     training += ["--save", str(TRAINED), "--data-path", str(OUT / "data/library"), *TRAIN.split()]
     return [
-        Step("import", tool(convert, "import", "--hf", HF, "--out", MEGATRON), "."),
-        Step("verify", tool(convert, "verify", "--hf", HF, "--megatron", MEGATRON, *every_k), "."),
+        Step("import", tool(convert, "import", "--hf", HF, "--out", MEGATRON)),
+        Step("verify", tool(convert, "verify", "--hf", HF, "--megatron", MEGATRON, *every_k)),
         Step(
             "data",
             tool(
@@ -94,12 +94,12 @@ def steps() -> list[Step]:
                 *("--input", *sources(), "--suffix", ".py", "--output-prefix", OUT / "data/library", *corpus),
                 *("--workers", 2),
             ),
-            "documents|files",
+            "^.*(?:documents|files).*$",
         ),
-        Step("train", [*ranks, *training], "lm loss|validation"),
-        Step("inspect", tool(convert, "inspect", TRAINED), "."),
-        Step("export", tool(convert, "export", "--megatron", TRAINED, "--out", EXPORTED), "."),
-        Step("verify the export", tool(convert, "verify", "--hf", EXPORTED, "--megatron", TRAINED, *every_k), "."),
+        Step("train", [*ranks, *training], r"(iteration +\d+)/.* (lm loss: \S+) \||(validation loss.*k'=.*)"),
+        Step("inspect", tool(convert, "inspect", TRAINED)),
+        Step("export", tool(convert, "export", "--megatron", TRAINED, "--out", EXPORTED)),
+        Step("verify the export", tool(convert, "verify", "--hf", EXPORTED, "--megatron", TRAINED, *every_k)),
     ]
 
 
@@ -113,8 +113,8 @@ def run(step: Step) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
-            if re.search(step.show, line):
-                print(line.rstrip(), flush=True)
+            if found := re.search(step.show, line):
+                print(", ".join(filter(None, found.groups())) or found[0], flush=True)
     if process.wait() != 0:
         sys.exit(f"{step.name} failed; the end of {log}:\n" + "".join(log.read_text().splitlines(True)[-20:]))
     print(f"({time.perf_counter() - start:.0f} s)")

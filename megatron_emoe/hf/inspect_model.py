@@ -237,7 +237,12 @@ def _emoe(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def _settings(settings: Mapping[str, Any] | None) -> str:
-    return ", ".join(f"{name} {value}" for name, value in (settings or {}).items())
+    """As on a command line."""
+    return ", ".join(f"{name} {_word(value)}" for name, value in (settings or {}).items())
+
+
+def _word(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _size(number: int | None) -> str:
