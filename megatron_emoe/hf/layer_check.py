@@ -5,7 +5,7 @@ that layer's tensors by its own rules. The Megatron side is this package's model
 sharded state dict names for layer n. Both get the same hidden states in fp32, so a difference has its cause in that
 layer: only transformers' output is handed on.
 
-Each layer runs twice: with the model's k, and with every expert active, so that no weight stays unused.
+Each layer runs twice: each model with its own k, and both with every expert active, so that no weight stays unused.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def _compare_layer(
 ) -> tuple[LayerRow, Tensor]:
     """One layer on both sides; the comparison and transformers' output."""
     expected = _run_hf(theirs, hidden_BSD, k)
-    found = _run_megatron(mine, hidden_BSD, k)
+    own = k == theirs.config.num_experts_per_tok  # then the checkpoint must say the same
+    found = _run_megatron(mine, hidden_BSD, None if own else k)
     ties_BS = torch.zeros(hidden_BSD.shape[:2], dtype=torch.bool)
     if k is not None:
         ties_BS = _check_sets(expected, found, part, k)

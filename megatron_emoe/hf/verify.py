@@ -21,6 +21,7 @@ weight is wrong: that is fp32's business.
 from __future__ import annotations
 
 import gc
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megatron_emoe.active_k import get_active_k
@@ -131,26 +133,27 @@ def verify(
 ) -> VerifyReport:
     """Compare the model in `hf` with the newest checkpoint in the folder `checkpoint` (as --load takes it).
 
-    ks: numbers of active experts, by default the model's own. tokens: int64 [B, S], by default 8 x 64 random ones; see
-    also `text_tokens`. bf16: both in bf16, else both in fp32, whatever type they are stored in. flags: Megatron's, on
-    how to run (--transformer-impl local). One process; a GPU is used where there is one.
+    ks: numbers of active experts for both; by default each uses its own. tokens: int64 [B, S], by default 8 x 64 random
+    ones; see also `text_tokens`. bf16: both in bf16, else both in fp32, whatever type they are stored in. flags:
+    Megatron's, on how to run (--transformer-impl local). One process; a GPU is used where there is one.
 
     Raises:
-        ValueError: a k' or a token out of range, or a model that cannot be read. A difference is no error, but a report
-            that has not passed.
+        ValueError: a k' or a token out of range, or a model that cannot be read or loaded. A difference is no error,
+            but a report that has not passed.
         SystemExit: status 2, after one message on stderr, where Megatron's arguments or the checkpoint are refused.
     """
     config = read_config(hf)
     locate(str(checkpoint), source="checkpoint")
-    ks = list(dict.fromkeys(ks or [config.num_experts_per_tok]))
+    each_its_own, ks = not ks, list(dict.fromkeys(ks or [config.num_experts_per_tok]))
     tokens = random_tokens(config.vocab_size) if tokens is None else tokens
     _check(ks, config.num_experts, tokens, config.vocab_size)
     dtype = torch.bfloat16 if bf16 else torch.float32
     report(f"{hf} and {checkpoint}, {tokens.numel()} tokens, {'bf16' if bf16 else 'fp32'}; in brackets the noise")
     with torch.no_grad():
         theirs = _run_hf(hf, tokens, ks, dtype)
-        ours = _run_megatron(checkpoint, tokens, ks, bf16, flags, config.vocab_size)
-        rows = tuple(_row(k, theirs[k], ours[k], dtype) for k in ks)
+        asked = [None] if each_its_own else ks
+        ours = _run_megatron(checkpoint, tokens, asked, bf16, flags, config.vocab_size)
+        rows = tuple(_row(k, theirs[k], answer, dtype) for k, answer in zip(ks, ours, strict=True))
     result = VerifyReport(str(hf), str(checkpoint), "bf16" if bf16 else "fp32", rows)
     report(result.table())
     return result
@@ -233,19 +236,28 @@ def _noise(layers: nn.ModuleList) -> Iterator[None]:
 
 
 def _run_megatron(
-    folder: Path, tokens_BS: Tensor, ks: Sequence[int], bf16: bool, flags: Sequence[str], vocab_size: int
-) -> dict[int, Answer]:
+    folder: Path, tokens_BS: Tensor, ks: Sequence[int | None], bf16: bool, flags: Sequence[str], vocab_size: int
+) -> list[Answer]:
+    """Our answer at each k'; None: at the checkpoint's own."""
     with evaluating(folder, length=tokens_BS.shape[1], bf16=bf16, flags=flags) as args:
-        model = load_model(args, elastic_model_config(args))[0]
+        model = _load(args)
         layers = unwrap_model(model).decoder.layers
         tokens_BS = tokens_BS.to(current_device())
         positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        answers = {}
+        answers = []
         for k in ks:
             with tracing_megatron(layers, tokens_BS.shape[0]) as trace, get_active_k().evaluating(k):
                 logits_BSV = model(tokens_BS, positions_BS, None)
-            answers[k] = Answer(logits_BSV[..., :vocab_size].float().cpu(), trace)
+            answers.append(Answer(logits_BSV[..., :vocab_size].float().cpu(), trace))
     return answers
+
+
+def _load(args: Namespace) -> nn.Module:
+    try:
+        return load_model(args, elastic_model_config(args))[0]
+    except (Exception, CheckpointException) as error:  # torch's is no Exception, and ends with the cause
+        reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
+        raise ValueError(f"{args.load}: cannot be loaded as the model of its own flags ({reason})") from error
 
 
 def _row(k: int, theirs: tuple[Answer, Answer], ours: Answer, dtype: torch.dtype) -> KRow:
