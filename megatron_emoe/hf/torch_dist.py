@@ -219,10 +219,12 @@ class TorchDistReader:
         found: Counter[MetadataIndex] = Counter()
         for item in items:
             found[item.dest_index] += torch.Size(item.lengths).numel()
-        for place in places:
-            index = _index(place)
-            targets[index] = torch.empty(place.size, dtype=stored.properties.dtype)
-            if found[index] != targets[index].numel():
+        lengths = [chunk.sizes.numel() for chunk in wanted]
+        # One allocation for all: it is given back whole, where many of a few MB each would stay with the allocator.
+        memory = torch.empty(sum(lengths), dtype=stored.properties.dtype).split(lengths)
+        for place, length, part in zip(places, lengths, memory, strict=True):
+            targets[_index(place)] = part.view(place.size)
+            if found[_index(place)] != length:
                 raise ValueError(f"{self.folder}: {key} is not stored whole")
         return items
 
