@@ -1,0 +1,167 @@
+"""The results on the verification cards (docs/cards): tiny models of every architecture, converted and compared.
+
+    python benchmarks/verification_cards.py              # all cards; or the names of some
+
+Each architecture is built by transformers with random weights in two shapes (tests/hf_models.py), imported, checked
+layer by layer, compared as a whole at several k' in fp32 and in bf16, and exported. The results replace the block
+between the marks of the card; the rest of it is written by hand.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+CARDS = REPO / "docs/cards"
+BEGIN, END = "<!-- results: benchmarks/verification_cards.py -->\n", "<!-- end of results -->\n"
+KS = [1, 2, 5, 8]
+BOUNDS = """Bounds. Layers: 1e-5. Whole models in fp32: max |dlogit| 1e-5 or four times transformers' own rounding noise, KL 1e-10 or
+sixteen times its; routed sets equal but for ties. In bf16: KL 3e-2 and 90 % of the routed sets."""
+CARD_OF = {
+    "olmoe": "olmoe_1b_7b",
+    "qwen2_moe": "qwen1_5_moe_a2_7b",
+    "deepseek_v2": "deepseek_v2_lite",
+    "ernie4_5_moe": "ernie4_5_21b_a3b",
+}
+SHAPES: dict[str, tuple[dict[str, Any], str]] = {
+    "olmoe": (
+        {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 2, "clip_qkv": 0.7, "tied": True},
+        "6 experts, k = 3, grouped queries, q, k and v clamped at 0.7, tied embeddings",
+    ),
+    "qwen2_moe": (
+        {"num_experts": 10, "num_experts_per_tok": 4, "num_key_value_heads": 1, "tied": True},
+        "10 experts, k = 4, one key head, tied embeddings",
+    ),
+    "deepseek_v2": (
+        {"num_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 0, "tied": True},
+        "6 experts, one shared, no dense layer, tied embeddings",
+    ),
+    "ernie4_5_moe": (
+        {"num_experts": 10, "num_experts_per_tok": 6, "num_key_value_heads": 4, "tied": False},
+        "10 experts, k = 6, no grouped queries, untied embeddings",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny model: how it is built, at which k' and in which types it is compared."""
+
+    name: str
+    options: dict[str, Any]
+    ks: list[int] | None = None
+    bf16: bool = False
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("names", nargs="*", metavar="ARCHITECTURE", help=", ".join(CARD_OF))
+    chosen = options.parse_args().names or list(CARD_OF)
+    if unknown := set(chosen) - CARD_OF.keys():
+        sys.exit(f"{', '.join(sorted(unknown))}: no such architecture; there are {', '.join(CARD_OF)}")
+    _prepare()
+    for model_type in chosen:
+        card = CARDS / f"{CARD_OF[model_type]}.md"
+        with tempfile.TemporaryDirectory() as folder:
+            card.write_text(with_results(card.read_text(), results(model_type, Path(folder))))
+        print(f"written: {card}")
+
+
+def with_results(card: str, text: str) -> str:
+    """The card with new results between its marks."""
+    before, begin, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError("the card has no place for results")
+    return before + begin + text + end + after
+
+
+def _prepare() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.path.insert(0, str(REPO))
+    from megatron_emoe import host_mode
+
+    host_mode.enable(force=True)
+
+
+def results(model_type: str, folder: Path) -> str:
+    """Convert and compare; the block as Markdown."""
+    import torch
+
+    variant, says = SHAPES[model_type]
+    cases = [
+        Case("plain", {}, KS),
+        Case(says, variant),
+        Case("plain, stored in bf16", {"dtype": torch.bfloat16}, [2, 8], bf16=True),
+    ]
+    rows = [line for number, case in enumerate(cases) for line in compare(model_type, case, folder / str(number))]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "transformers", "torch"))
+    return "\n".join(
+        [
+            f"{date.today()}, CPU (host mode), {versions}.",
+            "",
+            BOUNDS,
+            "",
+            "| model | compared | result |",
+            "| --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+def compare(model_type: str, case: Case, folder: Path) -> list[str]:
+    """Rows of one tiny model."""
+    from megatron_emoe.hf.import_model import import_model
+    from megatron_emoe.hf.layer_check import check_layers
+    from megatron_emoe.hf.verify import verify
+    from tests import hf_models
+
+    quiet: dict[str, Any] = {"report": lambda line: None}
+    hf = hf_models.save(model_type, folder / "hf", **case.options)
+    import_model(hf, folder / "megatron", **quiet)
+    layers = check_layers(hf, folder / "megatron" / "release", **quiet)
+    rows = [
+        f"| {case.name} | each layer on the same hidden states, at k and with all experts, fp32 | largest relative "
+        f"difference {layers.largest.difference:.1e} |"
+    ]
+    reports = [verify(hf, folder / "megatron", ks=case.ks, **quiet)]
+    reports += [verify(hf, folder / "megatron", ks=case.ks, bf16=True, **quiet)] if case.bf16 else []
+    rows += [verified(case, report, row) for report in reports for row in report.rows]
+    return [*rows, f"| {case.name} | tensors after import and export | {round_trip(hf, folder)} |"]
+
+
+def verified(case: Case, report: Any, row: Any) -> str:
+    """One k' of a comparison of whole models."""
+    logits = f"max \\|dlogit\\| {row.ours.max_difference:.1e}, " if report.dtype == "fp32" else ""
+    found = f"{logits}KL {row.ours.kl:.1e}, {1 - row.ours.other_sets:.2%} of routed sets equal"
+    verdict = "; ".join(row.failures) or "same model"
+    return f"| {case.name} | whole models, {row.tokens} tokens, {report.dtype}, k' = {row.k} | {verdict}: {found} |"
+
+
+def round_trip(hf: Path, folder: Path) -> str:
+    """How many tensors come back from an export bit by bit, in name and type too."""
+    import torch
+
+    from megatron_emoe.hf.export_model import export_model
+    from megatron_emoe.hf.safetensors_files import SafetensorsFolder
+
+    export_model(folder / "megatron", folder / "exported", report=lambda line: None)
+    before, after = SafetensorsFolder(hf), SafetensorsFolder(folder / "exported")
+    ours, theirs = after.read(after.tensors), before.read(before.tensors)
+    same = [
+        name
+        for name, tensor in theirs.items()
+        if name in ours and ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor)
+    ]
+    return f"{len(same)} of {len(ours.keys() | theirs.keys())} bit-identical"
+
+
+if __name__ == "__main__":
+    main()
