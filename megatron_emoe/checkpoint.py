@@ -95,13 +95,11 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
     Raises:
         ValueError: with flag, stored and given value.
     """
-    source, folder, step, continues = "--load", args.load, args.ckpt_step, not args.finetune
-    if folder is None or (folder == args.save and continues and not has_checkpoint(folder)):
-        if args.pretrained_checkpoint is None:
-            if args.finetune:
-                raise ValueError("--finetune is given without --load: there is nothing to continue from")
-            return
-        source, folder, step, continues = "--pretrained-checkpoint", args.pretrained_checkpoint, None, False
+    found = _source(args)
+    if found is None:
+        return
+    source, folder, step = found
+    continues = source == "--load" and not args.finetune
     stored = stored_args(locate(folder, step, source), source)
     check_shape(args, stored, f"{source} {folder}")
     changes = elastic_changes(args, stored)
@@ -112,6 +110,24 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
         )
     for change in changes:
         report(f"elastic setting changed: {change}")
+
+
+def checkpoint_to_load(args: Namespace) -> Path | None:
+    """The checkpoint that a run with these arguments starts from; None: none (ValueError as in check_load)."""
+    found = _source(args)
+    return None if found is None else locate(found[1], found[2], found[0])
+
+
+def _source(args: Namespace) -> tuple[str, str, int | None] | None:
+    """The flag that names the checkpoint to start from, the folder it names, and the iteration asked for."""
+    restarts = args.load == args.save and not args.finetune
+    if args.load is not None and (has_checkpoint(args.load) or not restarts):
+        return "--load", args.load, args.ckpt_step
+    if args.pretrained_checkpoint is not None:
+        return "--pretrained-checkpoint", args.pretrained_checkpoint, None
+    if args.finetune:
+        raise ValueError("--finetune is given without --load: there is nothing to continue from")
+    return None
 
 
 def has_checkpoint(folder: str) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -35,7 +36,9 @@ from megatron_emoe.attention import (
     LatentDotProductAttention,
     LatentSelfAttention,
 )
+from megatron_emoe.checkpoint import checkpoint_to_load
 from megatron_emoe.moe_layer import ElasticMoELayer
+from megatron_emoe.quantization_state import take_what_is_there
 from megatron_emoe.router import ElasticRouter
 from megatron_emoe.transformer_config import ElasticTransformerConfig, elastic_config_from_args
 
@@ -162,6 +165,8 @@ class ElasticGPTModelBuilder(GPTModelBuilder):
         """Build one stage (AssertionError if a MoE layer or router in it is not elastic)."""
         with _elastic_mtp():
             model = super().build_model(*args, **kwargs)
+        if self._model_config.checkpoint is not None:
+            take_what_is_there(model, self._model_config.checkpoint)
         for name, module in model.named_modules():
             assert not isinstance(module, MoELayer) or isinstance(module, ElasticMoELayer), f"{name} stayed stock"
             assert not isinstance(module, TopKRouter) or isinstance(module, ElasticRouter), f"{name} stayed stock"
@@ -170,18 +175,20 @@ class ElasticGPTModelBuilder(GPTModelBuilder):
 
 @dataclass(kw_only=True)
 class ElasticGPTModelConfig(GPTModelConfig):
-    """GPTModelConfig built by ElasticGPTModelBuilder."""
+    """GPTModelConfig built by ElasticGPTModelBuilder. checkpoint: what the model will be loaded from, if anything."""
 
     builder: ClassVar[str] = "megatron_emoe.layer_spec.ElasticGPTModelBuilder"
+    checkpoint: Path | None = None
 
 
 def elastic_model_config(args: Namespace) -> ElasticGPTModelConfig:
     """The model configuration for `megatron.training.pretrain`, from Megatron's arguments and ours.
 
     Raises:
-        ValueError: see elastic_config_from_args.
+        ValueError: see elastic_config_from_args and checkpoint_to_load.
     """
     transformer = elastic_config_from_args(args)
     config = gpt_config_from_args(copy(args), config=transformer, model_config_cls=ElasticGPTModelConfig)
     config.transformer_layer_spec = elastic_layer_spec
+    config.checkpoint = checkpoint_to_load(args)
     return config
