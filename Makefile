@@ -1,10 +1,11 @@
 # Every target sets .venv up by itself first; a second call finds it ready. `make` alone lists the targets.
 SHELL := bash
 VENV ?= .venv
+TE ?= .te
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-convert test check bench clean
+.PHONY: help setup demo demo-convert test test-te check bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -23,6 +24,10 @@ demo-convert: setup ## a tiny Hugging Face model into Megatron, verified, traine
 
 test: setup ## all tests (those that need a GPU skip themselves without one)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-te: setup ## build Transformer Engine (20 to 40 minutes, once), and test its modules, names and keys without a GPU
+	@VENV="$(VENV)" TE="$(TE)" bash tools/setup_te.sh
+	@source $(TE)/env.sh && $(BIN)/python -m pytest -q -m te tests/te $(PYTEST_ARGS)
 
 check: setup ## lint, formatting and types
 	@$(BIN)/ruff check .
