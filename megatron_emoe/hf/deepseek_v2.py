@@ -3,13 +3,22 @@ without a gate, a dense first layer."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
 from megatron_emoe.hf.architecture import Architecture, Flags
 from megatron_emoe.hf.pieces import Piece, gated, linear
 
 # What Megatron's multi-latent attention fixes, for want of flags: values of its configuration class.
-_YARN_FIXED = {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
+_YARN_FIXED = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "original_max_position_embeddings": 4096,
+    "truncate": True,
+    "attention_factor": None,
+}
+_LATENT_EPS = 1e-6  # transformers gives kv_a_layernorm no other
 
 
 class DeepseekV2(Architecture):
@@ -32,12 +41,26 @@ class DeepseekV2(Architecture):
             value = getattr(config, key, None)
             if value not in allowed:
                 raise ValueError(f"{key} {value!r}: deepseek_v2 is supported with {allowed[0]!r} (DeepSeek-V2-Lite)")
-        rope = config.rope_parameters
+        if config.rms_norm_eps != _LATENT_EPS:
+            raise ValueError(
+                f"rms_norm_eps {config.rms_norm_eps}: must be {_LATENT_EPS}, the fixed epsilon of kv_a_layernorm"
+            )
+        if config.num_key_value_heads != config.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads {config.num_key_value_heads}: must be num_attention_heads "
+                f"{config.num_attention_heads}, the latent makes keys and values for every head"
+            )
+        if config.rope_parameters["rope_type"] == "yarn":
+            self._refuse_yarn(config.rope_parameters)
+
+    def _refuse_yarn(self, rope: dict[str, Any]) -> None:
         for key, fixed in _YARN_FIXED.items():
-            if rope["rope_type"] == "yarn" and rope.get(key, fixed) != fixed:
+            if rope.get(key, fixed) not in (fixed, None):
                 raise ValueError(
                     f"rope_scaling.{key} {rope[key]}: Megatron-Core has no flag for it; it must be {fixed}"
                 )
+        if bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim")):
+            raise ValueError("rope_scaling: mscale and mscale_all_dim must be given together, or neither")
 
     def is_moe(self, config: PretrainedConfig, layer: int) -> bool:
         return layer >= config.first_k_dense_replace

@@ -18,6 +18,10 @@ class Ernie45Moe(Architecture):
     def refuse(self, config: PretrainedConfig) -> None:
         if config.use_bias:
             raise ValueError("use_bias true: ernie4_5_moe is supported without")
+        if config.moe_norm_min > 1e-9:
+            raise ValueError(
+                f"moe_norm_min {config.moe_norm_min}: must be at most 1e-9, Megatron-Core has no such floor"
+            )
 
     def is_moe(self, config: PretrainedConfig, layer: int) -> bool:
         last = config.moe_layer_end_index

@@ -102,7 +102,7 @@ def model_arguments(checkpoint: Path, *, length: int, flags: Sequence[str]) -> N
 
 def completed(args: Namespace, **changes: Any) -> Namespace:
     """A copy with these changes, completed and checked by the core (AssertionError)."""
-    args = copy.deepcopy(args)
+    args = copy.copy(args)
     vars(args).update(changes)
     with quiet():
         validate_args(args)

@@ -1,0 +1,77 @@
+"""Configurations that no released model has: computed exactly, or refused by name before anything is written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import hf_models
+from tests.distributed import run_ranks
+
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000,
+    "factor": 8,
+    "original_max_position_embeddings": 4096,
+}
+BOTH_SCALES = {"mscale": 0.707, "mscale_all_dim": 1.0}
+
+EXACT: dict[str, list[dict[str, Any]]] = {
+    "olmoe": [{"norm_topk_prob": True}, {"save_original_format": False}, {"num_experts_per_tok": 1}],
+    "qwen2_moe": [
+        {"norm_topk_prob": True, "qkv_bias": False},
+        {"mlp_only_layers": [0]},
+        {"decoder_sparse_step": 2},
+        {"num_key_value_heads": 2, "head_dim": 16},
+    ],
+    "deepseek_v2": [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "routed_scaling_factor": 2.5},
+        {"rope_parameters": YARN, "v_head_dim": 24},
+        {"rope_parameters": YARN | BOTH_SCALES, "first_k_dense_replace": 2},
+    ],
+    "ernie4_5_moe": [
+        {"moe_layer_interval": 2},
+        {"moe_layer_start_index": 0, "moe_layer_end_index": 1, "head_dim": 16, "vocab_size": 131},
+        {"moe_num_shared_experts": 0, "mtp": True},
+    ],
+}
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("olmoe", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000, "factor": 2.0}}, "rope_type 'linear'"),
+    ("qwen2_moe", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("deepseek_v2", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05: must be 1e-06"),
+    ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads 2: must be num_attention_heads 4"),
+    ("deepseek_v2", {"rope_parameters": YARN | {"mscale": 0.707}}, "mscale and mscale_all_dim must be given together"),
+    ("deepseek_v2", {"rope_parameters": YARN | {"beta_fast": 16}}, "rope_scaling.beta_fast 16"),
+    ("deepseek_v2", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "rope_scaling.attention_factor 1.5"),
+    ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min 0.5: must be at most 1e-9"),
+]
+
+
+def check_all(model_type: str, folder: Path) -> list[float]:
+    from megatron_emoe.hf.import_model import import_model
+    from megatron_emoe.hf.layer_check import check_layers
+
+    hf_models.hasten()
+    largest = []
+    for number, options in enumerate(EXACT[model_type]):
+        hf = hf_models.save(model_type, folder / f"hf{number}", **options)
+        import_model(hf, folder / str(number), report=str)
+        largest.append(check_layers(hf, folder / str(number) / "release", report=str).largest.difference)
+    return largest
+
+
+@pytest.mark.parametrize("model_type", hf_models.MODEL_TYPES)
+def test_unusual_settings_are_exact(model_type, tmp_path):
+    largest = run_ranks(check_all, 1, model_type, tmp_path)[0]
+    assert len(largest) == len(EXACT[model_type])
+    assert max(largest) < 3e-6, dict(zip(map(str, EXACT[model_type]), largest, strict=True))
+
+
+@pytest.mark.parametrize(("model_type", "options", "message"), REFUSED)
+def test_what_cannot_be_exact_is_refused_by_its_key(model_type, options, message, tmp_path):
+    from megatron_emoe.hf.architecture import read_config
+
+    hf_models.config(model_type, **options).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as refused:
+        read_config(tmp_path)
+    assert str(refused.value).startswith(f"{tmp_path}/config.json: ") and message in str(refused.value)
