@@ -21,7 +21,7 @@ REPO = Path(__file__).resolve().parent.parent
 CARDS = REPO / "docs/cards"
 BEGIN, END = "<!-- results: benchmarks/verification_cards.py -->\n", "<!-- end of results -->\n"
 KS = [1, 2, 5, 8]
-BOUNDS = """Bounds. Layers: 1e-5. Whole models in fp32: max |dlogit| 1e-5 or four times transformers' own rounding noise,
+BOUNDS = """Bounds. Layers: 1e-5. Whole models, fp32: max |dlogit| 1e-5 or four times transformers' own rounding noise,
 KL 1e-10 or sixteen times its; routed sets equal but for ties. In bf16: KL 3e-2 and 90 % of the routed sets."""
 CARD_OF = {
     "olmoe": "olmoe_1b_7b",
