@@ -97,6 +97,8 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
             locate(args.load, args.ckpt_step)  # the core ends the process with status 0 where this raises
         load_args_from_checkpoint(args)
         _keep_asked_k(args, _given(parser))
+    if args.eval_interval is None:
+        args.eval_interval = sys.maxsize  # by its help no evaluation during training; the core then divides by it
     validate_args(args)
     check_load(args, report=_say)
 

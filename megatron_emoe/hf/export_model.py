@@ -28,13 +28,14 @@ from megatron_emoe.sweep import best_k, load, range_end
 
 # What decides, beside the shape of the weights, what the model computes. A config.json must say the same.
 _COMPUTES = (
-    *("norm_epsilon", "add_bias_linear", "gated_linear_unit", "softmax_scale", "mtp_num_layers"),
+    *("layernorm_epsilon", "add_bias_linear", "softmax_type", "mtp_num_layers"),
     *("rotary_base", "rotary_percent", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling"),
     *("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
     *("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "emoe_combine"),
     *("moe_router_pre_softmax", "moe_router_score_function", "moe_router_topk_scaling_factor"),
     *("moe_router_num_groups", "moe_router_group_topk", "moe_shared_expert_gate", "moe_expert_capacity_factor"),
 )
+_FLAGS = {"layernorm_epsilon": "--norm-epsilon", "add_bias_linear": "--disable-bias-linear: add_bias_linear"}
 
 
 def export_model(
@@ -106,7 +107,8 @@ def _check_same_model(architecture: Architecture, config: PretrainedConfig, args
         stored, asked = _value(args, name), _value(expected, name)
         if stored != asked:
             raise ValueError(
-                f"{flag(name)} {stored}: the checkpoint was trained with it, {companions / 'config.json'} means {asked}"
+                f"{_FLAGS.get(name, flag(name))} {stored}: the checkpoint was trained with it, "
+                f"{companions / 'config.json'} means {asked}"
             )
 
 
@@ -118,6 +120,7 @@ def _value(args: Namespace, name: str) -> Any:
         return layers
     if name == "ffn_hidden_size" and all(layers):
         return None  # no layer has this width
+    assert hasattr(args, name), name
     return shape_value(args, name)
 
 

@@ -153,7 +153,7 @@ _CONTENT = {"content_metadata": {"singleton_local_shards": False, "chained_optim
 
 
 def in_parallel(work: Callable[..., None], calls: list[tuple[Any, ...]], workers: int) -> None:
-    """Make the calls on some threads; the first error ends it, with no call begun after it."""
+    """Make the calls on some threads. After an error the rest is cancelled, and what has begun is waited for."""
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, *call) for call in calls]
         try:

@@ -1,0 +1,185 @@
+"""What an import refuses, before or instead of writing anything, and how it goes on after an interruption."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_emoe.hf.import_model import import_model
+from tests import hf_models
+from tests.distributed import run_ranks
+from tests.hf_models import MODEL_TYPES
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """One tiny model of each architecture, not to be changed."""
+    folder = tmp_path_factory.mktemp("models")
+    return {model_type: hf_models.save(model_type, folder / model_type) for model_type in MODEL_TYPES}
+
+
+@pytest.fixture
+def copy(models, tmp_path):
+    """A function: a copy of a model, with changes to config.json and to its tensors."""
+
+    def make(which: str, tensors: dict | None = None, drop: str | None = None, **config: object) -> Path:
+        path = Path(shutil.copytree(models[which], tmp_path / "hf"))
+        raw = json.loads((path / "config.json").read_text()) | config
+        (path / "config.json").write_text(json.dumps(raw))
+        stored = load_file(path / "model.safetensors") | (tensors or {})
+        stored.pop(drop, None)
+        save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+
+    return make
+
+
+def refused(hf: Path, message: str) -> None:
+    """The import fails with this message (a pattern) and leaves nothing."""
+    before = sorted(hf.parent.iterdir())
+    with pytest.raises(ValueError, match=message):
+        import_model(hf, hf.parent / "out")
+    assert sorted(hf.parent.iterdir()) == before
+
+
+def test_no_configuration(tmp_path):
+    (tmp_path / "hf").mkdir()
+    refused(tmp_path / "hf", r"hf/config\.json: no such file; .*/hf is no Hugging Face model")
+    (tmp_path / "hf/config.json").write_text("{")
+    refused(tmp_path / "hf", r"hf/config\.json: not valid JSON")
+
+
+def test_an_architecture_that_is_not_supported(copy):
+    refused(
+        copy("olmoe", model_type="llama"), "model_type 'llama' is not supported; supported: olmoe, qwen2_moe, deepse"
+    )
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("olmoe", {"hidden_act": "gelu"}, "hidden_act 'gelu': only 'silu' (SwiGLU) is supported"),
+        ("olmoe", {"attention_bias": True}, "attention_bias true: OLMoE is supported without"),
+        ("olmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9: must lie in [1, 8]"),
+        (
+            "olmoe",
+            {"rope_parameters": DYNAMIC},
+            "rope_type 'dynamic' (rope_scaling): olmoe is supported with 'default'",
+        ),
+        (
+            "qwen2_moe",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}},
+            "rope_theta 10000.5: must be a whole number",
+        ),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window true: sliding-window attention"),
+        ("deepseek_v2", {"q_lora_rank": 8}, "q_lora_rank 8: deepseek_v2 is supported with None (DeepSeek-V2-Lite)"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "topk_method 'group_limited_greedy': deepseek_v2"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True: deepseek_v2 is supported with False"),
+        (
+            "deepseek_v2",
+            {"rope_parameters": hf_models.YARN | {"beta_fast": 16}},
+            "rope_scaling.beta_fast 16: Megatron-Core has no flag for it; it must be 32",
+        ),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias true: ernie4_5_moe is supported without"),
+        ("ernie4_5_moe", {"moe_k": 0}, "moe_k 0: must lie in [1, 8]"),
+    ],
+)
+def test_settings_that_cannot_be_expressed(copy, model_type, changes, message):
+    refused(copy(model_type, **changes), re.escape("config.json: " + message))
+
+
+def test_a_configuration_that_contradicts_the_shapes(copy):
+    refused(
+        copy("olmoe", intermediate_size=24),
+        r"experts\.0\.gate_proj\.weight has shape \[16, 32\], .*config\.json leads to \[24, 32\]",
+    )
+
+
+def test_a_missing_tensor(copy):
+    hf = copy("deepseek_v2", drop="model.layers.1.self_attn.kv_a_layernorm.weight")
+    refused(hf, r"model\.layers\.1\.self_attn\.kv_a_layernorm\.weight is missing, which .*config\.json asks for")
+
+
+def test_an_extra_tensor(copy):
+    hf = copy("qwen2_moe", {"model.layers.7.mlp.gate.weight": torch.zeros(8, 32)})
+    refused(hf, r"model\.layers\.7\.mlp\.gate\.weight is not a tensor of qwen2_moe as config\.json has it")
+
+
+def test_a_tied_head_that_is_not_the_embedding(copy):
+    hf = copy("ernie4_5_moe", {"lm_head.weight": torch.zeros(128, 32)})
+    refused(hf, r"config\.json ties lm_head\.weight to model\.embed_tokens\.weight, and they differ")
+
+
+def test_a_truncated_file(copy):
+    hf = copy("olmoe")
+    file = hf / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(hf, r"model\.safetensors: not a readable safetensors file")
+
+
+def test_no_space(copy, monkeypatch):
+    from megatron_emoe.hf import output_folder
+
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    refused(copy("olmoe"), r"out: 0\.02 GB are needed, 0\.00 GB are free on that disk")
+
+
+def test_an_output_folder_that_is_not_empty(copy):
+    hf = copy("olmoe")
+    (hf.parent / "out").mkdir()
+    (hf.parent / "out/file").write_text("mine")
+    refused(hf, "out: is not empty; nothing is overwritten")
+
+
+def interrupt_and_go_on(hf: Path, out: Path) -> dict:
+    """Kill an import in its third group, import again, and count what is read from then on."""
+    from megatron_emoe.hf.safetensors_files import SafetensorsFolder
+
+    read, asked = SafetensorsFolder.read, []
+
+    def read_until_killed(folder, names):
+        names = list(names)
+        asked.append(names)
+        if len(names) > 1 and len([1 for names in asked if len(names) > 1]) == 2:
+            raise KeyboardInterrupt
+        return read(folder, names)
+
+    SafetensorsFolder.read = read_until_killed
+    try:
+        import_model(hf, out, workers=1, report=str)
+    except KeyboardInterrupt:
+        left = sorted(path.name for path in out.parent.iterdir())
+    asked.clear()
+    SafetensorsFolder.read = lambda folder, names: asked.append(list(names)) or read(folder, asked[-1])
+    import_model(hf, out, workers=1, report=str)
+    return {"left": left, "asked": [names for names in asked if names], "after": sorted(out.parent.iterdir())}
+
+
+def test_an_interrupted_import_goes_on_where_it_stopped(models, tmp_path):
+    (seen,) = run_ranks(interrupt_and_go_on, 1, models["olmoe"], tmp_path / "out")
+    assert seen["left"] == ["out.unfinished"]
+    read = [name for names in seen["asked"] for name in names]
+    assert not any(".layers.0." in name or "embed_tokens" in name for name in read)  # finished before the interruption
+    assert any(".layers.1." in name for name in read)
+    assert seen["after"] == [tmp_path / "out"]
+
+
+def fail_in_check(hf: Path, out: Path) -> list[str]:
+    def check(hf_folder: Path, release: Path) -> None:
+        assert (release / ".metadata").is_file()
+        raise ValueError("layer 1 differs")
+
+    with pytest.raises(ValueError, match="layer 1 differs"):
+        import_model(hf, out, verify=check, report=str)
+    return [path.name for path in out.parent.iterdir()]
+
+
+def test_a_checkpoint_that_fails_its_check_does_not_appear(models, tmp_path):
+    assert run_ranks(fail_in_check, 1, models["olmoe"], tmp_path / "out") == [[]]
