@@ -169,6 +169,9 @@ def _refuse_machinery(config: ElasticTransformerConfig) -> None:
         raise ValueError(
             "--overlap-moe-expert-parallel-comm: not supported, its schedule takes a plan from the forward step"
         )
+    for name, value in (("--fp8-format", config.fp8), ("--fp4-format", config.fp4)):
+        if value and config.transformer_impl == "local":
+            raise ValueError(f"{name} {value}: needs --transformer-impl transformer_engine, local layers ignore it")
     if config.draws and config.use_te_rng_tracker:
         cause = "--emoe-selection coactivation" if config.samples else f"--emoe-k-schedule {config.emoe_k_schedule}"
         _conflict(cause, "--te-rng-tracker", "recomputation finds its draws through Megatron's own tracker")

@@ -280,6 +280,15 @@ def test_another_schedule_of_the_loop_is_refused_whatever_the_elastic_settings()
 
 
 @pytest.mark.parametrize(
+    ("flag", "name", "value"), [("fp8", "--fp8-format", "hybrid"), ("fp4", "--fp4-format", "e2m1")]
+)
+def test_low_precision_that_local_layers_would_ignore(flag, name, value):
+    message = f"{name} {value}: needs --transformer-impl transformer_engine, local layers ignore it"
+    refused({}, {flag: value, "transformer_impl": "local"}, message)
+    check_elastic(with_feature({}, {flag: value, "transformer_impl": "transformer_engine"}))
+
+
+@pytest.mark.parametrize(
     ("line", "cause"),
     [
         ("--emoe-selection coactivation --emoe-pool-k 6", "--emoe-selection coactivation"),

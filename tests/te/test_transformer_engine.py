@@ -7,6 +7,7 @@ and runs this; everywhere else these tests skip themselves.
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -200,3 +201,90 @@ def assert_loaded(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     assert weights.keys() == expected.keys()
     wrong = [name for name, weight in weights.items() if not torch.equal(weight, expected[name])]
     assert wrong == []
+
+
+def only_here(engine: Built, local: Built) -> set[str]:
+    """Layers whose state Transformer Engine's model saves and the local one has none of."""
+    assert local.objects <= engine.objects
+    return {key.partition("._extra_state")[0] for key in engine.objects - local.objects}
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        ("Qwen1.5-MoE", {"decoder.layers.pre_mlp_layernorm", "decoder.final_layernorm"}),
+        (
+            "DeepSeek-V2-Lite",
+            {f"decoder.layers.{n}.input_layernorm" for n in range(3)}
+            | {f"decoder.layers.{n}.pre_mlp_layernorm" for n in (1, 2)}
+            | {"decoder.final_layernorm"},
+        ),
+    ],
+)
+def test_the_state_of_norms_is_all_that_only_one_of_them_saves(model, layers):
+    engine, local = (run_ranks(build, 1, words_of(MODELS[model]), forced)[0] for forced in (GROUPED, []))
+    assert only_here(engine, local) == layers
+
+
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+EP2 = {"expert_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("OLMoE", TP2), ("DeepSeek-V2-Lite", TP2 | EP2 | {"expert_tensor_parallel_size": 1}), ("ERNIE-4.5", EP2)],
+    ids=lambda value: value if isinstance(value, str) else "x".join(str(size) for size in value.values()),
+)
+def test_two_ranks_save_what_one_local_rank_saved(model, layout, tmp_path):
+    settings = MODELS[model]
+    local = run_ranks(save, 1, words_of(settings, save=tmp_path / "local"), [])[0]
+    words = load_words(settings | layout, tmp_path / "local", save=tmp_path / "engine")
+    run_ranks(load_and_save, 2, words, GROUPED)
+    before, after = (stored_tensors(tmp_path / name, 1) for name in ("local", "engine"))
+    assert before.keys() == after.keys() == local.tensors.keys()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+
+
+def load_and_save(words: list[str], forced: list[str]) -> None:
+    from megatron.training.checkpointing import load_checkpoint, save_checkpoint
+
+    model = make(words, forced, seed=4 + int(os.environ["RANK"]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        load_checkpoint([model], None, None)
+        save_checkpoint(1, [model], None, None, 0)
+
+
+FP8 = ["--bf16", "--fp8-format", "hybrid", "--moe-router-padding-for-quantization"]
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_training_starts_from_a_checkpoint_without_scales(recipe, tmp_path):
+    settings = MODELS["DeepSeek-V2-Lite"] | COACTIVATION
+    local = run_ranks(save, 1, words_of(settings, save=tmp_path), [])[0]
+    engine = run_ranks(load, 1, load_words(settings, tmp_path), [*GROUPED, *FP8, "--fp8-recipe", recipe])[0]
+    assert "TEGroupedMLP" in engine.modules.values() and "ElasticRouter" in engine.modules.values()
+    for name, weight in local.weights.items():
+        assert torch.equal(engine.weights[expected_name(name, settings, GROUPED)], weight.bfloat16()), name
+
+
+def refused(words: list[str], forced: list[str]) -> tuple[int, str]:
+    text = io.StringIO()
+    with contextlib.redirect_stderr(text), pytest.raises(SystemExit) as leave:
+        make(words, forced, seed=1)
+    return leave.value.code, text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("forced", "message"),
+    [
+        ([*GROUPED, "--fp8-param-gather"], "fp8"),
+        ([*GROUPED, "--moe-router-padding-for-quantization"], "fp8/fp4 must be specified"),
+        (["--fp8-format", "hybrid"], "needs --transformer-impl transformer_engine, local layers ignore it"),
+        ([*GROUPED, "--bf16", "--fp8-format", "hybrid", "--fp4-format", "e2m1"], "fp8"),
+    ],
+    ids=["parameters", "padding", "local layers", "FP4 too"],
+)
+def test_settings_of_fp8_that_cannot_work_end_before_anything_is_built(forced, message):
+    status, text = run_ranks(refused, 1, words_of(MODELS["OLMoE"]), forced)[0]
+    errors = [line for line in text.splitlines() if "error:" in line]
+    assert (status, len(errors)) == (2, 1) and message in errors[0], text
