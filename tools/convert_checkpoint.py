@@ -9,6 +9,7 @@ Imports and exports run on any machine, with a few layers in memory; docs/checkp
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -114,7 +115,8 @@ def main() -> int:
         parser().error(f"--workers {chosen.workers}: must be at least 1")
     from megatron_emoe import host_mode
 
-    host_mode.setup(["--host-mode"] if chosen.host_mode else [])  # before anything of Megatron is imported
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, JSON among them
+        host_mode.setup(["--host-mode"] if chosen.host_mode else [])  # before anything of Megatron is imported
     run = {"import": run_import, "export": run_export, "verify": run_verify, "inspect": run_inspect}[chosen.verb]
     try:
         return run(chosen) or 0

@@ -1,8 +1,11 @@
 """`inspect`: what it says of a checkpoint is so, and it reads headers only."""
 
 import json
+import os
 import re
 import struct
+import subprocess
+import sys
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -15,7 +18,7 @@ from megatron_emoe.hf.inspect_model import Inspection, inspect
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder
 from megatron_emoe.hf.torch_dist import TorchDistReader
 from tests import hf_models
-from tests.distributed import run_ranks
+from tests.distributed import REPO, run_ranks
 from tests.hf.full_size import CONFIGS, MODELS, PUBLISHED, meta_model, on_disk
 from tests.tiny import flags, train
 
@@ -175,6 +178,21 @@ def test_text_and_json_hold_all_of_it(pair, trained):
     assert "--emoe-selection coactivation, --emoe-pool-k 6" in text
     assert "ranks: tensor 1, pipeline 1, expert 2, context 1, data 2" in text
     assert "missing: an export needs it" in text and "not recorded (no hf/ folder)" in text
+
+
+def test_the_command_prints_nothing_but_json(trained):
+    command = [sys.executable, "tools/convert_checkpoint.py", "inspect", trained, "--json"]
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["parameters"] == inspect(trained).parameters
+
+
+def test_the_command_refuses_with_one_line(tmp_path):
+    command = [sys.executable, "tools/convert_checkpoint.py", "inspect", tmp_path / "none"]
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(f"convert_checkpoint.py inspect: error: {tmp_path}/none: no such folder\n")
 
 
 def test_an_export_s_note_is_shown(pair, tmp_path):
