@@ -37,7 +37,7 @@ def parse(add_more: Callable[[ArgumentParser], ArgumentParser] = lambda parser: 
     another entry point. fixed: values that this entry point sets whatever the command line says.
 
     Raises:
-        SystemExit: status 2 after one message on stderr (from rank 0).
+        SystemExit: status 2 after one message on stderr (from local rank 0).
     """
     return _parse(_complete_training, add_more, fixed)
 
@@ -77,8 +77,8 @@ def _refuse_several_validation_sets(args: Namespace) -> None:
 
 
 def fail(error: object) -> NoReturn:
-    """End this process with status 2, after one message on stderr from rank 0."""
-    if os.environ.get("RANK", "0") == "0":
+    """End this process with status 2, after one message on stderr from each machine: data may be missing on one."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -107,9 +107,14 @@ def _complete_evaluation(args: Namespace, parser: ArgumentParser, fixed: dict) -
     if args.load is None:
         raise ValueError("--load is not given: which checkpoint?")
     given = _given(parser) | fixed
-    for name, value in model_flags(stored_args(locate(args.load, args.ckpt_step))).items():
+    stored = stored_args(locate(args.load, args.ckpt_step))
+    for name, value in model_flags(stored).items():
         if name not in given:
             setattr(args, name, value)
+    if "padded_vocab_size" not in given and stored.padded_vocab_size is not None:
+        # A model may have more rows than its tokenizer has tokens, so the tokenizer does not tell how many.
+        ranks = args.tensor_model_parallel_size
+        args.padded_vocab_size = -(-stored.padded_vocab_size // ranks) * ranks
     validate_args(args)
 
 

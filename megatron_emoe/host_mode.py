@@ -112,7 +112,7 @@ def start() -> None:
     try:
         sys.argv[1:] = setup(flag_files.expand(sys.argv[1:]))
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
