@@ -38,5 +38,5 @@ bench: setup ## what elastic training costs against plain top-k, and conversion 
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) demo demo_convert build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) demo demo-convert build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

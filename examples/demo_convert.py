@@ -2,7 +2,7 @@
 
 A tiny OLMoE with random weights and a tokenizer trained on the Python library's sources -> import -> the two models
 compared at three k' -> a few elastic steps on those sources -> export -> text from transformers at two k'. Every step
-but the first and the last is one command of this repository. Everything lands in demo_convert/, which is made anew.
+but the first and the last is one command of this repository. Everything lands in demo-convert/, which is made anew.
 """
 
 import re
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 REPO = Path(__file__).resolve().parent.parent
-OUT = REPO / "demo_convert"
+OUT = REPO / "demo-convert"
 HF, MEGATRON, TRAINED, EXPORTED = (OUT / name for name in ("hf", "megatron", "trained", "exported"))
 PACKAGES = "asyncio email http importlib json logging multiprocessing unittest xml"
 VOCAB, LENGTH, K, POOL = 2048, 128, 4, 12
@@ -104,7 +104,7 @@ def steps() -> list[Step]:
 
 
 def run(step: Step) -> None:
-    """Run one step with its log in demo_convert/logs. SystemExit with the log's end if it fails."""
+    """Run one step with its log in demo-convert/logs. SystemExit with the log's end if it fails."""
     log = OUT / "logs" / f"{step.name.replace(' ', '_')}.log"
     print(f"\n== {step.name}\n$ {shlex.join(_short(word) for word in step.command)}", flush=True)
     start = time.perf_counter()
@@ -113,11 +113,17 @@ def run(step: Step) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
-            if found := re.search(step.show, line):
-                print(", ".join(filter(None, found.groups())) or found[0], flush=True)
+            if (text := shown(step, line)) is not None:
+                print(text, flush=True)
     if process.wait() != 0:
         sys.exit(f"{step.name} failed; the end of {log}:\n" + "".join(log.read_text().splitlines(True)[-20:]))
     print(f"({time.perf_counter() - start:.0f} s)")
+
+
+def shown(step: Step, line: str) -> str | None:
+    """What of a line belongs on the terminal."""
+    found = re.search(step.show, line)
+    return found and (", ".join(filter(None, found.groups())) or found[0])
 
 
 def _short(word: str) -> str:
