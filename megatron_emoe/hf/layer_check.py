@@ -80,7 +80,8 @@ def check_layers(
     """Compare a checkpoint, given by its own folder (release, iter_...), with a Hugging Face model, layer by layer.
 
     tokens: int64 [B, S]; by default 2 x 32 random ones. report: gets a line for each comparison. flags: Megatron's, on
-    how to run (--transformer-impl local). Memory: a layer, or the embedding twice, in fp32 on either side.
+    how to run (--transformer-impl local). Memory: a layer (or embedding and head) in fp32 on either side, and twice as
+    it is stored, however many layers there are.
 
     Raises:
         ValueError: the first part that differs, by how much, and the bound; or an input that cannot be read.

@@ -131,7 +131,7 @@ class MegatronLayers:
 
     def _build(self, moe: bool, ends: bool) -> nn.Module:
         frequency = 1 if self.stored.moe_layer_freq == 1 else [int(moe)]
-        args = completed(self._arguments, num_layers=1, moe_layer_freq=frequency)
+        args = completed(self._arguments, num_layers=1, moe_layer_freq=frequency, perform_initialization=False)
         args.padded_vocab_size = self.stored.padded_vocab_size
         with quiet():
             builder = ElasticGPTModelBuilder(elastic_model_config(args))

@@ -7,6 +7,7 @@ import copy
 import logging
 import os
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -125,9 +126,10 @@ def _command_line(words: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Megatron prints its 800 arguments and more; nothing of that belongs in a report."""
+    """Megatron prints its 800 arguments and warns of itself; nothing of that belongs in a report."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
 
 

@@ -4,6 +4,7 @@ Router scores of random models have near ties too; with the seeds here no token 
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,9 @@ def refusals(folder: Path) -> list[str]:
         with pytest.raises(ValueError) as refused:
             attempt()
         messages.append(str(refused.value).replace(str(folder), "F"))
+    os.environ["WORLD_SIZE"] = "2"
+    with pytest.raises(ValueError, match="^WORLD_SIZE 2: a check runs in one process, without torchrun$"):
+        check_layers(hf, folder / "out" / "release")
     return messages
 
 
