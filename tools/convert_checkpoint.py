@@ -11,7 +11,9 @@ Imports and exports run on any machine, with a few layers in memory; docs/checkp
 import argparse
 import contextlib
 import json
+import shlex
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -20,8 +22,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (_add_import, _add_export, _add_verify, _add_inspect):
-        verb = add(verbs)
-        verb.add_argument("--host-mode", action="store_true", help="Run on CPU even where CUDA is present.")
+        add(verbs)
     return top
 
 
@@ -60,6 +61,14 @@ def _add_verify(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--text", type=Path, help="Text to run on, through the tokenizer in --hf. Default: random tokens."
     )
     verb.add_argument("--json", type=Path, help="File to write the comparison to.")
+    verb.add_argument("--host-mode", action="store_true", help="Run on CPU even where CUDA is present.")
+    verb.add_argument(
+        "--megatron-flags",
+        type=shlex.split,
+        default=[],
+        metavar="'FLAGS'",
+        help="How Megatron is to run: '--transformer-impl local', say, on a GPU without Transformer Engine.",
+    )
     return verb
 
 
@@ -95,7 +104,9 @@ def run_verify(chosen: argparse.Namespace) -> int:
     from megatron_emoe.hf.verify import text_tokens, verify
 
     tokens = text_tokens(chosen.hf, chosen.text) if chosen.text else None
-    result = verify(chosen.hf, chosen.megatron, ks=chosen.k, tokens=tokens, bf16=chosen.bf16)
+    result = verify(
+        chosen.hf, chosen.megatron, ks=chosen.k, tokens=tokens, bf16=chosen.bf16, flags=chosen.megatron_flags
+    )
     if chosen.json:
         chosen.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     return 0 if result.passed else 1
@@ -108,15 +119,24 @@ def run_inspect(chosen: argparse.Namespace) -> None:
     print(found.as_json() if chosen.json else found.as_text())
 
 
+def _choose_device(chosen: argparse.Namespace) -> None:
+    """Only a comparison of whole models uses a GPU. Before anything of Megatron is imported."""
+    warnings.simplefilter("ignore")  # the core says at import what it would have on a GPU
+    from megatron_emoe import host_mode
+
+    if chosen.verb != "verify":
+        host_mode.enable(force=True)
+        return
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+        host_mode.setup(["--host-mode"] if chosen.host_mode else [])
+
+
 def main() -> int:
     """Exit status 0; 1: the models differ; 2: refused, with one message on stderr."""
     chosen = parser().parse_args()
     if getattr(chosen, "workers", 1) < 1:
         parser().error(f"--workers {chosen.workers}: must be at least 1")
-    from megatron_emoe import host_mode
-
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, JSON among them
-        host_mode.setup(["--host-mode"] if chosen.host_mode else [])  # before anything of Megatron is imported
+    _choose_device(chosen)
     run = {"import": run_import, "export": run_export, "verify": run_verify, "inspect": run_inspect}[chosen.verb]
     try:
         return run(chosen) or 0
