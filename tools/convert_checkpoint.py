@@ -11,6 +11,7 @@ Imports and exports run on any machine, with a few layers in memory; docs/checkp
 import argparse
 import contextlib
 import json
+import logging
 import shlex
 import sys
 import warnings
@@ -121,7 +122,8 @@ def run_inspect(chosen: argparse.Namespace) -> None:
 
 def _choose_device(chosen: argparse.Namespace) -> None:
     """Only a comparison of whole models uses a GPU. Before anything of Megatron is imported."""
-    warnings.simplefilter("ignore")  # the core says at import what it would have on a GPU
+    warnings.simplefilter("ignore")  # torch and the core say at import what they would have on a GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron_emoe import host_mode
 
     if chosen.verb != "verify":

@@ -197,6 +197,42 @@ def test_what_an_export_refuses(ways, what, pattern):
     assert re.search(pattern, ways[1]["refused"][what]), ways[1]["refused"][what]
 
 
+def interrupt_and_go_on(hf: Path, folder: Path) -> list[int]:
+    """Kill an export before its third file, export again, and return how many chunks were read in each attempt."""
+    from megatron_emoe.hf import export_model as module
+    from megatron_emoe.hf.import_model import import_model
+
+    import_model(hf, folder / "megatron", report=str)
+    read, calls = module.TorchDistReader.read, []
+
+    def read_until_killed(reader, places):
+        calls.append(len(places))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return read(reader, places)
+
+    module.TorchDistReader.read = read_until_killed
+    with pytest.raises(KeyboardInterrupt):
+        module.export_model(folder / "megatron", folder / "back", workers=1, report=str)
+    assert not (folder / "back").exists()
+    first = len(calls)
+    module.export_model(folder / "megatron", folder / "back", workers=1, report=str)
+    return [first, len(calls) - first]
+
+
+def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path):
+    from safetensors.torch import load_file
+
+    hf = hf_models.save("olmoe", tmp_path / "hf", num_hidden_layers=4)  # 6 groups
+    (calls,) = run_ranks(interrupt_and_go_on, 1, hf, tmp_path)
+    assert 3 <= calls[0] <= 6 and calls[1] < 6 and sum(calls) == 7  # the interrupted one, and no other, is read again
+    after = {
+        name: tensor for file in (tmp_path / "back").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    before = load_file(hf / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_sweep_is_noted_if_it_is_of_this_checkpoint(tmp_path):
     from megatron_emoe.hf.export_model import elastic_settings
     from megatron_emoe.sweep import save
