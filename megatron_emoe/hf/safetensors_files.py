@@ -97,7 +97,7 @@ class SafetensorsFolder:
                         stored = self.tensors[name]
                         part = opened.get_slice(stored.name)[stored.at] if stored.at else opened.get_tensor(stored.name)
                         tensors[name] = part
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, RuntimeError) as error:  # the last: too large to be mapped into memory
                 raise ValueError(f"{file}: not readable ({error})") from error
         return tensors
 
@@ -145,7 +145,7 @@ def header(file: Path) -> list[StoredTensor]:
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 part = opened.get_slice(name)
                 entries.append((name, tuple(part.get_shape()), part.get_dtype()))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
     for name, _, dtype in entries:
         if dtype not in _DTYPES:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_emoe.hf import safetensors_files
 from megatron_emoe.hf.import_model import import_model
 from megatron_emoe.hf.inspect_model import Inspection, inspect
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder
@@ -241,6 +242,16 @@ def test_truncated_weights(tmp_path):
     file = hf / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{file}: not a readable safetensors file"):
+        inspect(hf)
+
+
+def test_weights_too_large_to_be_mapped(tmp_path, monkeypatch):
+    def refuse(file, framework):
+        raise RuntimeError(f"unable to mmap 9 bytes from file <{file}>: Cannot allocate memory (12)")
+
+    hf = hf_models.save("olmoe", tmp_path / "hf")
+    monkeypatch.setattr(safetensors_files, "safe_open", refuse)
+    with pytest.raises(ValueError, match="model.safetensors: not a readable safetensors file .unable to mmap 9 bytes"):
         inspect(hf)
 
 
