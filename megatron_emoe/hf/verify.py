@@ -49,6 +49,7 @@ from megatron_emoe.hf.comparison import (
     tracing_megatron,
 )
 from megatron_emoe.hf.one_process import evaluating, silent_transformers
+from megatron_emoe.hf.safetensors_files import SafetensorsFolder
 from megatron_emoe.layer_spec import elastic_model_config
 from megatron_emoe.sweep_run import load_model
 
@@ -143,6 +144,7 @@ def verify(
         SystemExit: status 2, after one message on stderr, where Megatron's arguments or the checkpoint are refused.
     """
     config = read_config(hf)
+    SafetensorsFolder(hf)
     locate(str(checkpoint), source="checkpoint")
     each_its_own, ks = not ks, list(dict.fromkeys(ks or [config.num_experts_per_tok]))
     tokens = random_tokens(config.vocab_size) if tokens is None else tokens
@@ -189,15 +191,7 @@ def text_tokens(hf: Path, text: Path, *, sequences: int = SEQUENCES, length: int
 
 def _run_hf(folder: Path, tokens_BS: Tensor, ks: Sequence[int], dtype: torch.dtype) -> dict[int, tuple[Answer, Answer]]:
     """By k': transformers' answer, and its answer with noise."""
-    with silent_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            attn_implementation="eager",
-            experts_implementation="eager",
-            trust_remote_code=False,
-        )
-    model = model.to(current_device()).eval()
+    model = _load_hf(folder, dtype)
     tokens_BS = tokens_BS.to(current_device())
     answers = {}
     for k in ks:
@@ -210,6 +204,22 @@ def _run_hf(folder: Path, tokens_BS: Tensor, ks: Sequence[int], dtype: torch.dty
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return answers
+
+
+def _load_hf(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    with silent_transformers():
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    lost = [*loading["missing_keys"], *loading["mismatched_keys"]]
+    if lost:  # transformers would go on with random numbers in their place
+        raise ValueError(f"{folder}: not in its files, or of another shape: {', '.join(map(str, lost))}")
+    return model.to(current_device()).eval()
 
 
 def _answer_hf(model: PreTrainedModel, tokens_BS: Tensor) -> Answer:

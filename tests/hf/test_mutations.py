@@ -163,7 +163,7 @@ def try_all(model_type: str, folder: Path) -> dict[str, tuple[str, str, list]]:
     found = {}
     with mock.patch.object(verify, "_run_hf", once_per_folder(verify._run_hf)):
         for number, (name, mutation) in enumerate(cases.items()):
-            options = mutation.model or {}
+            options = {"num_hidden_layers": 2, **(mutation.model or {})}
             if repr(options) not in models:
                 models[repr(options)] = hf_models.save(model_type, folder / f"hf{number}", **options)
             found[name] = try_one(mutation, models[repr(options)], folder / str(number))

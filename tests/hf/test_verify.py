@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_emoe.hf.comparison import Answer, Distance, Trace, differing_sets, distance, reached_by_no_tie
 from tests import hf_models
@@ -45,7 +46,7 @@ def examine(model_type: str, folder: Path) -> dict:
     text = text_tokens(plain[0], folder / "text", sequences=2, length=32)
     few = {"tokens": random_tokens(128, sequences=2, length=32), "report": said.append}
     return {
-        "every k": verify(*plain, ks=KS, report=said.append),
+        "every k": verify(*plain, ks=KS, tokens=hf_models.tokens(batch=4, length=32), report=said.append),
         "stored bf16": verify(*stored_bf16, **few),
         "bf16": verify(*stored_bf16, ks=[2, 8], bf16=True, report=said.append),
         "variant": verify(*variant, **few),
@@ -130,6 +131,10 @@ def refusals(folder: Path) -> list[str]:
     other = hf_models.save("olmoe", folder / "other", num_hidden_layers=3)
     import_model(hf, folder / "out", report=lambda line: None)
     (folder / "text").write_text("w7 w8 w9")
+    lacking = hf_models.save("olmoe", folder / "lacking")
+    tensors = load_file(lacking / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_norm.weight"]
+    save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
     attempts = [
         lambda: verify(hf, folder / "out", ks=[2, 9]),
         lambda: verify(hf, folder / "out", tokens=torch.tensor([[0, 128]])),
@@ -138,6 +143,8 @@ def refusals(folder: Path) -> list[str]:
         lambda: text_tokens(hf, folder / "text"),
         lambda: check_layers(other, folder / "out" / "release"),
         lambda: check_layers(hf, folder / "out"),
+        lambda: verify(lacking, folder / "out"),
+        lambda: check_layers(lacking, folder / "out" / "release"),
     ]
     messages = []
     for attempt in attempts:
@@ -159,6 +166,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     assert messages[4].startswith("--text F/text: ")
     assert messages[5] == "F/out/release: 2 layers, F/other has 3"
     assert messages[6] == "checkpoint F/out: not a torch_dist checkpoint (.metadata is missing)"
+    lost = "self_attn.q_norm.weight"
+    assert messages[7] == f"F/lacking: not in its files, or of another shape: model.layers.1.{lost}"
+    assert messages[8] == f"F/lacking: layer 1: transformers cannot place model.layers.0.{lost}"
 
 
 def trace(scores: list[list[float]], k: int = 1, layers: int = 2) -> Trace:
