@@ -8,14 +8,17 @@ How close can two implementations of one model come? transformers also runs agai
 decoder layer jittered by one unit in the last place of its type: the noise. Our distance may be FACTOR times the noise
 (its square for a KL), or the floor, whichever is larger.
 
-fp32: the floors are |dlogit| 1e-5 and KL 1e-10 nats. On tiny models our distance was at most 2.7 times the noise,
-which is 1e-6 to 7e-6. A routed set may differ by a tie, two experts with the same score up to rounding: the tokens that
-such a choice reaches are counted, and left out of all bounds. Any other difference of sets fails.
+fp32: the floors are |dlogit| 1e-5 and KL 1e-10 nats. A routed set may differ by a tie, two experts with the same score
+up to rounding: the tokens that such a choice reaches are counted, and left out of all bounds. Any other difference of
+sets fails.
 
 bf16: two right implementations differ in single logits by 5, where a token meets another expert, so the bounds are on
-means over all tokens. Measured on 12 tiny random models at k' = 1 to 8: KL up to 1.7e-2, another most likely token
-14 %, other sets 4.3 %; the floors are about twice that. They prove that bf16 computes the same function, not that no
-weight is wrong: that is fp32's business.
+means over all tokens. They prove that bf16 computes the same function, not that no weight is wrong: that is fp32's
+business.
+
+Measured by benchmarks/measure_rounding.py on 12 tiny random models of 512 tokens at k' = 1 to 8. fp32: noise 1.3e-6 to
+5.5e-6, ours at most 2.2 times that (KL 1.9 times). bf16: KL up to 1.6e-2, another most likely token for 6.2 %, other
+sets for 3.4 %; the floors are two to three times that.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ SEQUENCES, LENGTH = 8, 64
 
 FLOORS = {
     torch.float32: Distance(max_difference=1e-5, kl=1e-10, other_top1=1.0, other_sets=1.0),
-    torch.bfloat16: Distance(max_difference=torch.inf, kl=3e-2, other_top1=0.25, other_sets=0.1),
+    torch.bfloat16: Distance(max_difference=torch.inf, kl=3e-2, other_top1=0.2, other_sets=0.1),
 }
 """The least bounds. fp32: the logits' bound implies the others. bf16: see above."""
 LAYER_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-5}
