@@ -262,9 +262,9 @@ def _train_stock(words: list[str]) -> None:
     pretrain_stock.train(words)
 
 
-def stored_tensors(folder: Path, iteration: int) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole and by its key: weights and optimizer state."""
-    reader = checkpoint.FileSystemReader(folder / f"iter_{iteration:07d}")
+def stored_tensors(folder: Path, iteration: int | None) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint (None: a release), whole and by its key: weights and optimizer state."""
+    reader = checkpoint.FileSystemReader(folder / ("release" if iteration is None else f"iter_{iteration:07d}"))
     entries = reader.read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -19,7 +19,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests import hf_models
 from tests.distributed import run_ranks
+from tests.hf_models import MODEL_TYPES
 from tests.tiny import COACTIVATION, flags, start, stored_tensors
 
 pytestmark = [
@@ -107,9 +109,10 @@ def make(words: list[str], forced: list[str], *, seed: int) -> Any:
 
     from megatron_emoe import host_mode
     from megatron_emoe.arguments import parse
+    from megatron_emoe.flag_files import expand
     from megatron_emoe.layer_spec import elastic_model_config
 
-    sys.argv = ["pretrain_emoe.py", *host_mode.setup(words), *forced]
+    sys.argv = ["pretrain_emoe.py", *host_mode.setup(expand(words)), *forced]
     with contextlib.redirect_stdout(io.StringIO()), cuda_said_to_be_there():
         args = parse()
         start(
@@ -252,6 +255,25 @@ def load_and_save(words: list[str], forced: list[str]) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         load_checkpoint([model], None, None)
         save_checkpoint(1, [model], None, None, 0)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_an_imported_hugging_face_model_loads(model_type, tmp_path):
+    from megatron_emoe.hf.import_model import import_model
+
+    imported = tmp_path / "megatron"
+    import_model(hf_models.save(model_type, tmp_path / "hf"), imported, report=str)
+    run = "--finetune --lr 1e-3 --train-iters 1 --micro-batch-size 1 --global-batch-size 1 --seq-length 16 --mock-data"
+    saving = (
+        f"--load {imported} --exit-on-missing-checkpoint --save {tmp_path}/engine --save-interval 1 --no-save-optim"
+    )
+    words = [f"@{imported}/model.args", *run.split(), *saving.split()]
+    if "--tokenizer-type" not in (imported / "model.args").read_text():
+        words += ["--tokenizer-type", "NullTokenizer"]
+    run_ranks(load_and_save, 1, words, GROUPED)
+    before, after = stored_tensors(imported, None), stored_tensors(tmp_path / "engine", 1)
+    assert before.keys() == {key for key in after if not key.startswith("rng_state")}
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
 
 
 FP8 = ["--bf16", "--fp8-format", "hybrid", "--moe-router-padding-for-quantization"]
