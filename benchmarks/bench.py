@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -102,10 +103,11 @@ def elastic(chosen: argparse.Namespace) -> str:
     """The part on what elastic training costs."""
     ranks = {"router": 1, "step": 2}
     results = {name: _measure(name, str(chosen.steps), ranks=count) for name, count in ranks.items()}
+    what = f"""Elastic training against the same Megatron-Core with stock top-k. {_machine()} Host mode (CPU, gloo, one
+    thread per rank): ratios are meaningful here, absolute times are not."""
     return f"""## What elastic training costs
 
-Elastic training against the same Megatron-Core with stock top-k. {_machine()} Host mode (CPU, gloo, one thread per
-rank): ratios are meaningful here, absolute times are not.
+{fill(what)}
 
 {_table(results)}
 
@@ -124,14 +126,17 @@ of the paired ratios, the interval a 95 % bootstrap over the pairs.
 
 def conversion(chosen: argparse.Namespace) -> str:
     """The part on import and export."""
+    load = os.getloadavg()[0]
     result = _measure("conversion", "--repeats", str(chosen.repeats), "--folder", chosen.folder)
     size, group = result["bytes"] / 1e9, result["group_bytes"] / 1e9
     rows = [_conversion_row(kind, result, 2 * group + 1) for kind in ("import", "export")]
     head = "| | copy, s | conversion, s | ratio | 95 % interval | goal | whole process, s | peak memory, GB | bound |"
+    what = f"""A checkpoint of {size:.2f} GB in bfloat16: OLMoE's widths, 4 layers, the largest group of tensors (a
+    layer) {group:.2f} GB. Random weights, no check of the result (`--no-verify`). {_machine()} Load average when it
+    began, from other programs: {load:.1f}."""
     return f"""## Import and export against copying
 
-A checkpoint of {size:.2f} GB in bfloat16: OLMoE's widths, 4 layers, the largest group of tensors (a layer) {group:.2f}
-GB. {_machine()} Random weights, no check of the result (`--no-verify`).
+{fill(what)}
 
 {head}
 | --- | ---: | ---: | ---: | --- | --- | ---: | ---: | ---: |
@@ -155,6 +160,11 @@ def _conversion_row(kind: str, result: dict, bound: float) -> str:
         f"| {kind} | {times} | {ratio:.2f} | {low:.2f} to {high:.2f} | {CONVERSION_GOAL} | "
         f"{statistics.median(process):.1f} | {peak:.2f} | {bound:.2f} |"
     )
+
+
+def fill(text: str) -> str:
+    """A paragraph in lines of the report's width."""
+    return textwrap.fill(" ".join(text.split()), 120)
 
 
 def _machine() -> str:
