@@ -87,7 +87,7 @@ def test_no_environment(tmp_path):
 def test_no_compiler(tmp_path):
     machine, tools = Machine(tmp_path), tmp_path / "tools"
     tools.mkdir()
-    for name in ("bash", "dirname", "realpath", "cat"):
+    for name in ("bash", "dirname", "realpath", "cat", "awk"):
         (tools / name).symlink_to(shutil.which(name))
     status, said = machine.run(PATH=str(tools))
     assert status == 1 and "there is no g++" in said and machine.pip() == []

@@ -24,9 +24,14 @@ STAMP=$TE/ready # written last: what it was built from
 say() { echo "set-up of Transformer Engine: $*" >&2; }
 die() { say "$*"; exit 1; }
 
+# pip without its chatter: errors and the exit status come through, remarks on unused index settings do not.
 pip_install() {
-  "$PYTHON" -m pip install -q --progress-bar off --disable-pip-version-check --no-input --no-warn-script-location \
-    --no-deps --target "$TE" "$@" || die "pip could not install $*"
+  local status=0 quiet=(-q --progress-bar off --disable-pip-version-check --no-input)
+  {
+    "$PYTHON" -m pip install "${quiet[@]}" --no-deps --target "$TE" "$@" 2>&1 >&3 | awk '!/Location .* is ignored/' >&2
+    status=${PIPESTATUS[0]}
+  } 3>&1 || true
+  [ "$status" -eq 0 ] || die "pip could not install $* (exit status $status, its message is above)"
 }
 
 join() { local IFS=:; echo "$*"; }
