@@ -59,7 +59,8 @@ class DeepseekV2(Architecture):
                 raise ValueError(
                     f"rope_scaling.{key} {rope[key]}: Megatron-Core has no flag for it; it must be {fixed}"
                 )
-        if bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim")):
+        scale, scale_all = rope.get("mscale") or 1.0, rope.get("mscale_all_dim")
+        if (scale != 1.0 and not scale_all) or (scale_all and not rope.get("mscale")):
             raise ValueError("rope_scaling: mscale and mscale_all_dim must be given together, or neither")
 
     def is_moe(self, config: PretrainedConfig, layer: int) -> bool:

@@ -80,8 +80,8 @@ def check_layers(
     """Compare a checkpoint, given by its own folder (release, iter_...), with a Hugging Face model, layer by layer.
 
     tokens: int64 [B, S]; by default 2 x 32 random ones. report: gets a line for each comparison. flags: Megatron's, on
-    how to run (--transformer-impl local). Memory: a layer (or embedding and head) in fp32 on either side, and twice as
-    it is stored, however many layers there are.
+    how to run (--transformer-impl local). Memory: a layer (or embedding and head) in fp32 on either side, twice that while
+    transformers loads its own: 8 GB at OLMoE's size, 14 GB at ERNIE's, however many layers there are.
 
     Raises:
         ValueError: the first part that differs, by how much, and the bound; or an input that cannot be read.
@@ -107,7 +107,7 @@ def _comparisons(hf: HFLayers, ours: MegatronLayers, tokens_BS: Tensor) -> Itera
     yield _row("embedding", None, ours.ends().embedding(tokens_BS, positions).transpose(0, 1), hidden_BSD)
     for layer in range(hf.config.num_hidden_layers):
         moe = hf.is_moe(layer)
-        theirs, mine = hf.layer(layer), ours.layer(layer, moe)
+        mine, theirs = ours.layer(layer, moe), hf.layer(layer)
         given_BSD = hidden_BSD
         for k in (hf.config.num_experts_per_tok, hf.config.num_experts) if moe else (None,):
             row, output_BSD = _compare_layer(theirs, mine, given_BSD, f"layer {layer}", k)

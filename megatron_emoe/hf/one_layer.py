@@ -142,26 +142,30 @@ class MegatronLayers:
         return model.to(current_device()).eval()
 
     def _load(self, model: nn.Module, part: str, wanted: Callable[[str], bool]) -> None:
-        """Fill the model's parameters. The core's own loader cannot take one layer of a stacked tensor in one
-        process."""
+        """Fill the model's parameters, one after the other. The core's own loader cannot take one layer of a stacked
+        tensor in one process."""
         metadata = dist_checkpointing.load_content_metadata(str(self.checkpoint)) or {}
         metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
         described = {name: t for name, t in model.sharded_state_dict(metadata=metadata).items() if wanted(name)}
-        sharded, _, factories = load_preprocess(described)
+        number = model.decoder.layers[0].layer_number - 1
+        targets = {name: t for name, t in model.state_dict().items() if wanted(name) and isinstance(t, Tensor)}
+        for name, description in described.items():
+            here = name.replace(f"decoder.layers.{number}.", "decoder.layers.0.")
+            if here in targets:  # the others are extra states: objects
+                targets.pop(here).copy_(self._read(description, part))
+        assert not targets, f"{part}: not loaded: {list(targets)}"
+
+    def _read(self, description: Any, part: str) -> Tensor:
+        """The tensor that the core describes: one chunk, or several that it merges."""
+        sharded, _, factories = load_preprocess({"tensor": description})
         chunks = [chunk for chunk in nested_values(sharded) if isinstance(chunk, ShardedTensor)]
         try:
             tensors = self._reader.read([_place(chunk) for chunk in chunks])
         except ValueError as error:
             raise ValueError(f"{part}: {error}") from error
         found = {id(chunk): t.view(chunk.local_shape) for chunk, t in zip(chunks, tensors, strict=True)}
-        loaded = dict_list_map_outplace(lambda chunk: found.get(id(chunk)), sharded)
-        state = apply_factory_merges(loaded, factories)
-        number = model.decoder.layers[0].layer_number - 1
-        here = {name.replace(f"decoder.layers.{number}.", "decoder.layers.0."): t for name, t in state.items()}
-        here = {name: t for name, t in here.items() if t is not None}  # the others are extra states: objects
-        left = set(model.load_state_dict(here, strict=False).missing_keys)
-        lost = [name for name in left if wanted(name) and not name.endswith("_extra_state")]
-        assert not lost, f"{part}: not loaded: {lost}"
+        loaded = dict_list_map_outplace(lambda chunk: found[id(chunk)], sharded)
+        return apply_factory_merges(loaded, factories)["tensor"]
 
 
 def _place(chunk: ShardedTensor) -> Place:

@@ -27,6 +27,7 @@ EXACT: dict[str, list[dict[str, Any]]] = {
     "deepseek_v2": [
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "routed_scaling_factor": 2.5},
         {"rope_parameters": YARN, "v_head_dim": 24},
+        {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.0}},
         {"rope_parameters": YARN | BOTH_SCALES, "first_k_dense_replace": 2},
     ],
     "ernie4_5_moe": [
@@ -41,6 +42,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v2", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05: must be 1e-06"),
     ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads 2: must be num_attention_heads 4"),
     ("deepseek_v2", {"rope_parameters": YARN | {"mscale": 0.707}}, "mscale and mscale_all_dim must be given together"),
+    ("deepseek_v2", {"rope_parameters": YARN | {"mscale_all_dim": 0.707}}, "must be given together"),
     ("deepseek_v2", {"rope_parameters": YARN | {"beta_fast": 16}}, "rope_scaling.beta_fast 16"),
     ("deepseek_v2", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "rope_scaling.attention_factor 1.5"),
     ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min 0.5: must be at most 1e-9"),
