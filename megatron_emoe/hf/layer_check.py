@@ -80,7 +80,7 @@ def check_layers(
     """Compare a checkpoint, given by its own folder (release, iter_...), with a Hugging Face model, layer by layer.
 
     tokens: int64 [B, S]; by default 2 x 32 random ones. report: gets a line for each comparison. flags: Megatron's, on
-    how to run (--transformer-impl local). Memory: a layer (or embedding and head) in fp32 on either side, twice that while
+    how to run (--transformer-impl local). Memory: a layer (or embedding and head) in fp32 on either side, more while
     transformers loads its own: 8 GB at OLMoE's size, 14 GB at ERNIE's, however many layers there are.
 
     Raises:
