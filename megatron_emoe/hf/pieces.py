@@ -107,6 +107,9 @@ class Place:
     size: Shape
 
 
+_OWN_NORMS = ("decoder.final_layernorm", "input_layernorm", "pre_mlp_layernorm")
+
+
 @dataclass(frozen=True)
 class Layout:
     """Keys and shapes of a Megatron checkpoint of this model.
@@ -132,12 +135,14 @@ class Layout:
         return Place(f"decoder.layers.{piece.layer}.{key}", whole, offset, size)
 
     def extra_state(self, piece: Piece) -> str | None:
-        """The key of the empty `_extra_state` object that Megatron stores beside a linear layer's weight, if any.
+        """The key of the empty `_extra_state` object that Megatron stores beside some weights, if any.
 
-        Transformer Engine keeps FP8 scales there; a loader asks for it even where it is empty.
+        Transformer Engine keeps FP8 scales there, in linear layers and in norms that stand alone. This package's models
+        load without it; stock Megatron asks for it even where it is empty.
         """
         module, _, kind = piece.name.rpartition(".")
-        if kind != "weight" or piece.first_row or not module.rpartition(".")[2].startswith("linear_"):
+        own = module in _OWN_NORMS or module.rpartition(".")[2].startswith("linear_")
+        if kind != "weight" or piece.first_row or not own:
             return None
         index, counts = [], []
         if piece.layer is not None and self.stacked:

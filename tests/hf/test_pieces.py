@@ -62,5 +62,17 @@ def test_each_linear_layer_has_one_extra_state():
     assert single.extra_state(gate) == f"decoder.layers.3.{prefix}/shard_5_8"
     assert stacked.extra_state(up) is None  # the other half of the same layer
     assert single.extra_state(down) == "decoder.layers.3.mlp.experts.experts.linear_fc2._extra_state/shard_5_8"
-    norm = Piece("pre_mlp_layernorm.weight", (32,), (("a", (32,)),), layer=3)
-    assert stacked.extra_state(norm) is None
+
+
+def test_norms_that_stand_alone_have_one_too():
+    """Seen in what Transformer Engine 2.20.2 saves: its router, embedding and fused norms have none."""
+    stacked = Layout(stacked=True, num_layers=4, num_experts=8)
+    for name, key in (
+        ("pre_mlp_layernorm.weight", "decoder.layers.pre_mlp_layernorm._extra_state/shard_3_4"),
+        ("self_attention.linear_qkv.layer_norm_weight", None),
+        ("self_attention.q_layernorm.weight", None),
+        ("mlp.router.weight", None),
+    ):
+        assert stacked.extra_state(Piece(name, (32,), (("a", (32,)),), layer=3)) == key
+    final = Piece("decoder.final_layernorm.weight", (32,), (("a", (32,)),))
+    assert stacked.extra_state(final) == "decoder.final_layernorm._extra_state/shard_0_1"
