@@ -50,9 +50,12 @@ def assert_same_checkpoint(one: Path, other: Path, iteration: int) -> None:
 def iteration_lines(log: str) -> list[tuple[int, str]]:
     """What the log says of each iteration, but for times.
 
-    The second line of a start is without losses: there the core averages over the first iteration too.
+    The second line of a start is without losses: there the core averages over the first iteration too. A line goes up
+    to its last field: two ranks write to one stream, each the end of a line apart from the line.
     """
-    lines = [(int(number), line) for number, line in re.findall(r"iteration +(\d+)/ +\d+ \|(.*)", log)]
+    lines = [
+        (int(number), line) for number, line in re.findall(r"iteration +(\d+)/ +\d+ \|(.*?nan iterations: +\d+)", log)
+    ]
     lines = [(number, re.sub(r"elapsed time per iteration \(ms\): [\d.]+", "", line)) for number, line in lines]
     lines[1] = (lines[1][0], re.sub(r"(lm |balancing_)loss: \S+", "", lines[1][1]))
     return lines
