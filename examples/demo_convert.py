@@ -1,4 +1,4 @@
-"""A Hugging Face model into Megatron, trained elastically, and back: about two minutes on two cores.
+"""A Hugging Face model into Megatron, trained elastically, and back: a few minutes on two cores.
 
 A tiny OLMoE with random weights and a tokenizer trained on the Python library's sources -> import -> the two models
 compared at three k' -> a few elastic steps on those sources -> export -> text from transformers at two k'. Every step
@@ -26,8 +26,8 @@ PACKAGES = "asyncio email http importlib json logging multiprocessing unittest x
 VOCAB, LENGTH, K, POOL = 2048, 128, 4, 12
 END = "<|endoftext|>"
 
-TRAIN = f"""--seq-length {LENGTH} --micro-batch-size 4 --global-batch-size 16 --train-iters 40 --lr 4e-3 --min-lr 1e-3
-    --lr-decay-style cosine --lr-warmup-iters 5 --clip-grad 1.0 --log-interval 10 --eval-interval 1000 --eval-iters 4
+TRAIN = f"""--seq-length {LENGTH} --micro-batch-size 4 --global-batch-size 8 --train-iters 40 --lr 4e-3 --min-lr 1e-3
+    --lr-decay-style cosine --lr-warmup-iters 5 --clip-grad 1.0 --log-interval 10 --eval-interval 1000 --eval-iters 2
     --split 95,5,0 --save-interval 40 --no-create-attention-mask-in-dataloader --expert-model-parallel-size 2
     --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
     --emoe-selection coactivation --emoe-pool-k {POOL} --emoe-eval-k {K} {2 * K} {3 * K}"""
