@@ -20,7 +20,7 @@ from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
 from megatron_emoe.hf.output_folder import OutputFolder, state_of
 from megatron_emoe.hf.pieces import Group, Layout, Piece
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder, write_shard
-from megatron_emoe.hf.torch_dist import COMMON_STATE, TorchDistWriter
+from megatron_emoe.hf.torch_dist import COMMON_STATE, TorchDistWriter, without_checksums
 
 FLAG_FILE = "model.args"
 WORKERS = 2  # one reads while the other writes; each has a group of tensors in memory
@@ -141,7 +141,9 @@ def _write_release(
             folder.finished(group.name, results)
             bar.update(_bytes(group, source))
 
-        in_parallel(convert, [(n, group) for n, group in enumerate(groups) if group.name not in folder.done], workers)
+        todo = [(n, group) for n, group in enumerate(groups) if group.name not in folder.done]
+        with without_checksums():
+            in_parallel(convert, todo, workers)
     common = {"args": stored_form(words), "checkpoint_version": 3.0, "iteration": 0, **_CONTENT}
     writer.declare_object(COMMON_STATE)
     results = [result for group in groups for result in folder.done[group.name]]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,20 @@ class TorchDistWriter:
         stored = [_from_json(result) for result in results]
         writer.finish(Metadata({**self._tensors, **self._objects}), [stored])
         save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
+
+
+@contextmanager
+def without_checksums() -> Iterator[None]:
+    """torch.save inside does not compute the CRC-32 of each record: most of its time, for a number nobody reads.
+
+    torch.load does not check it. For all threads of the process.
+    """
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _shaped(make: Callable[[], Tensor], place: Place) -> Callable[[], Tensor]:
