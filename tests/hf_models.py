@@ -188,27 +188,6 @@ def tokens(vocab_size: int = 128, *, batch: int = 2, length: int = 24, seed: int
     return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def hasten() -> None:
-    """Halve the time of a test that converts and compares many models in this process.
-
-    The core reads the sources of its configuration classes once, not for every command line, and collecting garbage
-    skips what is there now.
-    """
-    import gc
-
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
-    read, known = ArgumentGroupFactory._get_field_docstrings, {}
-
-    def remembered(self: Any, cls: type) -> dict[str, str]:
-        if cls not in known:
-            known[cls] = read(self, cls)
-        return known[cls]
-
-    ArgumentGroupFactory._get_field_docstrings = remembered
-    gc.freeze()
-
-
 def _parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Every parameter once: a tied head is the embedding."""
     return sorted(model.named_parameters(remove_duplicate=True))

@@ -18,7 +18,6 @@ from megatron_emoe.hf.architecture import Architecture
 from megatron_emoe.hf.pieces import Copy, Group, Piece
 from tests import hf_models
 from tests.distributed import run_ranks
-from tests.hf_models import hasten
 
 FAULTY = 1  # the layer with a fault in its table; layer 0 of DeepSeek and ERNIE is dense
 
@@ -156,7 +155,6 @@ def try_all(model_type: str, folder: Path) -> dict[str, tuple[str, str, list]]:
     """
     from megatron_emoe.hf import verify
 
-    hasten()
     cases = {name: mutation for name, mutation in MUTATIONS.items() if mutation.model_type == model_type}
     cases |= {"no fault": Mutation(model_type, model=next(iter(cases.values())).model)}
     models: dict[str, Path] = {}

@@ -53,7 +53,6 @@ def check_all(model_type: str, folder: Path) -> list[float]:
     from megatron_emoe.hf.import_model import import_model
     from megatron_emoe.hf.layer_check import check_layers
 
-    hf_models.hasten()
     largest = []
     for number, options in enumerate(EXACT[model_type]):
         hf = hf_models.save(model_type, folder / f"hf{number}", **options)

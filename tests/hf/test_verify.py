@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_emoe.hf.comparison import Answer, Distance, Trace, differing_sets, distance, reached_by_no_tie
 from tests import hf_models
 from tests.distributed import run_ranks
-from tests.hf_models import MODEL_TYPES, hasten
+from tests.hf_models import MODEL_TYPES
 
 KS = [1, 2, 5, 8]  # the models have 8 experts and k = 2
 VARIANTS = {  # a second model of each architecture: uneven numbers of experts, grouped queries, clamps, the other tying
@@ -30,8 +30,6 @@ def examine(model_type: str, folder: Path) -> dict:
     from megatron_emoe.hf.import_model import import_model
     from megatron_emoe.hf.layer_check import check_layers
     from megatron_emoe.hf.verify import random_tokens, text_tokens, verify
-
-    hasten()
 
     def imported(name: str, **options) -> tuple[Path, Path]:
         hf = hf_models.save(model_type, folder / name / "hf", **options)
