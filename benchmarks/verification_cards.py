@@ -29,23 +29,11 @@ CARD_OF = {
     "deepseek_v2": "deepseek_v2_lite",
     "ernie4_5_moe": "ernie4_5_21b_a3b",
 }
-SHAPES: dict[str, tuple[dict[str, Any], str]] = {
-    "olmoe": (
-        {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 2, "clip_qkv": 0.7, "tied": True},
-        "6 experts, k = 3, grouped queries, q, k and v clamped at 0.7, tied embeddings",
-    ),
-    "qwen2_moe": (
-        {"num_experts": 10, "num_experts_per_tok": 4, "num_key_value_heads": 1, "tied": True},
-        "10 experts, k = 4, one key head, tied embeddings",
-    ),
-    "deepseek_v2": (
-        {"num_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 0, "tied": True},
-        "6 experts, one shared, no dense layer, tied embeddings",
-    ),
-    "ernie4_5_moe": (
-        {"num_experts": 10, "num_experts_per_tok": 6, "num_key_value_heads": 4, "tied": False},
-        "10 experts, k = 6, no grouped queries, untied embeddings",
-    ),
+SAYS = {  # of hf_models.VARIANTS, the second model of each architecture
+    "olmoe": "6 experts, k = 3, grouped queries, q, k and v clamped at 0.7, tied embeddings",
+    "qwen2_moe": "10 experts, k = 4, one key head, tied embeddings",
+    "deepseek_v2": "6 experts, one shared, no dense layer, tied embeddings",
+    "ernie4_5_moe": "10 experts, k = 6, no grouped queries, untied embeddings",
 }
 
 
@@ -94,10 +82,11 @@ def results(model_type: str, folder: Path) -> str:
     """Convert and compare; the block as Markdown."""
     import torch
 
-    variant, says = SHAPES[model_type]
+    from tests import hf_models
+
     cases = [
         Case("plain", {}, KS),
-        Case(says, variant),
+        Case(SAYS[model_type], hf_models.VARIANTS[model_type]),
         Case("plain, stored in bf16", {"dtype": torch.bfloat16}, [2, 8], bf16=True),
     ]
     rows = [line for number, case in enumerate(cases) for line in compare(model_type, case, folder / str(number))]

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -146,13 +146,24 @@ def stored_form(words: list[str]) -> Namespace:
     given = dict(zip(words, [*words[1:], ""], strict=True))
     length = str(min(4096, int(given["--max-position-embeddings"])))
     needed = ["--micro-batch-size", "1", "--seq-length", length]
-    argv = sys.argv
-    with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            sys.argv = [argv[0], *host_mode.setup([*words, *needed])]
-            args = parse_args(add_arguments)
-            validate_args(args)
-        finally:
-            sys.argv = argv
+    with command_line([*words, *needed]), contextlib.redirect_stdout(io.StringIO()):
+        args = parse_args(add_arguments)
+        validate_args(args)
     elastic_config_from_args(args)
     return args
+
+
+@contextlib.contextmanager
+def command_line(words: list[str]) -> Iterator[None]:
+    """Inside, Megatron's parser reads these words, and what host mode adds to them, for this program's own.
+
+    Raises:
+        ValueError: a flag that host mode cannot serve.
+    """
+    before = sys.argv
+    with contextlib.redirect_stdout(io.StringIO()):
+        sys.argv = [before[0], *host_mode.setup(words)]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -8,8 +8,9 @@ that begins with @ is written --flag=@value.
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 _GAP = re.compile(r"(?:\s|\\\n|(?<![^\s])#[^\n]*)*")
 _WORD = re.compile(r"""(?:[^\s"'\\]|\\[^\n]|"(?:[^"\\]|\\.)*"|'[^']*')+""", re.DOTALL)
@@ -22,6 +23,23 @@ def expand(argv: list[str]) -> list[str]:
         ValueError: a file that cannot be read, has an unbalanced quote, or names itself, with its path and line.
     """
     return [word for given in argv for word in _expand(given, Path(), ())]
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """As words of a command line."""
+    words = []
+    for name, value in flags.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value))
+    return words
+
+
+def flag_file(*parts: Mapping[str, Any]) -> str:
+    """Text of a flag file: one flag a line, an empty line between parts."""
+    return "\n".join(
+        "".join(shlex.join(flag_words({name: value})) + "\n" for name, value in part.items()) for part in parts
+    )
 
 
 def _expand(word: str, folder: Path, open_files: tuple[Path, ...]) -> Iterator[str]:

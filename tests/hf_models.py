@@ -115,6 +115,14 @@ _RENAMED = {  # what the other architectures call a setting
     "ernie4_5_moe": {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"},
 }
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 2, "clip_qkv": 0.7, "tied": True},
+    "qwen2_moe": {"num_experts": 10, "num_experts_per_tok": 4, "num_key_value_heads": 1, "tied": True},
+    "deepseek_v2": {"num_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 0, "tied": True},
+    "ernie4_5_moe": {"num_experts": 10, "num_experts_per_tok": 6, "num_key_value_heads": 4, "tied": False},
+}
+"""A second model of each architecture: uneven numbers of experts, grouped queries, clamps, the other tying."""
+
 
 def config(model_type: str, *, tied: bool | None = None, **changes: Any) -> PreTrainedConfig:
     """A tiny configuration. changes: of fields; num_experts and num_experts_per_tok work for every architecture."""

@@ -20,7 +20,7 @@ def card(name: str) -> str:
 
 
 def test_every_model_has_a_card():
-    assert cards.CARD_OF.keys() == architectures().keys() == cards.SHAPES.keys()
+    assert cards.CARD_OF.keys() == architectures().keys() == cards.SAYS.keys()
     assert sorted(cards.CARD_OF.values()) == MODELS == sorted(path.stem for path in cards.CARDS.glob("*.md"))
 
 

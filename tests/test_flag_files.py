@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_emoe import host_mode
-from megatron_emoe.flag_files import expand
+from megatron_emoe.flag_files import expand, flag_file, flag_words
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -116,3 +116,18 @@ def test_a_bad_file_ends_an_entry_point_with_one_message(script, tmp_path):
     done = subprocess.run([sys.executable, script, "@none.args"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"{Path(script).name}: error: @none.args: no flag file none.args\n"
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    flags = {
+        "num_layers": 2,
+        "swiglu": True,
+        "norm_epsilon": 1e-05,
+        "moe_layer_freq": "([0]*1+[1]*2)",
+        "a_b": "x y # z",
+    }
+    words = ["--num-layers", "2", "--swiglu", "--norm-epsilon", "1e-05", "--moe-layer-freq", "([0]*1+[1]*2)"]
+    words += ["--a-b", "x y # z", "--load", "/a path"]
+    assert flag_words(flags | {"load": "/a path"}) == words
+    (tmp_path / "model.args").write_text(flag_file(flags, {"load": "/a path"}))
+    assert expand([f"@{tmp_path}/model.args"]) == words

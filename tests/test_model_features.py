@@ -10,19 +10,10 @@ import pytest
 
 from megatron_emoe.transformer_config import ElasticMLATransformerConfig, ElasticTransformerConfig, check_elastic
 from tests.distributed import run_ranks
+from tests.test_transformer_config import MODEL as PLAIN
 from tests.tiny import arguments, flags
 
-MODEL = {
-    "num_layers": 2,
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "num_moe_experts": 8,
-    "moe_ffn_hidden_size": 8,
-    "moe_router_topk": 2,
-    "moe_router_pre_softmax": True,
-    "add_bias_linear": False,
-    "normalization": "RMSNorm",
-}
+MODEL = PLAIN | {"normalization": "RMSNorm"}
 FULL = {"emoe_qk_norm": "full", "qk_layernorm": True}
 LATENT = {"emoe_qk_norm": "latent", "qk_layernorm": True, "multi_latent_attention": True, "q_lora_rank": None}
 CLIP = {"emoe_clip_qkv": 8.0}

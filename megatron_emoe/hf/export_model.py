@@ -17,10 +17,10 @@ from transformers import PretrainedConfig
 from megatron_emoe.arguments import stored_form
 from megatron_emoe.checkpoint import SHAPE_FLAGS, locate, shape_value, stored_args
 from megatron_emoe.elastic_config import flag
+from megatron_emoe.flag_files import flag_words
 from megatron_emoe.hf.architecture import Architecture, architecture_of, read_config
 from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
-from megatron_emoe.hf.import_model import WORKERS, flag_words, in_parallel
-from megatron_emoe.hf.output_folder import OutputFolder, state_of
+from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, state_of
 from megatron_emoe.hf.pieces import Group, Layout
 from megatron_emoe.hf.safetensors_files import header, write_index, write_shard
 from megatron_emoe.hf.torch_dist import TorchDistReader
@@ -80,7 +80,7 @@ def export_model(
         folder.check_space(_total(groups, layout, reader) + sum(carried.values()) + (16 << 20))
         _write_shards(folder, reader, groups, layout, companions if carried else None, carried, workers)
         copy_companions(companions, folder.path)
-        _write_config(folder.path, architecture, config, reader, {architecture.k_key: k, "emoe": settings})
+        _write_config(folder.path, reader, {architecture.k_key: k, "emoe": settings})
     report(f"{out}: {config.model_type}, {architecture.k_key} {k}")
     for line in serving_lines(out, architecture, settings, config.num_experts):
         report(line)
@@ -212,13 +212,7 @@ def _write_shards(
     write_index(shards, folder.path)
 
 
-def _write_config(
-    folder: Path,
-    architecture: Architecture,
-    config: PretrainedConfig,
-    reader: TorchDistReader,
-    changes: Mapping[str, Any],
-) -> None:
+def _write_config(folder: Path, reader: TorchDistReader, changes: Mapping[str, Any]) -> None:
     """config.json as it was, with k, the elastic settings, and the type of the weights."""
     path = folder / "config.json"
     raw = json.loads(path.read_text())

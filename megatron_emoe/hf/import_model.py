@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,15 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from megatron_emoe.arguments import stored_form
+from megatron_emoe.flag_files import flag_file, flag_words
 from megatron_emoe.hf.architecture import Architecture, Flags, architecture_of, read_config
 from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
-from megatron_emoe.hf.output_folder import OutputFolder, state_of
+from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, state_of
 from megatron_emoe.hf.pieces import Group, Layout, Piece
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder, write_shard
 from megatron_emoe.hf.torch_dist import COMMON_STATE, TorchDistWriter, without_checksums
 
 FLAG_FILE = "model.args"
-WORKERS = 2  # one reads while the other writes; each has a group of tensors in memory
 _IGNORED = ("rotary_emb.inv_freq",)  # old releases saved this buffer; it follows from the configuration
 
 
@@ -99,16 +97,6 @@ def model_flags(architecture: Architecture, config: PretrainedConfig, source: Sa
     return {**architecture.flags(config), "padded_vocab_size": config.vocab_size}
 
 
-def flag_words(flags: Mapping[str, Any]) -> list[str]:
-    """As words of a command line."""
-    words = []
-    for name, value in flags.items():
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words.append(str(value))
-    return words
-
-
 def _parameters(group: Group) -> int:
     """Parameters in a group; ERNIE's selection bias is none."""
     return sum(torch.Size(piece.chunk_shape).numel() for piece in group.pieces if not piece.fp32)
@@ -152,18 +140,6 @@ def _write_release(
 
 # What the core notes of its sharding, in the state that does not depend on ranks; there is no optimizer in here.
 _CONTENT = {"content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}}
-
-
-def in_parallel(work: Callable[..., None], calls: list[tuple[Any, ...]], workers: int) -> None:
-    """Make the calls on some threads. After an error the rest is cancelled, and what has begun is waited for."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, *call) for call in calls]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _declare(writer: TorchDistWriter, group: Group, layout: Layout, source: SafetensorsFolder) -> None:
@@ -219,10 +195,3 @@ def tokenizer_flags(folder: Path, name: Path) -> Flags:
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return {"tokenizer_type": "NullTokenizer"}
     return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(name.resolve())}
-
-
-def flag_file(*parts: Mapping[str, Any]) -> str:
-    """Text of a flag file: one flag a line, an empty line between parts."""
-    return "\n".join(
-        "".join(shlex.join(flag_words({name: value})) + "\n" for name, value in part.items()) for part in parts
-    )

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import logging
 import os
-import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,7 @@ from megatron.training.global_vars import unset_global_variables
 from megatron.training.initialize import initialize_megatron
 from transformers.utils import logging as hf_logging
 
-from megatron_emoe import host_mode
-from megatron_emoe.arguments import add_arguments, parse_evaluation
+from megatron_emoe.arguments import add_arguments, command_line, parse_evaluation
 from megatron_emoe.checkpoint import model_flags, stored_args
 
 
@@ -76,7 +74,7 @@ def evaluating(folder: Path, *, length: int, bf16: bool, flags: Sequence[str] = 
         "bf16": bf16,
         "fp16": False,
     }
-    with _command_line(["--load", str(folder), *_RUN, "--seq-length", str(length), *flags]), quiet():
+    with command_line(["--load", str(folder), *_RUN, "--seq-length", str(length), *flags]), quiet():
         args = parse_evaluation(lambda parser: parser, **fixed, mtp_num_layers=None)
     with alone(), quiet():
         try:
@@ -94,7 +92,7 @@ def model_arguments(checkpoint: Path, *, length: int, flags: Sequence[str]) -> N
         ValueError: not a torch_dist checkpoint, or a flag that host mode cannot serve.
     """
     stored = model_flags(stored_args(checkpoint, "checkpoint"))
-    with _command_line([*_RUN, "--seq-length", str(length), *flags]), quiet():
+    with command_line([*_RUN, "--seq-length", str(length), *flags]), quiet():
         args = parse_args(add_arguments)
     fixed = {"bf16": False, "fp16": False, "mtp_num_layers": None, "seq_length": length, "micro_batch_size": 1}
     vars(args).update({**stored, **fixed})
@@ -111,17 +109,6 @@ def completed(args: Namespace, **changes: Any) -> Namespace:
 
 
 _RUN = "--micro-batch-size 1 --mock-data --tokenizer-type NullTokenizer --moe-token-dispatcher-type alltoall".split()
-
-
-@contextlib.contextmanager
-def _command_line(words: list[str]) -> Iterator[None]:
-    before = sys.argv
-    with quiet():
-        sys.argv = [before[0], *host_mode.setup(words)]
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 @contextlib.contextmanager

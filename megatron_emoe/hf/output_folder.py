@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+WORKERS = 2  # one reads while the other writes; each has a group of tensors in memory
 _JOURNAL = "journal.jsonl"
 
 
@@ -117,3 +119,15 @@ class OutputFolder:
 def state_of(files: Iterable[Path]) -> dict[str, list[int]]:
     """Name, size and time of change (ns) of files: enough to see that an input is another one."""
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+
+
+def in_parallel(work: Callable[..., None], calls: list[tuple[Any, ...]], workers: int) -> None:
+    """Make the calls on some threads. After an error the rest is cancelled, and what has begun is waited for."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, *call) for call in calls]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise

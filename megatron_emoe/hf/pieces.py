@@ -7,7 +7,7 @@ the same list.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -177,8 +177,3 @@ def gated(name: str, hf: str, width: int, hidden: int, layer: int, expert: int |
     ]
     down = Piece(fc2, (hidden, width), ((f"{hf}.down_proj.weight", (hidden, width)),), layer, expert)
     return [*halves, down]
-
-
-def bytes_of(pieces: Iterable[Piece], element_size: int) -> int:
-    """Size of the chunks together, in bytes."""
-    return sum(torch.Size(piece.chunk_shape).numel() * element_size for piece in pieces)

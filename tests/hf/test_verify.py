@@ -14,15 +14,9 @@ from safetensors.torch import load_file, save_file
 from megatron_emoe.hf.comparison import Answer, Distance, Trace, differing_sets, distance, reached_by_no_tie
 from tests import hf_models
 from tests.distributed import run_ranks
-from tests.hf_models import MODEL_TYPES
+from tests.hf_models import MODEL_TYPES, VARIANTS
 
 KS = [1, 2, 5, 8]  # the models have 8 experts and k = 2
-VARIANTS = {  # a second model of each architecture: uneven numbers of experts, grouped queries, clamps, the other tying
-    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 2, "clip_qkv": 0.7, "tied": True},
-    "qwen2_moe": {"num_experts": 10, "num_experts_per_tok": 4, "num_key_value_heads": 1, "tied": True},
-    "deepseek_v2": {"num_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 0, "tied": True},
-    "ernie4_5_moe": {"num_experts": 10, "num_experts_per_tok": 6, "num_key_value_heads": 4, "tied": False},
-}
 
 
 def examine(model_type: str, folder: Path) -> dict:
