@@ -60,7 +60,7 @@ def tracing_hf(layers: nn.ModuleList, batch: int) -> Iterator[Trace]:
             logits_TE, _, indices_TK = output
             chosen = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, indices_TK, True)
             trace.chosen_BSE[number] = chosen.view(batch, -1, chosen.shape[-1]).cpu()
-            trace.scores_BSE[number] = _scores(gate, logits_TE).view(batch, -1, chosen.shape[-1]).cpu()
+            trace.scores_BSE[number] = selection_scores(gate, logits_TE).view(batch, -1, chosen.shape[-1]).cpu()
 
         return keep
 
@@ -124,7 +124,7 @@ def set_hf_k(layers: nn.ModuleList, k: int) -> None:
             gate.top_k = k
 
 
-def _scores(gate: nn.Module, logits_TE: Tensor) -> Tensor:
+def selection_scores(gate: nn.Module, logits_TE: Tensor) -> Tensor:
     """What the gate ranks by: probabilities, plus ERNIE's selection bias."""
     scores_TE = logits_TE.float().softmax(dim=-1)
     bias = getattr(gate, "moe_statics", None)

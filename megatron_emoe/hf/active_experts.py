@@ -1,0 +1,123 @@
+"""Any number k' of active experts, and a tail scale, on a transformers model that is already loaded.
+
+transformers keeps k in each gate, read once from config.json; here it changes between two forward passes, for all MoE
+layers or for each its own. The config keeps the k of training: ranks above it are the tail. Shape suffixes: T tokens,
+E experts, K active experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from megatron_emoe.hf.architecture import architectures
+from megatron_emoe.hf.comparison import gate_of, selection_scores
+from megatron_emoe.tail_scale import TailScale
+
+_tails: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
+
+
+def moe_layer_numbers(config: PreTrainedConfig) -> list[int]:
+    """Numbers of the decoder layers with experts, from 1 as Megatron-Core counts, dense layers counted too."""
+    architecture = architectures()[config.model_type]
+    return [layer + 1 for layer in range(config.num_hidden_layers) if architecture.is_moe(config, layer)]
+
+
+def set_active_experts(
+    model: PreTrainedModel, k: int | Sequence[int], tail_scale: Mapping[int, float] | None = None
+) -> None:
+    """From now on `model` activates k' = `k` experts per token: one number, or one per MoE layer in layer order.
+
+    tail_scale: a(k') at some k' (linear between them; the key 0 alone: one number for all). Where k' is above the
+    model's own k, the weights of the ranks above that k are multiplied by a(k') before they are renormalised, as
+    --emoe-tail-scale does in Megatron. None: plain top-k'.
+
+    Raises:
+        ValueError: a model of another architecture, a k' out of range, or a list of the wrong length.
+    """
+    if model.config.model_type not in architectures():
+        raise ValueError(
+            f"model_type {model.config.model_type!r} is not supported; supported: {', '.join(architectures())}"
+        )
+    gates = [gate for layer in model.model.layers if (gate := gate_of(layer)) is not None]
+    ks = _one_per_gate(k, gates)
+    tail = TailScale(tuple(sorted(tail_scale.items()))) if tail_scale else None
+    for gate, layer_k in zip(gates, ks, strict=True):
+        gate.top_k = layer_k
+        if gate in _tails:
+            _tails.pop(gate).remove()
+        scale = 1.0 if tail is None or layer_k <= model.config.num_experts_per_tok else tail.at(layer_k)
+        if scale != 1.0:
+            _tails[gate] = gate.register_forward_hook(_tail_hook(model.config.num_experts_per_tok, scale))
+
+
+def _one_per_gate(k: int | Sequence[int], gates: list[nn.Module]) -> list[int]:
+    if not isinstance(k, int) and len(k) != len(gates):
+        raise ValueError(f"k' {list(k)}: has {len(k)} entries; must have one for each of the {len(gates)} MoE layers")
+    ks = [k] * len(gates) if isinstance(k, int) else list(k)
+    for gate, layer_k in zip(gates, ks, strict=True):
+        if not 1 <= layer_k <= gate.num_experts:
+            raise ValueError(f"k' {layer_k}: must lie in [1, {gate.num_experts}], the number of experts")
+        if getattr(gate, "topk_method", None) == "group_limited_greedy":
+            reachable = gate.num_experts // gate.num_group * gate.topk_group
+            if layer_k > reachable:
+                raise ValueError(f"k' {layer_k}: the {gate.topk_group} groups of a token hold only {reachable} experts")
+    return ks
+
+
+def _tail_hook(model_k: int, scale: float) -> Any:
+    """Replaces the weights that a gate gives to its experts; which experts they are stays as it is."""
+
+    def rescale(gate: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TE, weights_TK, indices_TK = output
+        # DeepSeek's gate does not sort its experts, so ranks are counted here.
+        ranked_TK = selection_scores(gate, logits_TE).gather(1, indices_TK)
+        order_TK = ranked_TK.argsort(dim=1, descending=True, stable=True)
+        in_tail_TK = order_TK.argsort(dim=1) >= model_k
+        scores_TK = logits_TE.float().softmax(dim=-1).gather(1, indices_TK)
+        scaled_TK = torch.where(in_tail_TK, scores_TK * scale, scores_TK)
+        return logits_TE, _combined(gate, scaled_TK).to(weights_TK.dtype), indices_TK
+
+    return rescale
+
+
+def _combined(gate: nn.Module, scores_TK: Tensor) -> Tensor:
+    """The rule by which each architecture makes weights of scores."""
+    if hasattr(gate, "routed_scaling_factor"):  # DeepSeek-V2
+        return scores_TK * gate.routed_scaling_factor
+    if hasattr(gate, "norm_min"):  # ERNIE 4.5
+        return scores_TK / scores_TK.sum(dim=-1, keepdim=True).clamp(min=gate.norm_min)
+    return scores_TK / scores_TK.sum(dim=-1, keepdim=True) if gate.norm_topk_prob else scores_TK
+
+
+@contextmanager
+def counting_rows(model: PreTrainedModel) -> Iterator[dict[int, int]]:
+    """Count the (token, expert) pairs that reach the experts of each MoE layer inside, by layer number from 1.
+
+    Pairs, not settings, prove which k' ran: tokens x k'. Shapes are read on the host: no sync.
+    """
+    rows: dict[int, int] = {}
+    hooks = []
+    for number, layer in enumerate(model.model.layers, start=1):
+        if gate_of(layer) is not None:
+            rows[number] = 0
+            hooks.append(layer.mlp.experts.register_forward_pre_hook(_counter(rows, number)))
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _counter(rows: dict[int, int], layer: int) -> Any:
+    def count(_experts: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows[layer] += inputs[1].numel()  # the experts of each token, [T, K]
+
+    return count

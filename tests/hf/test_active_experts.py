@@ -1,0 +1,127 @@
+"""k' and tail scale of a transformers model that is already loaded, on tiny models of every architecture."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_emoe.hf.active_experts import counting_rows, moe_layer_numbers, set_active_experts
+from tests import hf_models
+from tests.hf_models import MODEL_TYPES
+
+TOKENS = 2 * 24  # of hf_models.tokens()
+SECOND = {"olmoe": 1, "qwen2_moe": 1, "deepseek_v2": 2, "ernie4_5_moe": 2}  # MoE layers' numbers: 1 + this, and before
+
+
+def logits(model) -> Tensor:
+    with torch.no_grad():
+        return model(hf_models.tokens(), use_cache=False).logits
+
+
+def rows(model) -> dict[int, int]:
+    with counting_rows(model) as counted:
+        logits(model)
+    return counted
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_rows_follow_k(model_type):
+    model = hf_models.build(model_type)
+    first, second = moe_layer_numbers(model.config)
+    assert (first, second) == (SECOND[model_type], SECOND[model_type] + 1)  # dense layers count
+    assert rows(model) == {first: 2 * TOKENS, second: 2 * TOKENS}  # the model's own k
+    for k in (1, 8, [3, 5], (8, 1)):
+        set_active_experts(model, k)
+        ks = [k, k] if isinstance(k, int) else k
+        assert rows(model) == {first: ks[0] * TOKENS, second: ks[1] * TOKENS}
+    assert model.config.num_experts_per_tok == 2
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_model_told_k_is_the_model_built_with_that_k(model_type):
+    told = hf_models.build(model_type)
+    set_active_experts(told, 5)
+    built = hf_models.build(model_type, num_experts_per_tok=5)
+    assert torch.equal(logits(told), logits(built))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_tail_scale(model_type):
+    model = hf_models.build(model_type)
+    at_k = logits(model)
+    set_active_experts(model, 6)
+    plain = logits(model)
+    assert (plain - at_k).abs().max() > 1e-2
+    set_active_experts(model, 6, {0: 1.0})
+    assert torch.equal(logits(model), plain)
+    set_active_experts(model, 6, {0: 0.0})
+    torch.testing.assert_close(logits(model), at_k, rtol=0, atol=1e-5)  # the tail weighs nothing: plain top-k
+    set_active_experts(model, 6, {4: 0.2, 8: 0.6})
+    between = logits(model)
+    set_active_experts(model, 6, {0: 0.4})  # half way between 4 and 8
+    assert torch.equal(logits(model), between)
+    assert all((between - other).abs().max() > 1e-3 for other in (plain, at_k))
+    set_active_experts(model, 2, {0: 0.4})  # at k there is no tail
+    assert torch.equal(logits(model), at_k)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_weights_with_a_tail_scale_by_hand(model_type):
+    model = hf_models.build(model_type, num_experts=4)
+    set_active_experts(model, 3, {3: 0.25})
+    gate = model.model.layers[-1].mlp.gate
+    with torch.no_grad():
+        gate.weight.zero_()
+        gate.weight[:, 0] = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()  # softmax scores of the hidden state (1, 0, ...)
+        if model_type == "ernie4_5_moe":
+            gate.moe_statics.e_score_correction_bias[0] = torch.tensor([0.5, 0.0, 0.0, 0.0])  # ranks: 0, 1, 3
+        _, weights, chosen = gate(torch.eye(1, 32))
+    found = dict(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))
+    expected = {
+        "olmoe": {1: 0.4, 3: 0.3, 2: 0.05},  # the third best has 0.2 / 4; not renormalised
+        "qwen2_moe": {1: 0.4, 3: 0.3, 2: 0.05},
+        "deepseek_v2": {1: 0.4, 3: 0.3, 2: 0.05},
+        "ernie4_5_moe": {0: 0.1 / 0.575, 1: 0.4 / 0.575, 3: 0.075 / 0.575},  # 0.3 / 4, then sum 1
+    }[model_type]
+    assert found == pytest.approx(expected)
+
+
+def test_a_renormalising_gate_scales_first():
+    model = hf_models.build("qwen2_moe", num_experts=4, norm_topk_prob=True)
+    set_active_experts(model, 3, {0: 0.25})
+    gate = model.model.layers[0].mlp.gate
+    with torch.no_grad():
+        gate.weight.zero_()
+        gate.weight[:, 0] = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+        _, weights, _ = gate(torch.eye(1, 32))
+    assert weights[0].tolist() == pytest.approx([0.4 / 0.75, 0.3 / 0.75, 0.05 / 0.75])
+
+
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        (0, "k' 0: must lie in [1, 8], the number of experts"),
+        ([2, 9], "k' 9: must lie in [1, 8], the number of experts"),
+        ([2, 2, 2], "k' [2, 2, 2]: has 3 entries; must have one for each of the 2 MoE layers"),
+    ],
+)
+def test_a_k_that_cannot_be_is_refused_and_changes_nothing(k, message):
+    model = hf_models.build("olmoe")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        set_active_experts(model, k)
+    assert [layer.mlp.gate.top_k for layer in model.model.layers] == [2, 2]
+
+
+def test_groups_limit_k():
+    model = hf_models.build("deepseek_v2", topk_method="group_limited_greedy", n_group=4, topk_group=2)
+    set_active_experts(model, 4)
+    with pytest.raises(ValueError, match="^k' 5: the 2 groups of a token hold only 4 experts$"):
+        set_active_experts(model, 5)
+
+
+def test_another_architecture_is_refused():
+    model = hf_models.build("olmoe")
+    model.config.model_type = "mixtral"
+    with pytest.raises(ValueError, match="^model_type 'mixtral' is not supported; supported: olmoe, "):
+        set_active_experts(model, 2)
