@@ -54,13 +54,15 @@ class Draw:
     """What one layer uses in one forward pass.
 
     k: active experts. pool: m, or None where each token draws its own from {k, ..., pool_max}. seed: of the layer's
-    per-token numbers, before the rank is mixed in.
+    per-token numbers, before the rank is mixed in. tail: what multiplies the weights past the model's own k
+    (tail_scale.py).
     """
 
     k: int
     pool_max: int
     pool: int | None
     seed: int
+    tail: float = 1.0
 
 
 def scheduled_k(elastic: ElasticConfig, model_k: int, place: Place) -> int:
@@ -104,15 +106,26 @@ def _ramp(elastic: ElasticConfig, low: int, high: int, iteration: int) -> int:
 def draw_for(elastic: ElasticConfig, model_k: int, place: Place) -> Draw:
     """k, pool and seed of a layer's training forward pass at `place`. Pure."""
     k = scheduled_k(elastic, model_k, place)
-    largest = elastic.emoe_pool_k if elastic.samples and elastic.emoe_pool_k else k
+    largest = _largest_pool(elastic, k, place.iteration)
     seed = mix(elastic.emoe_seed, _EXPERTS, place.iteration, place.microbatch, place.layer)
+    tail = elastic.tail_scale_at(k, model_k)
     if not elastic.samples or elastic.emoe_pool_fixed:
-        return Draw(k, largest, largest, seed)
+        return Draw(k, largest, largest, seed, tail)
     if elastic.emoe_pool_draw == "token":
-        return Draw(k, largest, None, seed)
+        return Draw(k, largest, None, seed, tail)
     microbatch = place.microbatch if elastic.emoe_pool_draw == "microbatch" else 0
-    u = unit(elastic.emoe_seed, _POOL, place.iteration, microbatch)
-    return Draw(k, largest, k + int(u * (largest - k + 1)), seed)
+    u = unit(elastic.emoe_seed, _POOL, place.iteration, microbatch) / elastic.emoe_pool_prob
+    pool = k + min(int(u * (largest - k + 1)), largest - k) if u < 1 else k
+    return Draw(k, largest, pool, seed, tail)
+
+
+def _largest_pool(elastic: ElasticConfig, k: int, iteration: int) -> int:
+    """K, or on the way to it from k while the pool is annealed in; k where nothing is sampled."""
+    if not elastic.samples or elastic.emoe_pool_k is None:
+        return k
+    if not elastic.emoe_pool_anneal_iters:
+        return elastic.emoe_pool_k
+    return k + round((elastic.emoe_pool_k - k) * min(1.0, iteration / elastic.emoe_pool_anneal_iters))
 
 
 class ActiveK:
@@ -120,6 +133,7 @@ class ActiveK:
 
     def __init__(self) -> None:
         self._override: int | Mapping[int, int] | None = None
+        self._tail: float | None = None
 
     def begin_microbatch(self, iteration: int, microbatch: int) -> None:
         """Call before each training forward pass.
@@ -139,14 +153,17 @@ class ActiveK:
         return Place(iteration, microbatch, layer)
 
     @contextmanager
-    def evaluating(self, k: int | Sequence[int] | Mapping[int, int] | None) -> Iterator[None]:
+    def evaluating(
+        self, k: int | Sequence[int] | Mapping[int, int] | None, tail: float | None = None
+    ) -> Iterator[None]:
         """Evaluation inside uses k' = `k`: one number, one per MoE layer by layer number (a mapping), or the model's
-        own."""
-        previous, self._override = self._override, k if not isinstance(k, Sequence) else dict(enumerate(k, start=1))
+        own. tail: the tail scale at every k' above the model's own, in place of --emoe-tail-scale."""
+        previous = self._override, self._tail
+        self._override, self._tail = k if not isinstance(k, Sequence) else dict(enumerate(k, start=1)), tail
         try:
             yield
         finally:
-            self._override = previous
+            self._override, self._tail = previous
 
     def draw(self, elastic: ElasticConfig, model_k: int, layer: int, training: bool) -> Draw:
         """What the layer uses now: the schedule's draw in training, plain top-k' in evaluation."""
@@ -154,7 +171,8 @@ class ActiveK:
             return draw_for(elastic, model_k, self.place(layer))
         override = None if training else self._override
         k = override.get(layer, model_k) if isinstance(override, Mapping) else override or model_k
-        return Draw(k, k, k, 0)
+        fixed = self._tail if k > model_k and not training else None
+        return Draw(k, k, k, 0, elastic.tail_scale_at(k, model_k) if fixed is None else fixed)
 
 
 _OWNER = ActiveK()

@@ -8,6 +8,8 @@ the string under the field. Sources: EMoE (arXiv 2509.21892), Matryoshka MoE (ar
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from megatron_emoe.tail_scale import parse_tail_scale
+
 DEFAULT_HR_LOSS_COEFF = 1e-3
 DEFAULT_PROB = 0.8
 
@@ -31,6 +33,17 @@ class ElasticConfig:
 
     emoe_pool_fixed: bool = False
     """Use m = K always instead of drawing m: an ablation, it thins the training signal of the top ranks."""
+
+    emoe_pool_keep: int = 0
+    """Ranks that every token keeps: the best of them are always used, the rest of the k are drawn from the other ranks
+    of the pool. Below the smallest k. 0: the paper's rule."""
+
+    emoe_pool_prob: float = 1.0
+    """Share of the draws (tokens, micro-batches or steps, as --emoe-pool-draw says) that sample from a pool; the others
+    use plain top-k. In (0, 1]."""
+
+    emoe_pool_anneal_iters: int = 0
+    """Iterations over which the largest pool grows linearly from the active k to K. 0: K from the start."""
 
     emoe_k_schedule: Literal["constant", "uniform", "weighted", "default-or-smaller", "ramp"] = "constant"
     """The number of active experts in training. constant: --moe-router-topk. uniform: any k in [k-min, k-max].
@@ -75,6 +88,14 @@ class ElasticConfig:
     (times the scaling factor). raw: the scores over all experts, unscaled by the selection. In training and in
     evaluation."""
 
+    emoe_tail_scale: list[str] | None = None
+    """At k' > --moe-router-topk, multiply the weights of the selected experts past the best k by a, before
+    renormalisation: one number, or pairs k':a such as 6:0.25 8:0.1 (linear between them). 0 equals plain top-k, 1 and
+    unset plain top-k'. In training and in evaluation; tools/fit_tail_scale.py finds a table."""
+
+    emoe_train: Literal["all", "router"] = "all"
+    """Which weights are trained. router: the routers alone, everything else stays as it is."""
+
     emoe_eval_k: list[int] | None = None
     """At every evaluation, also report the validation loss at each of these k' (experts), on the same batches."""
 
@@ -106,6 +127,11 @@ class ElasticConfig:
         return self.samples or self.draws_k
 
     @property
+    def counts_vary(self) -> bool:
+        """Whether every token has its own number of experts, which the dispatchers then have to count."""
+        return self.emoe_selection in ("top-p", "null-experts")
+
+    @property
     def hr_loss_coeff(self) -> float:
         """lambda of the hierarchical router loss with its default resolved."""
         if self.emoe_hr_loss_coeff is not None:
@@ -116,6 +142,12 @@ class ElasticConfig:
     def default_prob(self) -> float:
         """Probability of the model's own k in default-or-smaller with its default resolved."""
         return DEFAULT_PROB if self.emoe_k_default_prob is None else self.emoe_k_default_prob
+
+    def tail_scale_at(self, k: int, model_k: int) -> float:
+        """a(k): what the weights of the selected experts past the best `model_k` are multiplied by."""
+        if k <= model_k or self.emoe_tail_scale is None:
+            return 1.0
+        return parse_tail_scale(self.emoe_tail_scale).at(k)
 
     def k_range(self, model_k: int) -> tuple[int, int]:
         """Smallest and largest k of the schedule; `model_k` is --moe-router-topk."""
@@ -157,7 +189,10 @@ _SCHEDULE_NEEDS = {
 }
 _SCHEDULE_TAKES = {**_SCHEDULE_NEEDS, "default-or-smaller": {"emoe_k_min", "emoe_k_default_prob"}}
 _SCHEDULE_PARAMETERS = {"emoe_k_min", "emoe_k_max", "emoe_k_weights", "emoe_k_default_prob", "emoe_k_ramp_iters"}
-_SAMPLING_PARAMETERS = ("emoe_pool_k", "emoe_pool_draw", "emoe_pool_fixed", "emoe_balance_on")
+_SAMPLING_PARAMETERS = (
+    *("emoe_pool_k", "emoe_pool_draw", "emoe_pool_fixed", "emoe_pool_keep", "emoe_pool_prob"),
+    *("emoe_pool_anneal_iters", "emoe_balance_on"),
+)
 
 
 def validate_elastic(
@@ -176,6 +211,7 @@ def validate_elastic(
     _check_schedule(elastic, model_k, num_experts)
     _check_selection(elastic, model_k, num_experts)
     _check_eval_k(elastic, num_experts)
+    _check_tail_scale(elastic, model_k, num_experts)
     _check_numbers(elastic)
     if group_topk:
         _check_groups(elastic, model_k, num_experts, num_groups or 1, group_topk)
@@ -240,6 +276,30 @@ def _check_selection(elastic: ElasticConfig, model_k: int, num_experts: int) -> 
         _refuse("emoe_pool_k", pool, f"must hold the largest k of the schedule, {high}")
     elif pool == low:
         _refuse("emoe_pool_k", pool, f"must exceed the smallest k of the schedule, {low}; equal, it is plain topk")
+    _check_pool_numbers(elastic, low)
+
+
+def _check_pool_numbers(elastic: ElasticConfig, low: int) -> None:
+    if not 0 <= elastic.emoe_pool_keep < low:
+        _refuse("emoe_pool_keep", elastic.emoe_pool_keep, f"must lie in [0, {low - 1}], below the smallest k")
+    if not 0 < elastic.emoe_pool_prob <= 1:
+        _refuse("emoe_pool_prob", elastic.emoe_pool_prob, "must lie in (0, 1]")
+    if elastic.emoe_pool_anneal_iters < 0:
+        _refuse("emoe_pool_anneal_iters", elastic.emoe_pool_anneal_iters, "must be at least 0 iterations")
+    if elastic.emoe_pool_fixed and elastic.emoe_pool_prob < 1:
+        _refuse("emoe_pool_prob", elastic.emoe_pool_prob, "has no meaning with --emoe-pool-fixed")
+
+
+def _check_tail_scale(elastic: ElasticConfig, model_k: int, num_experts: int) -> None:
+    if elastic.emoe_tail_scale is None:
+        return
+    try:
+        table = parse_tail_scale(elastic.emoe_tail_scale).table
+    except ValueError as error:
+        raise ValueError(f"{flag('emoe_tail_scale')} {error}") from error
+    for k, scale in table:
+        if k and not model_k < k <= num_experts:
+            _refuse("emoe_tail_scale", f"{k}:{scale}", f"k' must lie in [{model_k + 1}, {num_experts}], above k")
 
 
 def _check_eval_k(elastic: ElasticConfig, num_experts: int) -> None:

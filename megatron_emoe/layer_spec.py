@@ -28,6 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import gpt
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from torch import nn
 
 from megatron_emoe.attention import (
     ClippedSelfAttention,
@@ -170,7 +171,17 @@ class ElasticGPTModelBuilder(GPTModelBuilder):
         for name, module in model.named_modules():
             assert not isinstance(module, MoELayer) or isinstance(module, ElasticMoELayer), f"{name} stayed stock"
             assert not isinstance(module, TopKRouter) or isinstance(module, ElasticRouter), f"{name} stayed stock"
+        if self._model_config.transformer.emoe_train == "router":
+            train_routers_only(model)
         return model
+
+
+def train_routers_only(model: nn.Module) -> None:
+    """Freeze every weight of the model but those of its routers."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, ElasticRouter):
+            module.requires_grad_(True)
 
 
 @dataclass(kw_only=True)

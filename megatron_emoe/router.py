@@ -65,7 +65,8 @@ class ElasticRouter(TopKRouter):
         """Whether the unmodified core computes this forward pass."""
         samples = self.training and draw.pool_max > draw.k
         softmax_bias = self.expert_bias is not None and self.score_function == "softmax"
-        return not samples and not softmax_bias and self.config.emoe_combine == "model"
+        plain = self.config.emoe_combine == "model" and draw.tail == 1.0
+        return not samples and not softmax_bias and plain
 
     def _elastic_routing(
         self, logits: Tensor, padding_mask: Tensor | None, draw: Draw
@@ -77,7 +78,7 @@ class ElasticRouter(TopKRouter):
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_T)
         scores_TE = selection.expert_scores(logits_TE, self.score_function)
         indices_TK, topk_TK, pool = self._select(logits_TE, scores_TE, draw)
-        probs_TE, map_TE = self._combine(logits_TE, scores_TE, indices_TK)
+        probs_TE, map_TE = self._combine(logits_TE, scores_TE, indices_TK, draw.tail)
         probs_TE = self._attach_hierarchical_loss(probs_TE, logits_TE, scores_TE, padding_T)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             on_topk = self.config.emoe_balance_on == "topk" and indices_TK is not topk_TK
@@ -101,7 +102,10 @@ class ElasticRouter(TopKRouter):
         if draw.pool_max == draw.k:
             return topk_TK, topk_TK, draw.k
         seed = mix(draw.seed, self._token_shard())
-        indices_TK, pool = selection.coactivation_indices(ranked_TP, draw.k, pool=draw.pool, seed=seed)
+        keep, prob = self.config.emoe_pool_keep, self.config.emoe_pool_prob
+        indices_TK, pool = selection.coactivation_indices(
+            ranked_TP, draw.k, pool=draw.pool, seed=seed, keep=keep, prob=prob
+        )
         return indices_TK, topk_TK, pool
 
     def _selection_scores(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ class ElasticRouter(TopKRouter):
             return self.tp_dp_cp_group.rank()
         return self.tp_dp_cp_group.rank() // self.tp_group.size()
 
-    def _combine(self, logits_TE: Tensor, scores_TE: Tensor, indices_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def _combine(self, logits_TE: Tensor, scores_TE: Tensor, indices_TK: Tensor, tail: float) -> tuple[Tensor, Tensor]:
         config = self.config
         k = indices_TK.shape[1]
         weights_TK = selection.combine_weights(
@@ -127,6 +131,7 @@ class ElasticRouter(TopKRouter):
             score_function=self.score_function,
             normalize=selection.normalizes(config.emoe_combine, self.score_function, config.moe_router_pre_softmax, k),
             scale=config.moe_router_topk_scaling_factor,
+            tail=None if tail == 1.0 else (self.model_k, tail),
         )
         return selection.to_dense(weights_TK, indices_TK, logits_TE)
 

@@ -6,6 +6,8 @@ Source: EMoE, arXiv 2509.21892 (stochastic co-activation sampling); the score fu
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,35 +62,45 @@ def uniform_numbers(rows: int, columns: int, seed: int, device: torch.device) ->
     return torch.rand(rows, columns, generator=generator, device=device)
 
 
-def draw_pool_sizes(u_T1: Tensor, k: int, pool_max: int) -> Tensor:
-    """m ~ Uniform{k, ..., pool_max} from uniform numbers, int64 [T, 1] (EMoE: pool size drawn, never fixed).
+def draw_pool_sizes(u_T1: Tensor, k: int, pool_max: int, prob: float = 1.0) -> Tensor:
+    """m ~ Uniform{k, ..., pool_max} with probability `prob`, else k, from uniform numbers, int64 [T, 1] (EMoE: pool
+    size drawn, never fixed).
 
     u_T1: fp32 in [0, 1). Its largest value is 1 - 2**-24, and fp32 rounds that times n below n for every n < 2**24.
     """
-    return k + (u_T1 * (pool_max - k + 1)).long()
+    sizes = pool_max - k + 1
+    if prob == 1.0:
+        return k + (u_T1 * sizes).long()
+    drawn = (u_T1 / prob * sizes).long().clamp(max=sizes - 1)  # below prob the quotient may round up to 1
+    return k + drawn.masked_fill(u_T1 >= prob, 0)
 
 
-def sample_from_pool(ranked_TP: Tensor, k: int, pool: Tensor | int, u_TP: Tensor) -> Tensor:
+def sample_from_pool(ranked_TP: Tensor, k: int, pool: Tensor | int, u_TP: Tensor, keep: int = 0) -> Tensor:
     """k experts drawn uniformly without replacement from the first `pool` ranks, int64 [T, K], in rank order.
 
     The k smallest of independent uniform numbers mark a uniform k-subset. Rank order makes a pool of size k
-    bit-identical to plain top-k, weights included. pool: [T, 1] or one number, between k and P.
+    bit-identical to plain top-k, weights included. pool: [T, 1] or one number, between k and P. keep: ranks that are
+    always among the k.
     """
     ranks_P = torch.arange(ranked_TP.shape[1], device=ranked_TP.device)
     keys_TP = u_TP.masked_fill(ranks_P >= pool, 2.0)
+    keys_TP[:, :keep] = -1.0
     positions_TK = keys_TP.topk(k, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
     return ranked_TP.gather(1, positions_TK)
 
 
-def coactivation_indices(ranked_TP: Tensor, k: int, *, pool: int | None, seed: int) -> tuple[Tensor, Tensor | int]:
+def coactivation_indices(
+    ranked_TP: Tensor, k: int, *, pool: int | None, seed: int, keep: int = 0, prob: float = 1.0
+) -> tuple[Tensor, Tensor | int]:
     """Stochastic co-activation sampling (EMoE): experts [T, K] and pool sizes ([T, 1] or one number).
 
-    pool None: every token draws its own size from {k, ..., P}.
+    pool None: every token draws its own size from {k, ..., P}, with probability `prob`, else it is k. keep: ranks that
+    are always used.
     """
     tokens, pool_max = ranked_TP.shape
     u_TPplus1 = uniform_numbers(tokens, pool_max + 1, seed, ranked_TP.device)
-    sizes = draw_pool_sizes(u_TPplus1[:, :1], k, pool_max) if pool is None else pool
-    return sample_from_pool(ranked_TP, k, sizes, u_TPplus1[:, 1:]), sizes
+    sizes = draw_pool_sizes(u_TPplus1[:, :1], k, pool_max, prob) if pool is None else pool
+    return sample_from_pool(ranked_TP, k, sizes, u_TPplus1[:, 1:], keep), sizes
 
 
 def combine_weights(
@@ -99,16 +111,24 @@ def combine_weights(
     score_function: str,
     normalize: bool,
     scale: float | None,
+    tail: tuple[int, float] | None = None,
 ) -> Tensor:
     """Weights of the selected experts, fp32 [T, K].
 
     normalize: they sum to 1 (softmax over the selected logits, or scores divided by their sum); else the raw scores.
-    Matches Megatron-Core's `topk_routing_with_score_function` bit for bit at the same indices.
+    tail: (first, a) multiplies the scores of the columns from `first` on by a, before normalisation (tail_scale.py).
+    Matches Megatron-Core's `topk_routing_with_score_function` bit for bit at the same indices without a tail.
     """
     if score_function == "softmax" and normalize:
-        weights_TK = torch.softmax(logits_TE.gather(1, indices_TK), dim=-1, dtype=torch.float32)
+        selected_TK = logits_TE.gather(1, indices_TK)
+        if tail is not None:  # softmax(x + log a) is exp(x) a, normalised
+            selected_TK = selected_TK.float()
+            selected_TK[:, tail[0] :] += math.log(tail[1]) if tail[1] > 0 else -math.inf
+        weights_TK = torch.softmax(selected_TK, dim=-1, dtype=torch.float32)
     else:
         weights_TK = scores_TE.gather(1, indices_TK)
+        if tail is not None:
+            weights_TK[:, tail[0] :] *= tail[1]
         if normalize:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
     return weights_TK * scale if scale else weights_TK

@@ -102,6 +102,8 @@ def _cause(config: ElasticTransformerConfig) -> str | None:
         return "--emoe-selection coactivation"
     if config.emoe_combine != "model":
         return f"--emoe-combine {config.emoe_combine}"
+    if config.emoe_tail_scale is not None:
+        return f"--emoe-tail-scale {' '.join(config.emoe_tail_scale)}"
     if config.moe_router_enable_expert_bias and config.moe_router_score_function == "softmax":
         return "--moe-router-enable-expert-bias with --moe-router-score-function softmax"
     return None

@@ -1,0 +1,73 @@
+"""The tail scale a(k'): how much the experts beyond the trained k weigh at a larger k'. Pure, no tensors.
+
+At k' > k the weights of the selected experts past the best k are multiplied by a(k') before they are renormalised:
+a = 0 gives the output of plain top-k, a = 1 that of plain top-k'. A model that renormalises otherwise lets every added
+expert take weight from the k it was trained with, which is most of the loss past the wall.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class TailScale:
+    """a as a function of k': one number (`table` has the key 0 alone), or a table of k' and a in ascending k'."""
+
+    table: tuple[tuple[int, float], ...]
+
+    def at(self, k: int) -> float:
+        """a(k): linear between the entries of the table, and constant before the first and after the last."""
+        ks = [key for key, _ in self.table]
+        after = bisect_left(ks, k)
+        if after == len(ks):
+            return self.table[-1][1]
+        if after == 0 or ks[after] == k:
+            return self.table[after][1]
+        (low, first), (high, last) = self.table[after - 1 : after + 1]
+        return first + (last - first) * (k - low) / (high - low)
+
+
+def parse_tail_scale(words: Sequence[str]) -> TailScale:
+    """`["0.25"]`, or `["6:0.25", "8:0.1"]` for k' = 6 and k' = 8.
+
+    Raises:
+        ValueError: what is wrong with the first bad word, without the name of a flag.
+    """
+    return _parse(tuple(words))
+
+
+@lru_cache(maxsize=64)
+def _parse(words: tuple[str, ...]) -> TailScale:
+    if len(words) == 1 and ":" not in words[0]:
+        return TailScale(((0, _number(words[0], words[0])),))
+    table: dict[int, float] = {}
+    for word in words:
+        k, colon, scale = word.partition(":")
+        if not colon or not k.isdecimal():
+            raise ValueError(f"{word}: must be one number, or pairs k':a such as 6:0.25 8:0.1")
+        if int(k) in table:
+            raise ValueError(f"{word}: k' = {k} is given twice")
+        table[int(k)] = _number(scale, word)
+    if not table:
+        raise ValueError("must be one number, or pairs k':a such as 6:0.25 8:0.1")
+    return TailScale(tuple(sorted(table.items())))
+
+
+def _number(text: str, word: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{word}: must be a finite number of at least 0")
+    return value
+
+
+def tail_scale_words(table: Mapping[int, float]) -> list[str]:
+    """The flag's words for a table of k' and a: `{6: 0.25}` gives `["6:0.25"]`."""
+    return [f"{k}:{scale:.6g}" for k, scale in sorted(table.items())]
