@@ -22,7 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-SUMS = ("active k", "pool size", "hierarchical router loss", "router entropy")
+OPTIONAL = ("importance loss", "load loss")  # logged where a selection has them
+SUMS = ("active k", "pool size", "hierarchical router loss", "router entropy", *OPTIONAL)
 LOADS = ("load min", "load p5", "load p50", "load p95", "load max", "dead experts")
 COLLAPSED_SHARE = 0.05  # of log E, the entropy of uniform routing
 
@@ -69,15 +70,18 @@ class ElasticMetricsTracker(MoEMetricsTracker):
         self.measuring = (iteration + 1) % log_interval == 0
         self.measuring_pairs = coactivation_interval > 0 and (iteration + 1) % coactivation_interval == 0
 
-    def add_routing(self, layer: int, map_TE: Tensor, padding_T: Tensor | None, k: int, pool: Tensor | int) -> None:
-        """Record one forward pass of a layer. map_TE: bool; padding_T: bool, True for tokens that do not count."""
+    def add_routing(
+        self, layer: int, map_TE: Tensor, padding_T: Tensor | None, k: int | None, pool: Tensor | int
+    ) -> None:
+        """Record one forward pass of a layer. map_TE: bool; padding_T: bool, True for tokens that do not count. k: None
+        where it differs from token to token; then the mean is measured."""
         if not (self.measuring or self.measuring_pairs):
             return
         if padding_T is not None:
             map_TE = map_TE & ~padding_T.unsqueeze(-1)
         if self.measuring:
             pool_mean = pool.float().mean() if isinstance(pool, Tensor) else float(pool)
-            self.add_values(layer, {"passes": 1.0, "active k": float(k), "pool size": pool_mean})
+            self.add_values(layer, {"passes": 1.0, "active k": _mean_k(map_TE, padding_T, k), "pool size": pool_mean})
             self._loads[layer] = self._loads.get(layer, 0) + map_TE.sum(dim=0)
         if self.measuring_pairs:
             used_TE = map_TE.float()  # exact: counts stay below 2**24 per step and rank
@@ -121,7 +125,9 @@ class ElasticMetricsTracker(MoEMetricsTracker):
             return ""
         packed = packed[moe_layers]
         means = packed[:, 1 : 1 + len(SUMS)] / packed[:, :1]
-        values = dict(zip(SUMS, means.t(), strict=True)) | load_statistics(packed[:, 1 + len(SUMS) :])
+        sums = dict(zip(SUMS, means.t(), strict=True))
+        sums = {name: value for name, value in sums.items() if name not in OPTIONAL or value.any()}
+        values = sums | load_statistics(packed[:, 1 + len(SUMS) :])
         if writer is not None:
             layers = moe_layers.nonzero().flatten().tolist()
             _write(writer, values, iteration, [layer + 1 for layer in layers] if per_layer else [])
@@ -188,6 +194,14 @@ class ElasticMetricsTracker(MoEMetricsTracker):
         target = self.folder / "coactivation.safetensors"
         save_file(tensors, f"{target}.tmp", metadata={"iteration": str(iteration)})
         os.replace(f"{target}.tmp", target)
+
+
+def _mean_k(map_TE: Tensor, padding_T: Tensor | None, k: int | None) -> Tensor | float:
+    """Mean number of experts of the tokens that count."""
+    if k is not None:
+        return float(k)
+    tokens = map_TE.shape[0] if padding_T is None else (~padding_T).sum().clamp(min=1)
+    return map_TE.sum() / tokens
 
 
 def _write(writer, values: dict[str, Tensor], iteration: int, layers: list[int]) -> None:
