@@ -1,4 +1,4 @@
-"""The result of a k' sweep: its file, and the numbers that are read off its curve.
+"""The numbers that are read off the curve of a k' sweep, and the file format (sweep_result.py) under one name.
 
 A sweep evaluates one checkpoint, trained with k active experts, at several budgets k' and stores one cell per k'.
 Everything here is a pure function over such results; nothing imports torch. Losses are in nats per token.
@@ -7,197 +7,75 @@ The numbers (effective range, wall, peak gain) extend "Elastic MoE: Unlocking th
 Mixture-of-Experts", arXiv 2509.21892, which shows the curves but does not condense them.
 """
 
-import contextlib
-import dataclasses
 import math
-import os
-import reprlib
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
+from megatron_emoe.sweep_result import (
+    K,
+    SweepCell,
+    SweepData,
+    SweepResult,
+    cell_order,
+    check_k,
+    check_same_data,
+    load,
+    missing_ks,
+    resume,
+    save,
+    upsert_cell,
+    with_digest,
+    write_atomically,
 )
-from pydantic.dataclasses import dataclass
+
+__all__ = [
+    "TOLERANCE",
+    "K",
+    "Metric",
+    "SweepCell",
+    "SweepData",
+    "SweepResult",
+    "active_parameters",
+    "best_k",
+    "check_labels",
+    "check_same_data",
+    "cost_at_k",
+    "curve",
+    "effective_range",
+    "expert_flops_per_token",
+    "load",
+    "loss_at",
+    "markdown_table",
+    "missing_ks",
+    "peak_gain",
+    "range_end",
+    "resume",
+    "save",
+    "sensitivity_budgets",
+    "upsert_cell",
+    "wall",
+    "with_digest",
+    "write_atomically",
+]
 
 TOLERANCE = 0.001
 """Share of the loss at k by which a k' may be worse and still count as "not worse"."""
 
-_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-def _check_k(k: Any) -> int | tuple[int, ...]:
-    ks = tuple(k) if isinstance(k, list | tuple) else (k,)
-    if not ks or any(type(each) is not int or each < 1 for each in ks):
-        raise ValueError("must be an integer >= 1, or a list with one such integer per MoE layer")
-    return ks if isinstance(k, list | tuple) else ks[0]
-
-
-def _check_date(date: str) -> str:
-    try:
-        datetime.fromisoformat(date)
-    except ValueError as error:
-        raise ValueError("must be an ISO 8601 date") from error
-    return date
-
-
-LayerNumber = Annotated[str, Field(pattern=r"^\d+$")]
-K = Annotated[int | tuple[int, ...], BeforeValidator(_check_k)]
-Metric = Literal["loss", "tokens_per_second", "expert_flops_per_token", "active_params"]
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class SweepCell:
-    """One evaluation. `k` is the number of active experts, or one number per MoE layer in layer order.
-
-    loss: mean held-out loss, nats per token. tokens: tokens evaluated. seconds: wall time of the evaluation.
-    rows_per_layer: rows dispatched to experts, keyed by layer number. expert_flops_per_token: see the function below.
-    """
-
-    k: K
-    loss: PositiveFloat
-    tokens: PositiveInt
-    seconds: PositiveFloat
-    tokens_per_second: PositiveFloat
-    rows_per_layer: dict[LayerNumber, NonNegativeInt]
-    expert_flops_per_token: PositiveFloat
-    active_params: PositiveInt
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class SweepData:
-    """The held-out data: dataset paths (none for mock data) and the number of tokens."""
-
-    path: Annotated[tuple[str, ...], Field(strict=False)]
-    tokens: PositiveInt
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class SweepResult:
-    """The sweep of one checkpoint; a k' that was not measured has no cell.
-
-    Constructing one checks every field and raises a `ValueError` that names the key and the rule.
-    """
-
-    schema: Literal[1]
-    label: Annotated[str, Field(min_length=1)]
-    checkpoint: str
-    iteration: NonNegativeInt
-    k_train: PositiveInt
-    num_experts: PositiveInt
-    data: SweepData
-    cells: Annotated[tuple[SweepCell, ...], Field(strict=False)]
-    command: str
-    date: Annotated[str, AfterValidator(_check_date)]
-
-    @model_validator(mode="after")
-    def _check_cells(self) -> "SweepResult":
-        if self.k_train > self.num_experts:
-            raise ValueError(f"k_train: {self.k_train}; must be at most num_experts ({self.num_experts})")
-        first_with: dict[K, int] = {}
-        for index, cell in enumerate(self.cells):
-            largest = cell.k if isinstance(cell.k, int) else max(cell.k)
-            if largest > self.num_experts:
-                raise ValueError(f"cells[{index}].k: {cell.k}; must be at most num_experts ({self.num_experts})")
-            if first_with.setdefault(cell.k, index) != index:
-                raise ValueError(f"cells[{index}].k: {cell.k}; is already in cells[{first_with[cell.k]}], each k once")
-            if cell.tokens != self.cells[0].tokens:
-                raise ValueError(
-                    f"cells[{index}].tokens: {cell.tokens}; must equal cells[0].tokens ({self.cells[0].tokens}): "
-                    "losses over different tokens are not one curve"
-                )
-        return self
-
-
-_ADAPTER = TypeAdapter(SweepResult)
-
-
-def load(path: str | os.PathLike) -> SweepResult:
-    """Read and check a sweep file. Raises `ValueError` with path, key, value and rule."""
-    try:
-        return _ADAPTER.validate_json(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        raise ValueError(f"{path}: {_describe(error)}") from error
-
-
-def _describe(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    rule = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    if not key:
-        return rule
-    return f"{key}: {rule}" if first["type"] == "missing" else f"{key}: {reprlib.repr(first['input'])}; {rule}"
-
-
-def save(result: SweepResult, path: str | os.PathLike) -> None:
-    """Write a sweep file; the file at `path` is replaced only once the new one is complete."""
-    text = _ADAPTER.dump_json(result, indent=2) + b"\n"
-    write_atomically(path, lambda file: file.write(text))
-
-
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`. On an error nothing is left."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
-def resume(path: str | os.PathLike, header: SweepResult) -> SweepResult:
-    """`header` with the cells already stored at `path`, or `header` itself where there is no file yet.
-
-    Raises `ValueError` where the file belongs to another checkpoint, model or data set.
-    """
-    if not Path(path).exists():
-        return header
-    stored = load(path)
-    for key in ("checkpoint", "iteration", "k_train", "num_experts", "data"):
-        old, new = getattr(stored, key), getattr(header, key)
-        if old != new:
-            raise ValueError(f"{path}: {key}: {old!r}; must equal this sweep's {new!r}, or write to another file")
-    return dataclasses.replace(header, cells=stored.cells)
-
-
-def upsert_cell(result: SweepResult, cell: SweepCell) -> SweepResult:
-    """`result` with `cell` added, in place of an older cell with the same k. Cells are ordered: k, then k lists."""
-    cells = [old for old in result.cells if old.k != cell.k] + [cell]
-    return dataclasses.replace(result, cells=tuple(sorted(cells, key=_order)))
-
-
-def _order(cell: SweepCell) -> tuple[bool, tuple[int, ...]]:
-    return (False, (cell.k,)) if isinstance(cell.k, int) else (True, cell.k)
-
-
-def missing_ks(result: SweepResult, requested: Sequence[int | Sequence[int]]) -> list[int | tuple[int, ...]]:
-    """The requested budgets that have no cell yet, in the order requested, each once."""
-    measured = {cell.k for cell in result.cells}
-    return [k for k in dict.fromkeys(map(_check_k, requested)) if k not in measured]
+Metric = Literal[
+    "loss",
+    "tokens_per_second",
+    "expert_flops_per_token",
+    "active_params",
+    "flops_per_token",
+    "latency_ms_batch1",
+    "latency_ms_large",
+]
 
 
 def curve(result: SweepResult) -> dict[int, SweepCell]:
     """The measured k' in ascending order. Cells with one k per layer are not on the curve."""
-    return {cell.k: cell for cell in sorted(result.cells, key=_order) if isinstance(cell.k, int)}
+    return {cell.k: cell for cell in sorted(result.cells, key=cell_order) if isinstance(cell.k, int)}
 
 
 def loss_at(result: SweepResult, k: int) -> float:
@@ -271,14 +149,16 @@ def cost_at_k(method: SweepResult, baseline: SweepResult) -> float:
 
 
 def _check_comparable(method: SweepResult, baseline: SweepResult) -> None:
-    left, right = _basis(method), _basis(baseline)
+    check_same_data([method, baseline])
+    by_path = None in (method.data.digest, baseline.data.digest)  # where both are known, equal digests are proof
+    left, right = (_basis(result, by_path) for result in (method, baseline))
     for key in left:
         if left[key] != right[key]:
             raise ValueError(f"{key}: {left[key]} in {method.label}, {right[key]} in {baseline.label}; must be equal")
 
 
-def _basis(result: SweepResult) -> dict[str, object]:
-    held_out = {"data.path": list(result.data.path), "data.tokens": result.data.tokens}
+def _basis(result: SweepResult, by_path: bool) -> dict[str, object]:
+    held_out = {"data.path": list(result.data.path), "data.tokens": result.data.tokens} if by_path else {}
     evaluated = {"cells.tokens": sorted({cell.tokens for cell in result.cells})}
     return {"k_train": result.k_train, "num_experts": result.num_experts} | held_out | evaluated
 
@@ -321,7 +201,7 @@ def active_parameters(
 
 
 def _experts_per_token(k: int | Sequence[int], num_moe_layers: int) -> int:
-    checked = _check_k(k)
+    checked = check_k(k)
     if isinstance(checked, int):
         return checked * num_moe_layers
     if len(checked) != num_moe_layers:
@@ -329,7 +209,25 @@ def _experts_per_token(k: int | Sequence[int], num_moe_layers: int) -> int:
     return sum(checked)
 
 
-_FORMATS = {"loss": ".4f", "tokens_per_second": ",.0f", "expert_flops_per_token": ",.0f", "active_params": ",d"}
+def sensitivity_budgets(ks: Sequence[int], k_train: int, num_moe_layers: int) -> list[tuple[int, ...]]:
+    """k_train in every MoE layer but one, which has k' instead: for every layer and every other k' of `ks`."""
+    others = [k for k in dict.fromkeys(ks) if k != k_train]
+    return [
+        tuple(k if layer == changed else k_train for layer in range(num_moe_layers))
+        for changed in range(num_moe_layers)
+        for k in others
+    ]
+
+
+_FORMATS = {
+    "loss": ".4f",
+    "tokens_per_second": ",.0f",
+    "expert_flops_per_token": ",.0f",
+    "active_params": ",d",
+    "flops_per_token": ",.0f",
+    "latency_ms_batch1": ".3g",
+    "latency_ms_large": ".3g",
+}
 
 
 def markdown_table(results: Sequence[SweepResult], metric: Metric = "loss") -> str:
@@ -355,4 +253,5 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def _text(cell: SweepCell | None, metric: Metric) -> str:
-    return "" if cell is None else format(getattr(cell, metric), _FORMATS[metric])
+    value = None if cell is None else getattr(cell, metric)
+    return "" if value is None else format(value, _FORMATS[metric])

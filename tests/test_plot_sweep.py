@@ -1,5 +1,6 @@
 """The chart of k' sweeps: what is drawn, where, and that an error leaves no file."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -264,3 +265,23 @@ def test_as_a_command(files, tmp_path):
     failed = subprocess.run([*command[:-1], "wall.gif"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr == "plot_sweep.py: --out: wall.gif; must end in one of .png, .svg, .pdf\n"
+
+
+def test_sweeps_over_different_data_are_refused(tmp_path):
+    def on(data: str, digest: str | None) -> SweepResult:
+        return dataclasses.replace(make_result(data, PLAIN), data=SweepData(path=[data], tokens=4096, digest=digest))
+
+    plot_sweep.check_results([on("a", "a" * 64), on("b", "a" * 64)])  # another path to the same tokens
+    plot_sweep.check_results([on("a", "a" * 64), on("b", None)])  # schema 1: not known
+    with pytest.raises(ValueError, match=r"^data.digest: a{12}... in a, b{12}... in b; must be equal"):
+        plot_sweep.check_results([on("a", "a" * 64), on("old", None), on("b", "b" * 64)])
+
+
+def test_an_axis_that_was_not_measured_is_refused():
+    result = make_result("a", PLAIN)
+    cells = [dataclasses.replace(cell, latency_ms_large=0.5 * cell.k if cell.k != 3 else None) for cell in result.cells]
+    measured = dataclasses.replace(result, cells=[cell for cell in cells if cell.k != 3])
+    (curve,) = lines(plot_sweep.draw([measured], x="latency"), "curve")
+    assert list(curve.get_xdata()) == [0.5, 1.0, 2.0, 3.0]
+    with pytest.raises(ValueError, match="^--x latency: a has no latency_ms_large at k' = 3$"):
+        plot_sweep.draw([dataclasses.replace(result, cells=cells)], x="latency")

@@ -31,6 +31,9 @@ X_AXES = {
     "k": ("k", "active experts per token k′"),
     "active_params": ("active_params", "active parameters"),
     "flops": ("expert_flops_per_token", "forward FLOPs of the routed experts per token"),
+    "all_flops": ("flops_per_token", "forward FLOPs of the whole model per token"),
+    "latency": ("latency_ms_large", "milliseconds per token in a full micro-batch"),
+    "latency1": ("latency_ms_batch1", "milliseconds per token, one token alone"),
 }
 UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -54,10 +57,11 @@ STYLE: dict[Any, Any] = {
 def draw(results: Sequence[SweepResult], *, x: str = "k", title: str = "") -> Figure:
     """The chart of one or more sweeps; `x` is a key of `X_AXES`.
 
-    Raises `ValueError` where labels repeat, the models differ in their number of experts, or a result has no cell at
-    its own k (its range is then undefined).
+    Raises `ValueError` where labels repeat, the models differ in their number of experts, the sweeps were measured on
+    different tokens, or a result has no cell at its own k (its range is then undefined).
     """
     check_results(results)
+    check_axis(results, x)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6 + 0.2 * len(results)), layout="constrained")
         axes = figure.add_subplot()
@@ -76,6 +80,7 @@ def draw(results: Sequence[SweepResult], *, x: str = "k", title: str = "") -> Fi
 def check_results(results: Sequence[SweepResult]) -> None:
     """Raises `ValueError` where the results do not belong in one chart."""
     sweep.check_labels([result.label for result in results])
+    sweep.check_same_data(results)
     first = results[0]
     for other in results[1:]:
         if other.num_experts != first.num_experts:
@@ -83,6 +88,15 @@ def check_results(results: Sequence[SweepResult]) -> None:
             raise ValueError(f"num_experts: {left}, {right}; must be equal")
     for result in results:
         sweep.range_end(result)
+
+
+def check_axis(results: Sequence[SweepResult], x: str) -> None:
+    """Raises `ValueError` where a cell on a curve was not measured on the axis asked for."""
+    field = X_AXES[x][0]
+    for result in results:
+        lacking = [k for k, cell in sweep.curve(result).items() if getattr(cell, field) is None]
+        if lacking:
+            raise ValueError(f"--x {x}: {result.label} has no {field} at k' = {', '.join(map(str, lacking))}")
 
 
 def _x_of(cell: SweepCell, x: str, scale: float) -> float:

@@ -1,0 +1,268 @@
+"""The file of a k' sweep: its fields, their rules, reading and writing. Nothing here imports torch.
+
+Schema 2 has what schema 1 lacks as optional fields: what was not measured is absent, never 0 or NaN. Files of schema 1
+can be read.
+"""
+
+import contextlib
+import dataclasses
+import os
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, TypedDict
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def check_k(k: Any) -> int | tuple[int, ...]:
+    """k' as one number or a tuple; ValueError for anything else."""
+    ks = tuple(k) if isinstance(k, list | tuple) else (k,)
+    if not ks or any(type(each) is not int or each < 1 for each in ks):
+        raise ValueError("must be an integer >= 1, or a list with one such integer per MoE layer")
+    return ks if isinstance(k, list | tuple) else ks[0]
+
+
+def _check_date(date: str) -> str:
+    try:
+        datetime.fromisoformat(date)
+    except ValueError as error:
+        raise ValueError("must be an ISO 8601 date") from error
+    return date
+
+
+class Load(TypedDict):
+    """Load of a layer's experts as multiples of the even share; dead: experts without a token."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+
+    min: NonNegativeFloat
+    p5: NonNegativeFloat
+    p50: NonNegativeFloat
+    p95: NonNegativeFloat
+    max: NonNegativeFloat
+    dead: NonNegativeInt
+
+
+Number = Annotated[str, Field(pattern=r"^\d+$")]
+"""A number as a key of JSON: of a layer, or a k'."""
+Share = Annotated[float, Field(ge=0, le=1)]
+K = Annotated[int | tuple[int, ...], BeforeValidator(check_k)]
+Framework = Literal["megatron", "transformers"]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SweepCell:
+    """One evaluation. `k` is the number of active experts, or one number per MoE layer in layer order.
+
+    loss: mean held-out loss, nats per token. tokens: tokens evaluated. seconds: wall time of the evaluation.
+    rows_per_layer: rows dispatched to experts. expert_flops_per_token: of the routed experts alone.
+
+    Optional. flops_per_token: forward FLOPs of the whole model. latency_ms_batch1, latency_ms_large: milliseconds per
+    token, for a token alone and in a full micro-batch. router_entropy: mean entropy of the router's softmax, nats.
+    load: see `Load`. coverage: share of the expert pairs used together here that were together in training.
+
+    Layers are keyed by number: from 1 over all decoder layers, MoE layers only.
+    """
+
+    k: K
+    loss: PositiveFloat
+    tokens: PositiveInt
+    seconds: PositiveFloat
+    tokens_per_second: PositiveFloat
+    rows_per_layer: dict[Number, NonNegativeInt]
+    expert_flops_per_token: PositiveFloat
+    active_params: PositiveInt
+    flops_per_token: PositiveFloat | None = None
+    latency_ms_batch1: PositiveFloat | None = None
+    latency_ms_large: PositiveFloat | None = None
+    router_entropy: dict[Number, NonNegativeFloat] | None = None
+    load: dict[Number, Load] | None = None
+    coverage: dict[Number, Share] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SweepData:
+    """The held-out data: dataset paths (none for mock data), the number of tokens asked for, and a digest.
+
+    digest: SHA-256 of the evaluated tokens in order (evaluation.data_digest); None in files of schema 1.
+    """
+
+    path: Annotated[tuple[str, ...], Field(strict=False)]
+    tokens: PositiveInt
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SweepResult:
+    """The sweep of one checkpoint; a k' that was not measured has no cell.
+
+    framework: what ran the model. num_moe_layers: entries of a k' per layer. tail_scale: a(k') by k' as
+    --emoe-tail-scale has it, the key 0 alone for one number at every k'; None for plain top-k'. coverage_at_least:
+    how many training tokens must have used a pair for it to count as covered.
+
+    Constructing one checks every field and raises a `ValueError` that names the key and the rule.
+    """
+
+    schema: Literal[1, 2]
+    label: Annotated[str, Field(min_length=1)]
+    checkpoint: str
+    iteration: NonNegativeInt
+    k_train: PositiveInt
+    num_experts: PositiveInt
+    data: SweepData
+    cells: Annotated[tuple[SweepCell, ...], Field(strict=False)]
+    command: str
+    date: Annotated[str, AfterValidator(_check_date)]
+    framework: Framework = "megatron"
+    num_moe_layers: PositiveInt | None = None
+    tail_scale: dict[Number, NonNegativeFloat] | None = None
+    coverage_at_least: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check_cells(self) -> "SweepResult":
+        if self.k_train > self.num_experts:
+            raise ValueError(f"k_train: {self.k_train}; must be at most num_experts ({self.num_experts})")
+        first_with: dict[K, int] = {}
+        for index, cell in enumerate(self.cells):
+            ks = (cell.k,) if isinstance(cell.k, int) else cell.k
+            if max(ks) > self.num_experts:
+                raise ValueError(f"cells[{index}].k: {cell.k}; must be at most num_experts ({self.num_experts})")
+            if not isinstance(cell.k, int) and self.num_moe_layers not in (None, len(ks)):
+                rule = f"must have one entry for each of the {self.num_moe_layers} MoE layers"
+                raise ValueError(f"cells[{index}].k: {list(ks)}; {rule}")
+            if first_with.setdefault(cell.k, index) != index:
+                raise ValueError(f"cells[{index}].k: {cell.k}; is already in cells[{first_with[cell.k]}], each k once")
+            if cell.tokens != self.cells[0].tokens:
+                raise ValueError(
+                    f"cells[{index}].tokens: {cell.tokens}; must equal cells[0].tokens ({self.cells[0].tokens}): "
+                    "losses over different tokens are not one curve"
+                )
+        return self
+
+
+_ADAPTER = TypeAdapter(SweepResult)
+
+
+def load(path: str | os.PathLike) -> SweepResult:
+    """Read and check a sweep file. Raises `ValueError` with path, key, value and rule."""
+    try:
+        return _ADAPTER.validate_json(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_describe(error)}") from error
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    rule = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if not key:
+        return rule
+    return f"{key}: {rule}" if first["type"] == "missing" else f"{key}: {reprlib.repr(first['input'])}; {rule}"
+
+
+def save(result: SweepResult, path: str | os.PathLike) -> None:
+    """Write a sweep file; the file at `path` is replaced only once the new one is complete."""
+    text = _ADAPTER.dump_json(result, indent=2, exclude_none=True) + b"\n"
+    write_atomically(path, lambda file: file.write(text))
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it to `path`. On an error nothing is left."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+_SAME_SWEEP = ("schema", "framework", "checkpoint", "iteration", "k_train", "num_experts", "tail_scale")
+
+
+def resume(path: str | os.PathLike, header: SweepResult) -> SweepResult:
+    """`header` with the cells and the digest stored at `path`, or `header` itself where there is no file yet.
+
+    Raises `ValueError` where the file belongs to another checkpoint, model, data set or tail scale.
+    """
+    if not Path(path).exists():
+        return header
+    stored = load(path)
+    for key in _SAME_SWEEP:
+        _demand_equal(path, key, getattr(stored, key), getattr(header, key))
+    _demand_equal(path, "data", _asked(stored.data), _asked(header.data))
+    if None not in (stored.coverage_at_least, header.coverage_at_least):
+        _demand_equal(path, "coverage_at_least", stored.coverage_at_least, header.coverage_at_least)
+    at_least = header.coverage_at_least or stored.coverage_at_least
+    resumed = dataclasses.replace(header, cells=stored.cells, coverage_at_least=at_least)
+    return resumed if stored.data.digest is None else with_digest(resumed, stored.data.digest)
+
+
+def _asked(data: SweepData) -> Mapping[str, object]:
+    return {"path": list(data.path), "tokens": data.tokens}
+
+
+def _demand_equal(where: object, key: str, old: object, new: object) -> None:
+    if old != new:
+        raise ValueError(f"{where}: {key}: {old!r}; must equal this sweep's {new!r}, or write to another file")
+
+
+def with_digest(result: SweepResult, digest: str) -> SweepResult:
+    """`result` with the digest of the data it is measured on. Raises `ValueError` where it has another one."""
+    if result.data.digest not in (None, digest):
+        raise ValueError(
+            f"{result.label}: data.digest: {result.data.digest}; the data now give {digest}: "
+            "the finished cells are of other tokens; write to another file"
+        )
+    return dataclasses.replace(result, data=dataclasses.replace(result.data, digest=digest))
+
+
+def upsert_cell(result: SweepResult, cell: SweepCell) -> SweepResult:
+    """`result` with `cell` added, in place of an older cell with the same k. Cells are ordered: k, then k lists."""
+    cells = [old for old in result.cells if old.k != cell.k] + [cell]
+    return dataclasses.replace(result, cells=tuple(sorted(cells, key=cell_order)))
+
+
+def cell_order(cell: SweepCell) -> tuple[bool, tuple[int, ...]]:
+    """Sorts cells: one k' first, then those per layer, each in ascending order."""
+    return (False, (cell.k,)) if isinstance(cell.k, int) else (True, cell.k)
+
+
+def missing_ks(
+    result: SweepResult, requested: Sequence[int | Sequence[int]], fields: Sequence[str] = ()
+) -> list[int | tuple[int, ...]]:
+    """The requested budgets that have no cell yet, or none with all optional `fields`; as requested, each once."""
+    measured = {cell.k for cell in result.cells if all(getattr(cell, field) is not None for field in fields)}
+    return [k for k in dict.fromkeys(map(check_k, requested)) if k not in measured]
+
+
+def check_same_data(results: Sequence[SweepResult]) -> None:
+    """Raises `ValueError` where two results with digests were measured on different tokens: they are not one chart."""
+    known = [result for result in results if result.data.digest is not None]
+    for other in known[1:]:
+        if other.data.digest != known[0].data.digest:
+            left, right = (f"{str(each.data.digest)[:12]}... in {each.label}" for each in (known[0], other))
+            raise ValueError(f"data.digest: {left}, {right}; must be equal: losses over different tokens")
