@@ -1,0 +1,139 @@
+"""An elasticity card of one or more sweeps: charts, tables per k', and how they were produced.
+
+    python tools/report.py topk.json elastic.json --baseline topk.json --out card.html
+
+writes card.html, one file that needs no other, and card.md, its tables in Markdown. The sweeps must be over the same
+data, of models trained at the same k. What was not measured is an empty cell.
+"""
+
+import argparse
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import plot_sweep
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+
+from megatron_emoe import sweep
+from megatron_emoe.card import Card, make_card, name_seeds
+from megatron_emoe.card_page import Figure, inline_svg, to_html, to_markdown
+from megatron_emoe.sweep import SweepResult
+
+LATENCIES = {"latency_ms_batch1": "one token alone", "latency_ms_large": "a full micro-batch"}
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.json", help="results of tools/sweep_k.py")
+    parser.add_argument("--out", required=True, type=Path, metavar="CARD.html", help="page to write; CARD.md beside it")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="SWEEP.json",
+        help="plain top-k, for peak gain and cost at k; one of the sweeps, or one more",
+    )
+    parser.add_argument("--title", default="", help="heading of the card (default: from the labels)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="seed of the training run of each sweep, in order: sweeps of one label are then seeds of one method, and "
+        "mean and deviation are shown (a sweep itself does not know the seed)",
+    )
+    return parser.parse_args(argv)
+
+
+def check_out(path: Path) -> None:
+    """Raises `ValueError` for another suffix than .html or a folder that is not there."""
+    if path.suffix.lower() != ".html":
+        raise ValueError(f"--out: {path}; must end in .html")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out: {path}; the folder {path.parent} must exist")
+
+
+def load(args: argparse.Namespace) -> tuple[list[SweepResult], SweepResult | None]:
+    """The sweeps, and the baseline: the sweep itself where it is one of them."""
+    results = [sweep.load(path) for path in args.sweeps]
+    if args.baseline is None:
+        return results, None
+    paths = [path.resolve() for path in args.sweeps]
+    same = args.baseline.resolve()
+    return results, results[paths.index(same)] if same in paths else sweep.load(args.baseline)
+
+
+def charts(results: Sequence[SweepResult]) -> list[Figure]:
+    """Loss over k' and over FLOPs; latency over k' where any was measured."""
+    drawn = {
+        "Held-out loss over k'": plot_sweep.draw(results, x="k"),
+        "Held-out loss over the FLOPs of the routed experts": plot_sweep.draw(results, x="flops"),
+    }
+    if any(points(result, field) for result in results for field in LATENCIES):
+        drawn["Latency over k'"] = draw_latency(results)
+    return [Figure(caption, svg(figure, f"chart{n}")) for n, (caption, figure) in enumerate(drawn.items())]
+
+
+def points(result: SweepResult, field: str) -> list[tuple[int, float]]:
+    """(k', value) of the cells where that field was measured."""
+    values = [(k, getattr(cell, field)) for k, cell in sweep.curve(result).items()]
+    return [(k, value) for k, value in values if value is not None]
+
+
+def draw_latency(results: Sequence[SweepResult]) -> Drawing:
+    """Milliseconds per token over k', a panel for one token alone and one for a full batch, if measured."""
+    measured = [field for field in LATENCIES if any(points(result, field) for result in results)]
+    with matplotlib.rc_context(plot_sweep.STYLE):
+        figure = Drawing(figsize=(7.2, 3.4 + 0.2 * len(results)), layout="constrained")
+        for field, axes in zip(measured, figure.subplots(1, len(measured), squeeze=False)[0], strict=True):
+            _draw_panel(axes, results, field)
+        legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return figure
+
+
+def _draw_panel(axes: Axes, results: Sequence[SweepResult], field: str) -> None:
+    for index, result in enumerate(results):
+        ks, values = zip(*points(result, field), strict=True) if points(result, field) else ((), ())
+        colour, marker = (wheel[index % len(wheel)] for wheel in (plot_sweep.COLOURS, plot_sweep.MARKERS))
+        axes.plot(ks, values, color=colour, marker=marker, label=result.label, gid="latency")
+    axes.set_title(LATENCIES[field], fontsize=10)
+    axes.set_xlabel("active experts per token k′")
+    axes.set_ylabel("milliseconds per token")
+    axes.set_ylim(bottom=0)
+
+
+def svg(figure: Drawing, prefix: str) -> str:
+    """The chart for a page; its text stays text."""
+    text = io.StringIO()
+    with matplotlib.rc_context({**plot_sweep.STYLE, "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return inline_svg(text.getvalue(), prefix)
+
+
+def write(card: Card, figures: Sequence[Figure], out: Path) -> list[Path]:
+    """Both files, complete or not at all; returns their paths."""
+    texts = {out: to_html(card, figures), out.with_suffix(".md"): to_markdown(card)}
+    for path, text in texts.items():
+        sweep.write_atomically(path, lambda file, text=text: file.write(text.encode()))
+    return list(texts)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        check_out(args.out)
+        results, baseline = load(args)
+        card = make_card(results, baseline=baseline, seeds=args.seeds, title=args.title)
+        named = name_seeds(results, args.seeds)
+        extra = [baseline] if baseline is not None and baseline not in results else []
+        written = write(card, charts([*named, *extra]), args.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"report.py: {error}") from error
+    print("\n".join(f"wrote {path}" for path in written))
+
+
+if __name__ == "__main__":
+    main()
