@@ -55,7 +55,7 @@ class Draw:
 
     k: active experts. pool: m, or None where each token draws its own from {k, ..., pool_max}. seed: of the layer's
     per-token numbers, before the rank is mixed in. tail: what multiplies the weights past the model's own k
-    (tail_scale.py).
+    (tail_scale.py). asked: an evaluation named this k'.
     """
 
     k: int
@@ -63,6 +63,7 @@ class Draw:
     pool: int | None
     seed: int
     tail: float = 1.0
+    asked: bool = False
 
 
 def scheduled_k(elastic: ElasticConfig, model_k: int, place: Place) -> int:
@@ -170,9 +171,11 @@ class ActiveK:
         if training and elastic.draws:
             return draw_for(elastic, model_k, self.place(layer))
         override = None if training else self._override
-        k = override.get(layer, model_k) if isinstance(override, Mapping) else override or model_k
+        asked = override.get(layer) if isinstance(override, Mapping) else override
+        k = asked or model_k
         fixed = self._tail if k > model_k and not training else None
-        return Draw(k, k, k, 0, elastic.tail_scale_at(k, model_k) if fixed is None else fixed)
+        tail = elastic.tail_scale_at(k, model_k) if fixed is None else fixed
+        return Draw(k, k, k, 0, tail, asked is not None)
 
 
 _OWNER = ActiveK()

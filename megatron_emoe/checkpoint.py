@@ -99,11 +99,10 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
     if found is None:
         return
     source, folder, step = found
-    continues = source == "--load" and not args.finetune
     stored = stored_args(locate(folder, step, source), source)
     check_shape(args, stored, f"{source} {folder}")
     changes = elastic_changes(args, stored)
-    if changes and continues:
+    if changes and not starts_anew(args):
         raise ValueError(
             f"{source} {folder}: elastic settings differ from the stored ones: {'; '.join(changes)}. "
             "Keep them to continue this run, or start a new one from its weights with --finetune"
@@ -116,6 +115,12 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
     """The checkpoint that a run with these arguments starts from; None: none (ValueError as in check_load)."""
     found = _source(args)
     return None if found is None else locate(found[1], found[2], found[0])
+
+
+def starts_anew(args: Namespace) -> bool:
+    """Whether a run with these arguments takes nothing but weights from a checkpoint (ValueError as in check_load)."""
+    found = _source(args)
+    return found is not None and (found[0] != "--load" or args.finetune)
 
 
 def _source(args: Namespace) -> tuple[str, str, int | None] | None:

@@ -12,6 +12,9 @@ from megatron_emoe.tail_scale import parse_tail_scale
 
 DEFAULT_HR_LOSS_COEFF = 1e-3
 DEFAULT_PROB = 0.8
+DEFAULT_TOP_P = 0.4
+DEFAULT_ENTROPY_LOSS_COEFF = 1e-4
+DEFAULT_NOISE_LOSS_COEFF = 0.1
 
 
 @dataclass
@@ -19,10 +22,12 @@ class ElasticConfig:
     """Elastic MoE: which experts a token may use in training, and how many. Everything off: exactly Megatron-Core's
     top-k."""
 
-    emoe_selection: Literal["topk", "coactivation", "prefix"] = "topk"
+    emoe_selection: Literal["topk", "coactivation", "prefix", "top-p", "null-experts", "noisy-topk"] = "topk"
     """How experts are selected in training. topk: the stock router at --moe-router-topk. coactivation: k experts drawn
     from a pool of the top m (EMoE, arXiv 2509.21892). prefix: top-k at the k that the schedule draws (M-MoE, arXiv
-    2509.26520). Evaluation is always plain top-k."""
+    2509.26520). top-p: as many as it takes for probabilities to sum to p (arXiv 2403.07652). null-experts: top-k over
+    the experts and some that do nothing (AdaMoE, arXiv 2406.13233). noisy-topk: top-k of noisy logits (arXiv
+    1701.06538). Evaluation is plain top-k, but top-p where no k' is asked for, and with the null experts."""
 
     emoe_pool_k: int | None = None
     """K, experts: the largest co-activation pool and the largest k' to prepare for (EMoE's k_ideal). Required by
@@ -83,10 +88,32 @@ class ElasticConfig:
     """What the load-balancing loss counts under coactivation: the experts that were drawn, or those plain top-k would
     use."""
 
+    emoe_top_p: float | None = None
+    """p, probability in (0, 1]: a token uses its best experts until they sum to p. Unset: 0.4 with top-p, the paper's
+    value."""
+
+    emoe_top_p_max: int | None = None
+    """Experts: with top-p, no token uses more. Unset: no limit but the number of experts."""
+
+    emoe_entropy_loss_coeff: float | None = None
+    """Weight of the router's entropy as a loss per layer, which keeps top-p from using ever more experts. Unset: 1e-4
+    with top-p, the paper's value."""
+
+    emoe_null_experts: int | None = None
+    """N, null experts of each layer, among which and the true ones --moe-router-topk are chosen. Balanced, a token uses
+    k E / (E + N) true experts on average. Required by null-experts."""
+
+    emoe_importance_loss_coeff: float | None = None
+    """Weight of the squared coefficient of variation of the experts' summed weights. Unset: 0.1 with noisy-topk, the
+    paper's value."""
+
+    emoe_load_loss_coeff: float | None = None
+    """The same of the experts' smooth load, a token's probability of using an expert. Unset: 0.1 with noisy-topk."""
+
     emoe_combine: Literal["model", "renormalize", "raw"] = "model"
-    """Weights of the selected experts. model: the model's own rule on the selected set. renormalize: they sum to 1
-    (times the scaling factor). raw: the scores over all experts, unscaled by the selection. In training and in
-    evaluation."""
+    """Weights of the selected experts. model: the model's own rule on the selected set (top-p and null-experts: their
+    papers' rules, which are raw and renormalize). renormalize: they sum to 1 (times the scaling factor). raw: the
+    scores over all experts, unscaled by the selection. In training and in evaluation."""
 
     emoe_tail_scale: list[str] | None = None
     """At k' > --moe-router-topk, multiply the weights of the selected experts past the best k by a, before
@@ -124,7 +151,12 @@ class ElasticConfig:
     @property
     def draws(self) -> bool:
         """Whether anything at all is drawn in training: without it, a forward pass need not know where it stands."""
-        return self.samples or self.draws_k
+        return self.samples or self.draws_k or self.adds_noise
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether noise is added to the logits in training."""
+        return self.emoe_selection == "noisy-topk"
 
     @property
     def counts_vary(self) -> bool:
@@ -137,6 +169,24 @@ class ElasticConfig:
         if self.emoe_hr_loss_coeff is not None:
             return self.emoe_hr_loss_coeff
         return DEFAULT_HR_LOSS_COEFF if self.samples else 0.0
+
+    @property
+    def top_p(self) -> float:
+        """p with its default resolved."""
+        return DEFAULT_TOP_P if self.emoe_top_p is None else self.emoe_top_p
+
+    @property
+    def entropy_loss_coeff(self) -> float:
+        """Weight of the entropy loss with its default resolved."""
+        default = DEFAULT_ENTROPY_LOSS_COEFF if self.emoe_selection == "top-p" else 0.0
+        return default if self.emoe_entropy_loss_coeff is None else self.emoe_entropy_loss_coeff
+
+    @property
+    def noise_loss_coeffs(self) -> tuple[float, float]:
+        """Weights of the importance and the load loss with their defaults resolved."""
+        default = DEFAULT_NOISE_LOSS_COEFF if self.adds_noise else 0.0
+        importance, load = self.emoe_importance_loss_coeff, self.emoe_load_loss_coeff
+        return default if importance is None else importance, default if load is None else load
 
     @property
     def default_prob(self) -> float:
@@ -257,7 +307,7 @@ def _check_weights(weights: list[float], low: int, high: int) -> None:
 def _check_selection(elastic: ElasticConfig, model_k: int, num_experts: int) -> None:
     low, high = elastic.k_range(model_k)
     pool = elastic.emoe_pool_k
-    if elastic.emoe_selection == "topk" and elastic.draws_k:
+    if elastic.emoe_selection not in ("prefix", "coactivation") and elastic.draws_k:
         _refuse("emoe_k_schedule", elastic.emoe_k_schedule, "needs --emoe-selection prefix or coactivation")
     if elastic.emoe_selection == "prefix" and not elastic.draws_k:
         _refuse("emoe_selection", "prefix", "needs --emoe-k-schedule; with a constant k it is plain topk")

@@ -37,7 +37,8 @@ from megatron_emoe.attention import (
     LatentDotProductAttention,
     LatentSelfAttention,
 )
-from megatron_emoe.checkpoint import checkpoint_to_load
+from megatron_emoe.checkpoint import checkpoint_to_load, starts_anew
+from megatron_emoe.dynamic_router import NEW_WEIGHTS, build_router
 from megatron_emoe.moe_layer import ElasticMoELayer
 from megatron_emoe.quantization_state import take_what_is_there
 from megatron_emoe.router import ElasticRouter
@@ -60,7 +61,7 @@ def elastic_layer(spec: ModuleSpec) -> ModuleSpec:
     if moe.router is not TopKRouter:
         raise TypeError(f"{moe.router} in the layer spec is not the core's TopKRouter: it would stay inelastic")
     elastic = functools.partial(
-        ElasticMoELayer, *mlp.args, **{**mlp.keywords, "submodules": replace(moe, router=ElasticRouter)}
+        ElasticMoELayer, *mlp.args, **{**mlp.keywords, "submodules": replace(moe, router=build_router)}
     )
     return replace(spec, submodules=replace(spec.submodules, mlp=elastic))
 
@@ -167,7 +168,8 @@ class ElasticGPTModelBuilder(GPTModelBuilder):
         with _elastic_mtp():
             model = super().build_model(*args, **kwargs)
         if self._model_config.checkpoint is not None:
-            take_what_is_there(model, self._model_config.checkpoint)
+            new_weights = NEW_WEIGHTS if self._model_config.starts_anew else ()
+            take_what_is_there(model, self._model_config.checkpoint, new_weights)
         for name, module in model.named_modules():
             assert not isinstance(module, MoELayer) or isinstance(module, ElasticMoELayer), f"{name} stayed stock"
             assert not isinstance(module, TopKRouter) or isinstance(module, ElasticRouter), f"{name} stayed stock"
@@ -186,10 +188,12 @@ def train_routers_only(model: nn.Module) -> None:
 
 @dataclass(kw_only=True)
 class ElasticGPTModelConfig(GPTModelConfig):
-    """GPTModelConfig built by ElasticGPTModelBuilder. checkpoint: what the model will be loaded from, if anything."""
+    """GPTModelConfig built by ElasticGPTModelBuilder. checkpoint: what the model will be loaded from, if anything.
+    starts_anew: only its weights are taken, and those that another selection lacks are as they are built."""
 
     builder: ClassVar[str] = "megatron_emoe.layer_spec.ElasticGPTModelBuilder"
     checkpoint: Path | None = None
+    starts_anew: bool = False
 
 
 def elastic_model_config(args: Namespace) -> ElasticGPTModelConfig:
@@ -202,4 +206,5 @@ def elastic_model_config(args: Namespace) -> ElasticGPTModelConfig:
     config = gpt_config_from_args(copy(args), config=transformer, model_config_cls=ElasticGPTModelConfig)
     config.transformer_layer_spec = elastic_layer_spec
     config.checkpoint = checkpoint_to_load(args)
+    config.starts_anew = starts_anew(args)
     return config

@@ -176,16 +176,17 @@ class ElasticRouter(TopKRouter):
         activation: logits or probabilities; the layer's output must depend on it, or the loss has no gradient.
         scores_TE: the scores if they are known already; softmax scores are q itself and are not computed again.
         """
-        coeff, tracker = self.config.hr_loss_coeff, get_elastic_tracker()
+        # The entropy loss of top-p is the same loss but for a constant, log E: its weight adds up.
+        coeff, tracker = self.config.hr_loss_coeff + self.config.entropy_loss_coeff, get_elastic_tracker()
         if not (self.training and torch.is_grad_enabled()) or not (coeff or tracker.measuring):
             return activation
-        logits_TE = logits.view(-1, self.config.num_moe_experts)
+        logits_TE = logits.view(-1, logits.shape[-1])
         valid_T = None if padding is None else ~padding.reshape(-1)
         if scores_TE is None or self.score_function != "softmax":
             scores_TE = selection.expert_scores(logits_TE, "softmax")
         with torch.set_grad_enabled(coeff > 0):
             entropy = router_entropy(logits_TE=logits_TE, probs_TE=scores_TE, valid_T=valid_T)
-            loss = hierarchical_router_loss(entropy=entropy, num_experts=self.config.num_moe_experts)
+            loss = hierarchical_router_loss(entropy=entropy, num_experts=logits_TE.shape[-1])
         if tracker.measuring:
             values = {"hierarchical router loss": loss, "router entropy": entropy}
             tracker.add_values(self.global_layer_number, values)

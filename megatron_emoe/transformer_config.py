@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 
+from megatron_emoe.baseline_rules import BASELINES, check_baseline_combinations, check_baseline_settings
 from megatron_emoe.elastic_config import ElasticConfig, flag, validate_elastic
 
 
@@ -84,6 +85,8 @@ def check_elastic(config: ElasticTransformerConfig) -> None:
         num_groups=config.moe_router_num_groups,
         group_topk=config.moe_router_group_topk,
     )
+    check_baseline_settings(config, model_k=config.moe_router_topk, num_experts=config.num_moe_experts)
+    check_baseline_combinations(config)
     _refuse_balancing(config)
     _refuse_router_features(config)
     _refuse_frozen_k(config)
@@ -98,8 +101,8 @@ def _conflict(elastic: str, other: str, why: str) -> None:
 
 def _cause(config: ElasticTransformerConfig) -> str | None:
     """The flag because of which the stock router's own selection is not used, or None."""
-    if config.samples:
-        return "--emoe-selection coactivation"
+    if config.samples or config.emoe_selection in BASELINES:
+        return f"--emoe-selection {config.emoe_selection}"
     if config.emoe_combine != "model":
         return f"--emoe-combine {config.emoe_combine}"
     if config.emoe_tail_scale is not None:
@@ -111,6 +114,8 @@ def _cause(config: ElasticTransformerConfig) -> str | None:
 
 def _varying(config: ElasticTransformerConfig) -> str | None:
     """The flag because of which k varies, or None."""
+    if config.counts_vary:
+        return f"--emoe-selection {config.emoe_selection}"
     if config.draws_k:
         return f"--emoe-k-schedule {config.emoe_k_schedule}"
     return flag("emoe_eval_k") if config.emoe_eval_k else None
@@ -175,7 +180,9 @@ def _refuse_machinery(config: ElasticTransformerConfig) -> None:
         if value and config.transformer_impl == "local":
             raise ValueError(f"{name} {value}: needs --transformer-impl transformer_engine, local layers ignore it")
     if config.draws and config.use_te_rng_tracker:
-        cause = "--emoe-selection coactivation" if config.samples else f"--emoe-k-schedule {config.emoe_k_schedule}"
+        cause = f"--emoe-k-schedule {config.emoe_k_schedule}"
+        if config.samples or config.adds_noise:
+            cause = f"--emoe-selection {config.emoe_selection}"
         _conflict(cause, "--te-rng-tracker", "recomputation finds its draws through Megatron's own tracker")
 
 

@@ -12,10 +12,10 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_emoe.dynamic_router import build_router
 from megatron_emoe.elastic_config import ElasticConfig
 from megatron_emoe.layer_spec import elastic_layer, our_layer
 from megatron_emoe.moe_layer import ElasticMoELayer
-from megatron_emoe.router import ElasticRouter
 from tests.distributed import run_ranks
 from tests.tiny import COACTIVATION, PREFIX, arguments, flags, layer_config, start
 
@@ -162,7 +162,7 @@ def test_only_the_moe_layer_and_its_router_are_replaced_and_the_core_s_spec_is_l
     ours = elastic_layer(spec)
     assert (spec.submodules.mlp.func, ours.submodules.mlp.func) == (MoELayer, ElasticMoELayer)
     before, after = spec.submodules.mlp.keywords["submodules"], ours.submodules.mlp.keywords["submodules"]
-    assert (before.router, after.router) == (TopKRouter, ElasticRouter)
+    assert (before.router, after.router) == (TopKRouter, build_router)
     assert replace(after, router=TopKRouter) == before
     assert replace(ours.submodules, mlp=None) == replace(spec.submodules, mlp=None)
     assert elastic_layer(ours) is ours

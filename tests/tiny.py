@@ -142,7 +142,7 @@ class Watch:
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         name = type(module).__name__
-        if name in ("TopKRouter", "ElasticRouter"):
+        if any(base.__name__ == "TopKRouter" for base in type(module).__mro__):
             self.run.routes.append(Route(*self._place(module), *(tensor.detach().clone() for tensor in output)))
         elif name == "GPTModel":
             self._chunks[id(module)] = module
