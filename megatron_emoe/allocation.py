@@ -7,6 +7,7 @@ What the layers add is summed up here. Measured together it adds up only roughly
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from megatron_emoe.sweep import SweepResult, loss_at
@@ -73,57 +74,58 @@ def allocate(table: Sequence[Sensitivity], experts: int) -> Allocation | None:
 
 
 def _improve(table: Sequence[Sensitivity], allocation: Allocation, experts: int) -> Allocation:
-    while better := next(
-        (found for moves in (_changes, _exchanges) if (found := _best(moves(table, allocation, experts)))), None
-    ):
-        allocation = better
-    return allocation
+    now = list(allocation)
+    while True:
+        move = _best(_changes(table, now, experts)) or _best(_exchanges(table, now, experts))
+        if move is None:
+            return tuple(now)
+        for layer, k in move:
+            now[layer] = k
 
 
-Move = tuple[float, float, Allocation]  # how good (fall of the loss per expert), fall of the loss, where to
+Move = tuple[float, float, tuple[tuple[int, int], ...]]
+"""How good it is, by how much the loss falls, and the new k' of each layer that changes."""
 
 
-def _best(moves: Iterator[Move]) -> Allocation | None:
+def _best(moves: Iterator[Move]) -> tuple[tuple[int, int], ...] | None:
     return max((move for move in moves if move[1] > _LEAST_DROP), default=(0.0, 0.0, None))[2]
 
 
-def _changes(table: Sequence[Sensitivity], now: Allocation, experts: int) -> Iterator[Move]:
-    """Another k' at one layer. One that needs no more experts comes before all that do."""
+def _changes(table: Sequence[Sensitivity], now: Sequence[int], experts: int) -> Iterator[Move]:
+    """Another k' at one layer, rated by the fall per expert. One that needs no more experts comes before all others."""
     spare = experts - sum(now)
     for i, layer in enumerate(table):
         for k, loss in layer.items():
             more, drop = k - now[i], layer[now[i]] - loss
             if more <= spare:
-                yield (drop / more if more > 0 else math.inf), drop, _replaced(now, {i: k})
+                yield (drop / more if more > 0 else math.inf), drop, ((i, k),)
 
 
-def _exchanges(table: Sequence[Sensitivity], now: Allocation, experts: int) -> Iterator[Move]:
-    """One layer gets more experts, another fewer."""
-    for i, layer in enumerate(table):
-        raised = [(k, layer[now[i]] - loss) for k, loss in layer.items() if k > now[i]]
-        for j, other in enumerate(table):
-            lowered = [(k, other[now[j]] - loss) for k, loss in other.items() if k < now[j] and j != i]
-            for high, gain in raised:
-                for low, cost in lowered:
-                    if sum(now) + high - now[i] + low - now[j] <= experts:
-                        yield gain + cost, gain + cost, _replaced(now, {i: high, j: low})
+def _exchanges(table: Sequence[Sensitivity], now: Sequence[int], experts: int) -> Iterator[Move]:
+    """One layer gets more experts, another fewer; rated by the fall."""
+    spare = experts - sum(now)
+    options = [(layer[now[i]] - loss, k - now[i], i, k) for i, layer in enumerate(table) for k, loss in layer.items()]
+    lowered = sorted((option for option in options if option[1] < 0), reverse=True)
+    for gain, more, i, high in options:
+        if more <= 0:
+            continue
+        for cost, fewer, j, low in lowered:
+            if gain + cost <= _LEAST_DROP:
+                break  # sorted: what follows costs more
+            if j != i and more + fewer <= spare:
+                yield gain + cost, gain + cost, ((i, high), (j, low))
 
 
-def shrink(table: Sequence[Sensitivity], start: Allocation, most: float) -> Allocation:
-    """Lower k' layer by layer, each time where the loss rises least per expert saved, by at most `most` nats in all."""
-    now = start
-    while True:
-        lower = [
-            ((layer[k] - layer[now[i]]) / (now[i] - k), _replaced(now, {i: k}))
-            for i, layer in enumerate(table)
-            for k in layer
-            if k < now[i]
-        ]
-        fitting = [option for option in lower if rise(table, option[1]) - rise(table, start) <= most]
-        if not fitting:
-            return now
-        now = min(fitting)[1]
+def cheapest(table: Sequence[Sensitivity], most: float) -> Allocation | None:
+    """The allocation of the fewest experts that is predicted to add at most `most` nats to the loss at k; None if none.
+
+    By bisection: with more experts, `allocate` predicts no higher loss.
+    """
+    totals = range(min(table[0]) * len(table), max(table[0]) * len(table) + 1) if table else range(0)
+    place = bisect_left(totals, True, key=lambda experts: _added(table, experts) <= most)
+    return allocate(table, totals[place]) if place < len(totals) else None
 
 
-def _replaced(allocation: Allocation, at: dict[int, int]) -> Allocation:
-    return tuple(at.get(i, k) for i, k in enumerate(allocation))
+def _added(table: Sequence[Sensitivity], experts: int) -> float:
+    found = allocate(table, experts)
+    return math.inf if found is None else rise(table, found)

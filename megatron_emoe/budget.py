@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_emoe.allocation import Allocation, allocate, complete, rise, sensitivities, shrink
+from megatron_emoe.allocation import Allocation, allocate, cheapest, complete, rise, sensitivities
 from megatron_emoe.sweep import SweepCell, SweepResult, curve, loss_at
 
 _ROUNDING = 1e-9  # a limit given in decimal digits is not missed by the last binary one
@@ -173,7 +173,8 @@ def proposals(result: SweepResult, limit: Limit) -> list[Proposal]:
         return []
     if limit.at_least:
         room = loss_at(result, result.k_train) - math.log(limit.value) - anchor.loss
-        found = [shrink(table, base, room)] if fitting else []
+        fewest = cheapest(table, rise(table, base) + room)
+        found = [fewest] if fewest is not None and fitting and sum(fewest) < sum(base) else []
     else:
         found = [allocate(table, experts) for experts in sorted(_totals(result, limit, fitting, len(table)))]
     ks = dict.fromkeys(k for k in found if k is not None and len(set(k)) > 1)

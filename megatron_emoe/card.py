@@ -68,7 +68,7 @@ def make_card(
     overview = [_summary(everything, baseline)]
     overview += [_curves(everything)] if len(everything) > 1 else []
     overview += _over_seeds(results) if seeds else []
-    own_seeds = [*map(str, seeds or [""] * len(named)), ""]
+    own_seeds = [*(map(str, seeds) if seeds else [""] * len(named)), ""]
     sections = [_section(result, seed) for result, seed in zip(everything, own_seeds, strict=False)]
     labels = ", ".join(dict.fromkeys(result.label for result in results))
     return Card(title or f"Elasticity card: {labels}", (Section("Summary", tuple(overview)), *sections))
