@@ -154,17 +154,24 @@ class ActiveK:
         return Place(iteration, microbatch, layer)
 
     @contextmanager
-    def evaluating(
-        self, k: int | Sequence[int] | Mapping[int, int] | None, tail: float | None = None
-    ) -> Iterator[None]:
+    def evaluating(self, k: int | Sequence[int] | Mapping[int, int] | None) -> Iterator[None]:
         """Evaluation inside uses k' = `k`: one number, one per MoE layer by layer number (a mapping), or the model's
-        own. tail: the tail scale at every k' above the model's own, in place of --emoe-tail-scale."""
-        previous = self._override, self._tail
-        self._override, self._tail = k if not isinstance(k, Sequence) else dict(enumerate(k, start=1)), tail
+        own."""
+        previous, self._override = self._override, k if not isinstance(k, Sequence) else dict(enumerate(k, start=1))
         try:
             yield
         finally:
-            self._override, self._tail = previous
+            self._override = previous
+
+    @contextmanager
+    def scaling_tail(self, scale: float) -> Iterator[None]:
+        """Evaluation inside multiplies the weights past the model's own k by `scale`, whatever --emoe-tail-scale
+        says."""
+        previous, self._tail = self._tail, scale
+        try:
+            yield
+        finally:
+            self._tail = previous
 
     def draw(self, elastic: ElasticConfig, model_k: int, layer: int, training: bool) -> Draw:
         """What the layer uses now: the schedule's draw in training, plain top-k' in evaluation."""

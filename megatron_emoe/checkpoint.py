@@ -6,6 +6,7 @@ of them on load and knows nothing of ours; the checks here read that namespace b
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
@@ -19,6 +20,10 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_emoe.elastic_config import MODEL_FEATURES, ElasticConfig, flag
+from megatron_emoe.tail_scale import tail_scale_words
+
+TAIL_SCALE_FILE = "emoe_tail_scale.json"
+"""Beside a checkpoint's weights: the tail scale that was fitted to them (tools/fit_tail_scale.py)."""
 
 _MEASURING_ONLY = {"emoe_eval_k", "emoe_coactivation_interval"}
 SHAPE_FLAGS = (
@@ -83,6 +88,21 @@ def stored_args(checkpoint: Path, source: str = "--load") -> Namespace:
     except (Exception, CheckpointException) as error:  # a class for each kind of damage; torch's is no Exception
         reason = (str(error) or type(error).__name__).strip().splitlines()[-1]  # above it, torch's has the traceback
         raise ValueError(f"{source} {checkpoint}: not a readable torch_dist checkpoint ({reason})") from error
+
+
+def fitted_tail_scale(checkpoint: Path) -> list[str] | None:
+    """The words of --emoe-tail-scale that were fitted to this checkpoint, or None where nothing was.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = checkpoint / TAIL_SCALE_FILE
+    if not path.is_file():
+        return None
+    try:
+        return tail_scale_words({int(k): float(a) for k, a in json.loads(path.read_text())["tail_scale"].items()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a table of the tail scale ({error}); fit it again or delete it") from error
 
 
 def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:

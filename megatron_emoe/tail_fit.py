@@ -1,0 +1,107 @@
+"""Fits the tail scale a(k') on held-out data without touching a weight, and stores it with the checkpoint.
+
+For each k' the loss is a function of one number. It is minimised on one half of the data (Brent's method, SciPy) and
+judged on the other half, which it never saw. a = 0 is plain top-k, so the fitted scale cannot do worse than that on the
+half it was fitted on.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training.initialize import initialize_megatron
+from scipy.optimize import minimize_scalar
+from torch import nn
+from tqdm import tqdm
+
+from megatron_emoe.active_k import get_active_k
+from megatron_emoe.checkpoint import TAIL_SCALE_FILE
+from megatron_emoe.evaluation import Evaluator
+from megatron_emoe.layer_spec import elastic_model_config
+from megatron_emoe.sweep_result import write_atomically
+from megatron_emoe.sweep_run import load_model, read_batches
+from megatron_emoe.training import ElasticLoop
+
+_RESOLUTION = 0.02  # of a: the loss is flat around its minimum
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was found for one k'. scale: a(k'). Losses in nats per token; `fit` on the half that chose a, the others on
+    the half that did not: with a, at a = 1 (plain top-k'), and at the model's own k."""
+
+    scale: float
+    fit: float
+    judged: float
+    plain: float
+    at_k: float
+
+
+def minimise(loss: Callable[[float], float], highest: float) -> tuple[float, float]:
+    """The scale in [0, highest] with the smallest loss, and that loss; the ends are tried too."""
+    found = minimize_scalar(loss, bounds=(0.0, highest), method="bounded", options={"xatol": _RESOLUTION})
+    tried = {float(found.x): float(found.fun), 0.0: loss(0.0), highest: loss(highest)}
+    best = min(tried, key=lambda scale: tried[scale])
+    return best, tried[best]
+
+
+class TailFit:
+    """A Megatron model, and its held-out data in two halves. Collective to construct and to use."""
+
+    def __init__(self, args: Namespace) -> None:
+        initialize_megatron()
+        config = elastic_model_config(args)
+        self.model: list[nn.Module] = load_model(args, config)
+        self.evaluator = Evaluator(args, ElasticLoop(args, config.transformer).forward)
+        batches, self.steps, self.digest = read_batches(args)
+        self.judging, self.fitting = _halves(batches, self.steps)
+        self.model_k = args.moe_router_topk
+
+    def loss(self, batches: Mapping[int, list[Any]], k: int, scale: float) -> float:
+        """Mean loss at k' = `k` with a = `scale`, nats per token."""
+        with get_active_k().scaling_tail(scale):
+            return self.evaluator.loss_at_k(self.model, batches, k, self.steps // 2).loss
+
+    def fit(self, k: int, highest: float) -> Fitted:
+        """a(k) within [0, highest]."""
+        scale, loss = minimise(lambda a: self.loss(self.fitting, k, a), highest)
+        judged, plain = (self.loss(self.judging, k, a) for a in (scale, 1.0))
+        return Fitted(scale, loss, judged, plain, self.loss(self.judging, self.model_k, 1.0))
+
+
+def _halves(batches: Mapping[int, list[Any]], steps: int) -> tuple[dict[int, list[Any]], dict[int, list[Any]]]:
+    """The first and the second half of the global batches, as micro-batches by pipeline chunk."""
+    first = {i: part[: len(part) // steps * (steps // 2)] for i, part in batches.items()}
+    rest = {i: part[len(first[i]) :] for i, part in batches.items()}
+    return first, rest
+
+
+def run_fit(args: Namespace, target: Path, header: dict[str, Any]) -> dict[int, Fitted]:
+    """Fit a(k') at every --k and write `target` from rank 0. Collective.
+
+    Raises:
+        ValueError: too little data for two halves.
+    """
+    fit = TailFit(args)
+    if fit.steps < 2:
+        raise ValueError(f"--max-eval-tokens {args.max_eval_tokens}: holds fewer than two batches, one for each half")
+    writes = torch.distributed.get_rank() == 0
+    found = {k: fit.fit(k, args.max_scale) for k in tqdm(args.k, desc="a(k')", unit="k", disable=not writes)}
+    if writes:
+        table = {str(k): round(fitted.scale, 4) for k, fitted in found.items()}
+        cells = {str(k): asdict(fitted) for k, fitted in found.items()}
+        text = json.dumps(header | {"digest": fit.digest, "tail_scale": table, "fitted": cells}, indent=2) + "\n"
+        write_atomically(target, lambda file: file.write(text.encode()))
+    torch.distributed.barrier()
+    return found
+
+
+def tail_scale_path(checkpoint: Path) -> Path:
+    """Where a checkpoint's fitted table lies: beside its weights."""
+    return checkpoint / TAIL_SCALE_FILE

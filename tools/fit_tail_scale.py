@@ -1,0 +1,81 @@
+"""Fit the tail scale a(k') of a checkpoint on held-out data, and store the table with the checkpoint.
+
+    torchrun --nproc-per-node 2 tools/fit_tail_scale.py --load CKPT --k 6 8 12 16 --data-path HELDOUT
+
+No weight is touched. Sweeps and tasks then use the table unless --emoe-tail-scale is given (1 is plain top-k'). The
+second half of the tokens is fitted on and the first half judged, so a sweep with at most half of --max-eval-tokens
+sees only data that the fit did not.
+"""
+
+from megatron_emoe import host_mode
+
+host_mode.start()
+
+import shlex  # noqa: E402
+import sys  # noqa: E402
+from argparse import ArgumentParser, Namespace  # noqa: E402
+from datetime import UTC, datetime  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+from megatron_emoe.arguments import fail, parse_evaluation  # noqa: E402
+from megatron_emoe.checkpoint import locate  # noqa: E402
+from megatron_emoe.tail_fit import Fitted, run_fit, tail_scale_path  # noqa: E402
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    group = parser.add_argument_group("tail scale")
+    group.add_argument("--k", type=int, nargs="+", required=True, help="The k' to fit, each above --moe-router-topk.")
+    group.add_argument("--max-eval-tokens", type=int, default=1_000_000, help="Held-out tokens to use, in two halves.")
+    group.add_argument("--max-scale", type=float, default=1.0, help="The largest a to consider.")
+    group.add_argument("--out", help="Write the table here instead of into the checkpoint.")
+    return parser
+
+
+def check(args: Namespace) -> Path:
+    """The file to write (ValueError with flag, value and rule)."""
+    for k in args.k:
+        if not args.moe_router_topk < k <= args.num_experts:
+            rule = f"must lie in [{args.moe_router_topk + 1}, {args.num_experts}], above the k of the checkpoint"
+            raise ValueError(f"--k {k}: {rule}")
+    if len(set(args.k)) != len(args.k):
+        raise ValueError(f"--k {' '.join(map(str, args.k))}: must not name a k' twice")
+    if args.max_scale <= 0:
+        raise ValueError(f"--max-scale {args.max_scale}: must be above 0")
+    target = Path(args.out) if args.out else tail_scale_path(locate(args.load, args.ckpt_step))
+    if not target.parent.is_dir():
+        raise ValueError(f"--out {target}: the folder {target.parent} does not exist")
+    return target
+
+
+def table(found: dict[int, Fitted]) -> str:
+    lines = ["| k' | a(k') | loss at k | plain top-k' | with a(k') |", "| ---: | ---: | ---: | ---: | ---: |"]
+    for k, fitted in found.items():
+        lines.append(f"| {k} | {fitted.scale:.3f} | {fitted.at_k:.4f} | {fitted.plain:.4f} | {fitted.judged:.4f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    fixed = {"skip_train": True, "no_load_optim": True, "no_load_rng": True, "split": "0,100,0"}
+    fixed["create_attention_mask_in_dataloader"] = False
+    args = parse_evaluation(add_arguments, **fixed, seed=1234)
+    header = {
+        "checkpoint": args.load,
+        "k_train": args.moe_router_topk,
+        "data": [str(path) for path in args.data_path or []],
+        "max_eval_tokens": args.max_eval_tokens,
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    try:
+        target = check(args)
+        found = run_fit(args, target, header)
+    except ValueError as error:
+        fail(error)
+    if torch.distributed.get_rank() == 0:
+        print(f"Held-out loss, nats per token, on the half that was not fitted on:\n\n{table(found)}\n\nstored: {target}")
+
+
+if __name__ == "__main__":
+    main()
