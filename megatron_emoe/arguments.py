@@ -10,6 +10,7 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -43,7 +44,8 @@ def parse(add_more: Callable[[ArgumentParser], ArgumentParser] = lambda parser: 
 
 
 def parse_evaluation(add_more: Callable[[ArgumentParser], ArgumentParser], **fixed: object) -> Namespace:
-    """The same for a tool that evaluates --load: the model's flags come from the checkpoint unless given."""
+    """The same for a tool that evaluates --load (or --hf, if it has that flag): the model's flags come from there
+    unless given. With --hf, `hf_settings` of the result is the block "emoe" of config.json, or None."""
     return _parse(_complete_evaluation, add_more, fixed)
 
 
@@ -104,10 +106,8 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
 
 
 def _complete_evaluation(args: Namespace, parser: ArgumentParser, fixed: dict) -> None:
-    if args.load is None:
-        raise ValueError("--load is not given: which checkpoint?")
     given = _given(parser) | fixed
-    stored = stored_args(locate(args.load, args.ckpt_step))
+    stored = _evaluated(args)
     for name, value in model_flags(stored).items():
         if name not in given:
             setattr(args, name, value)
@@ -116,6 +116,21 @@ def _complete_evaluation(args: Namespace, parser: ArgumentParser, fixed: dict) -
         ranks = args.tensor_model_parallel_size
         args.padded_vocab_size = -(-stored.padded_vocab_size // ranks) * ranks
     validate_args(args)
+
+
+def _evaluated(args: Namespace) -> Namespace:
+    """The arguments of the model to evaluate: stored with --load, or those that an import of --hf would store."""
+    hf = getattr(args, "hf", None)
+    if hf is None:
+        if args.load is None:
+            raise ValueError("--load is not given: which checkpoint?")
+        return stored_args(locate(args.load, args.ckpt_step))
+    if args.load is not None:
+        raise ValueError(f"--hf {hf} excludes --load {args.load}: one model at a time")
+    from megatron_emoe.hf.import_model import arguments_of  # transformers takes seconds to import
+
+    stored, args.hf_settings = arguments_of(Path(hf))
+    return stored
 
 
 def _given(parser: ArgumentParser) -> dict[str, object]:

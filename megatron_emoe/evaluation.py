@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from argparse import Namespace
 from collections import Counter
@@ -44,7 +46,11 @@ class Evaluator:
         self.forward_step = forward_step
 
     def loss_at_k(
-        self, model: list[nn.Module], batches: Batches, k: int | Sequence[int] | None, steps: int
+        self,
+        model: list[nn.Module],
+        batches: Batches,
+        k: int | Sequence[int] | Mapping[int, int] | None,
+        steps: int,
     ) -> HeldOutLoss:
         """Evaluate `steps` global batches with k' = `k`: one number, one per layer, or the model's own (None).
 
@@ -65,20 +71,27 @@ class Evaluator:
         return HeldOutLoss(loss / tokens, int(tokens), time.perf_counter() - start)
 
     def _step(self, model: list[nn.Module], iterators: list[Iterator | None]) -> list[dict[str, torch.Tensor]]:
+        batch, micro = self.args.eval_global_batch_size, self.args.eval_micro_batch_size
+        return self.forward(model, iterators, batch // (micro * self.args.data_parallel_size))
+
+    def forward(
+        self, model: list[nn.Module], iterators: list[Iterator | None], micro_batches: int, **changes: Any
+    ) -> Any:
+        """Run micro-batches through the pipeline, forward only. changes: of what the core's schedule is called with."""
         args, config = self.args, get_model_config(model[0])
-        batch, micro = args.eval_global_batch_size, args.eval_micro_batch_size
+        call = {
+            "forward_step_func": self.forward_step,
+            "data_iterator": iterators if len(model) > 1 else iterators[0],
+            "model": model,
+            "num_microbatches": micro_batches,
+            "seq_length": args.seq_length,
+            "micro_batch_size": args.eval_micro_batch_size,
+            "decoder_seq_length": args.decoder_seq_length,
+            "forward_only": True,
+        }
         timers, config.timers = config.timers, None  # evaluation is not timed, as in the core
         try:
-            return get_forward_backward_func()(
-                forward_step_func=self.forward_step,
-                data_iterator=iterators if len(model) > 1 else iterators[0],
-                model=model,
-                num_microbatches=batch // (micro * args.data_parallel_size),
-                seq_length=args.seq_length,
-                micro_batch_size=micro,
-                decoder_seq_length=args.decoder_seq_length,
-                forward_only=True,
-            )
+            return get_forward_backward_func()(**call | changes)
         finally:
             config.timers = timers
 
@@ -116,6 +129,30 @@ def _sum_over_ranks(local: Counter[int]) -> dict[int, int]:
     total = sum((Counter(rows) for rows in everyone), Counter())
     copies = parallel_state.get_expert_tensor_parallel_world_size()
     return {layer: total[layer] // copies for layer in sorted(total)}
+
+
+_SAMPLES_UNIT = 64
+
+
+def sequences_to_evaluate(available: int, batch: int) -> int:
+    """How many of the available sequences are evaluated in whole global batches; 0 where there are fewer than one.
+
+    A multiple of 64 where the data allow it, so that layouts with other batch sizes evaluate the same tokens.
+    """
+    unit = math.lcm(_SAMPLES_UNIT, batch)
+    return available // unit * unit or available // batch * batch
+
+
+def data_digest(dataset: Any, sequences: int) -> str:
+    """SHA-256 of what a loss is measured on: of each of the first sequences the tokens, then the labels, both int64 in
+    little-endian order, a label that does not count as -100."""
+    digest = hashlib.sha256()
+    for index in range(sequences):
+        sample = dataset[index]
+        labels = torch.as_tensor(sample["labels"]).masked_fill(torch.as_tensor(sample["loss_mask"]) == 0, -100)
+        for ids in (torch.as_tensor(sample["tokens"]), labels):
+            digest.update(ids.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def current_device() -> torch.device:

@@ -8,7 +8,7 @@ import pytest
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_emoe.arguments import add_arguments
-from megatron_emoe.sweep_run import _check_ks
+from megatron_emoe.sweep_plan import _check_ks
 from tests.tiny import flags
 
 HOST = "--transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion".split()

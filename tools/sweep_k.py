@@ -1,9 +1,11 @@
 """Sweep k': held-out loss, speed and cost of one checkpoint at several numbers of active experts.
 
     torchrun --nproc-per-node 2 tools/sweep_k.py --load CKPT --k 1 2 4 6 8 --data-path HELDOUT --out sweep.json
+    python tools/sweep_k.py --hf FOLDER --k 1 2 4 6 8 --data-path HELDOUT --seq-length 4096 --out sweep.json
 
-The model's flags come from the checkpoint; parallel layout and --micro-batch-size may differ from training. Cells
-already in the output are kept, so an interrupted sweep goes on where it stopped.
+The model's flags come from the checkpoint, or from the config.json of a Hugging Face folder, which transformers runs on
+the same tokens; parallel layout and --micro-batch-size may differ from training. Cells already in the output are kept,
+so an interrupted sweep goes on where it stopped, and --evidence or --latency can be added later.
 """
 
 from megatron_emoe import host_mode
@@ -13,19 +15,53 @@ host_mode.start()
 from argparse import ArgumentParser  # noqa: E402
 
 from megatron_emoe.arguments import fail, parse_evaluation  # noqa: E402
-from megatron_emoe.sweep_run import check_sweep, run_sweep  # noqa: E402
+from megatron_emoe.sweep_plan import check_sweep, per_layer  # noqa: E402
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group("sweep")
-    group.add_argument("--k", type=int, nargs="+", required=True, help="Numbers of active experts k' to evaluate.")
+    group.add_argument("--hf", metavar="FOLDER", help="Sweep this Hugging Face folder with transformers; no --load.")
+    group.add_argument("--k", type=int, nargs="+", default=[], help="Numbers of active experts k' to evaluate.")
+    group.add_argument(
+        "--k-per-layer",
+        type=per_layer,
+        nargs="+",
+        default=[],
+        metavar="K,K,...",
+        help="One k' for each MoE layer in layer order, dense layers left out, with commas: 2,4,4,6; several lists.",
+    )
+    group.add_argument(
+        "--layer-sensitivity",
+        action="store_true",
+        help="Also, for every MoE layer and every --k: that k' in this layer, the k of training in all others.",
+    )
     group.add_argument("--out", required=True, help="Result file (JSON); finished cells in it are kept.")
-    group.add_argument("--label", help="Name of the curve in tables and plots. Default: the name of the --load folder.")
+    group.add_argument(
+        "--label", help="Name of the curve in tables and plots. Default: the model's folder."
+    )
     group.add_argument(
         "--max-eval-tokens",
         type=int,
         default=1_000_000,
         help="Held-out tokens to use at most (a random part, the same in every sweep).",
+    )
+    group.add_argument(
+        "--latency",
+        action="store_true",
+        help="Also milliseconds per token, for one token alone and in a full micro-batch (a few seconds per k').",
+    )
+    group.add_argument(
+        "--evidence",
+        action="store_true",
+        help="Also router entropy, load, coverage of training's co-activations, and the co-activation matrices, in a "
+        "file beside --out (a second pass over the data per k').",
+    )
+    group.add_argument(
+        "--coverage-at-least",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Tokens of training that must have used two experts together for the pair to count as covered.",
     )
     return parser
 
@@ -33,12 +69,20 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 def main() -> None:
     fixed = {"skip_train": True, "no_load_optim": True, "no_load_rng": True, "split": "0,100,0"}
     fixed["create_attention_mask_in_dataloader"] = False  # causal; [s, s] per sequence would be kept for every k
+    fixed["mtp_num_layers"] = None  # layers that predict further tokens have no part in this loss
     args = parse_evaluation(add_arguments, **fixed, seed=1234)  # the seed decides which part of the data is read
     try:
         header = check_sweep(args)
     except ValueError as error:
         fail(error)
-    run_sweep(args, header)
+    if args.hf:
+        from megatron_emoe.sweep_hf import run_sweep_hf
+
+        run_sweep_hf(args, header)
+    else:
+        from megatron_emoe.sweep_run import run_sweep
+
+        run_sweep(args, header)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,22 @@ def model_flags(architecture: Architecture, config: PretrainedConfig, source: Sa
     if config.dtype is None:
         config.dtype = source.tensors["model.embed_tokens.weight"].dtype
     return {**architecture.flags(config), "padded_vocab_size": config.vocab_size}
+
+
+def arguments_of(hf: Path) -> tuple[Namespace, dict[str, Any] | None]:
+    """The arguments that an import of the model in `hf` would store, and the block "emoe" that an export left in
+    config.json (None: none).
+
+    Raises:
+        ValueError: as `import_model`, for what is read: config.json and the headers of the tensors.
+    """
+    config = read_config(hf)
+    flags = model_flags(architecture_of(config), config, SafetensorsFolder(hf))
+    settings = getattr(config, "emoe", None)
+    stored = stored_form(flag_words({**flags, **tokenizer_flags(hf, hf)}))
+    if settings and settings.get("tail_scale"):
+        stored.emoe_tail_scale = list(settings["tail_scale"])
+    return stored, settings
 
 
 def _parameters(group: Group) -> int:

@@ -194,7 +194,7 @@ def text_tokens(hf: Path, text: Path, *, sequences: int = SEQUENCES, length: int
 
 def _run_hf(folder: Path, tokens_BS: Tensor, ks: Sequence[int], dtype: torch.dtype) -> dict[int, tuple[Answer, Answer]]:
     """By k': transformers' answer, and its answer with noise."""
-    model = _load_hf(folder, dtype)
+    model = load_hf(folder, dtype)
     tokens_BS = tokens_BS.to(current_device())
     answers = {}
     for k in ks:
@@ -209,15 +209,21 @@ def _run_hf(folder: Path, tokens_BS: Tensor, ks: Sequence[int], dtype: torch.dty
     return answers
 
 
-def _load_hf(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_hf(folder: Path, dtype: torch.dtype, *, eager: bool = True) -> PreTrainedModel:
+    """The model in `folder` on this device, in evaluation mode. eager: by transformers' plain code; else by the faster
+    attention and experts that it picks itself.
+
+    Raises:
+        ValueError: tensors are missing or have another shape.
+    """
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"} if eager else {}
     with silent_transformers():
         model, loading = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
-            attn_implementation="eager",
-            experts_implementation="eager",
             trust_remote_code=False,
             output_loading_info=True,
+            **plain,
         )
     lost = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if lost:  # transformers would go on with random numbers in their place
