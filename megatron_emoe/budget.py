@@ -171,13 +171,14 @@ def proposals(result: SweepResult, limit: Limit) -> list[Proposal]:
     base = _spread(anchor, len(table))
     if not table or base[0] not in table[0]:
         return []
+    found: list[Allocation | None]
     if limit.at_least:
         room = loss_at(result, result.k_train) - math.log(limit.value) - anchor.loss
         fewest = cheapest(table, rise(table, base) + room)
-        found = [fewest] if fewest is not None and fitting and sum(fewest) < sum(base) else []
+        found = [fewest] if fewest and fitting and sum(fewest) < sum(base) else []
     else:
         found = [allocate(table, experts) for experts in sorted(_totals(result, limit, fitting, len(table)))]
-    ks = dict.fromkeys(k for k in found if k is not None and len(set(k)) > 1)
+    ks = dict.fromkeys(k for k in found if k and len(set(k)) > 1)
     return [_proposal(result, k, anchor.loss + rise(table, k) - rise(table, base)) for k in ks]
 
 

@@ -223,8 +223,8 @@ def _evidence(result: SweepResult) -> list[Table]:
     note = (
         "Over the MoE layers: entropy in nats per token, mean of layers. Load in multiples of the even share: the "
         "lowest layer's least and 5th percentile, the median of the medians, the highest layer's 95th percentile and "
-        "most; experts without a token, in all. Coverage: share of the pairs active together at k' that were so for at "
-        f"least {result.coverage_at_least or 1} tokens in training."
+        "most; experts without a token, in all. Coverage: share of the pairs active together at k' that were so for "
+        f"{result.coverage_at_least or 1} or more tokens in training."
     )
     return [_by_k("Routing", result, columns, note)]
 

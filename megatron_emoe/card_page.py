@@ -85,12 +85,14 @@ def _row_html(row: Sequence[str]) -> str:
 def inline_svg(text: str, prefix: str) -> str:
     """An SVG file as Matplotlib writes it, made to stand in a page: it takes the page's colours.
 
-    Black, white and Matplotlib's greys of lines become the page's; ids get `prefix`, so that several charts keep apart.
+    Black, white and Matplotlib's greys of lines become the page's. Ids that something refers to get `prefix`, so that
+    several charts keep apart; the others go.
     """
     svg = text[text.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>\*\{stroke-linejoin[^<]*</style>", "", svg)
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", svg)
     for fixed, own in (("#000000", "currentColor"), ("#ffffff", "var(--page)"), ("#ebebeb", "var(--line)")):
         svg = svg.replace(fixed, own)
