@@ -1,0 +1,70 @@
+"""Entry points of this repository in forks of a process that has imported Megatron once: a run starts in a second.
+
+Import this module first of all: it sets one thread per process, before torch is loaded.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gc
+import multiprocessing
+import runpy
+import socket
+import sys
+import traceback
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from megatron_emoe import host_mode
+
+host_mode.setup([])
+
+import megatron_emoe.sweep_run  # noqa: E402
+import megatron_emoe.tail_fit  # noqa: E402
+import megatron_emoe.training  # noqa: E402, F401
+
+gc.freeze()  # what is here is never garbage: no fork need look at it
+_CONTEXT = multiprocessing.get_context("fork")
+
+
+def start(script: Path, words: list[str], log: Path) -> BaseProcess:
+    """Run `python script words` as the only rank; both its streams go to `log`."""
+    process = _CONTEXT.Process(target=_run, args=(script, words, log))
+    process.start()
+    return process
+
+
+def wait_for_one(processes: list[BaseProcess]) -> BaseProcess:
+    """The first of the running processes to end."""
+    ended = wait([process.sentinel for process in processes])[0]
+    return next(process for process in processes if process.sentinel == ended)
+
+
+def _run(script: Path, words: list[str], log: Path) -> None:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv = [str(script), *words]
+    sys.orig_argv = ["python", *sys.argv]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        _leave(status)
+    except BaseException:
+        traceback.print_exc()
+        _leave(1)
+    _leave(0)
+
+
+def _leave(status: int) -> None:
+    """End without the parent's exit handlers, but with what was printed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

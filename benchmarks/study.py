@@ -1,0 +1,266 @@
+"""The study of docs/study.md: one base model, every way to continue it, three seeds, a sweep of k' for each.
+
+    make study                                       # all cells; hours on two cores; goes on where it was stopped
+    make study STUDY_ARGS="--only topk,tail,emoe --seeds 1"
+
+Corpus: the Python standard library's sources. Every cell (a method and a seed) ends as one JSON file in docs/study:
+flags, times, sweep, fitted tail scale. Checkpoints and logs go to study/, and a cell whose file exists is not run
+again. docs/study.md is written from the files, whatever is there.
+"""
+
+import forks  # first: it sets the number of threads
+
+# isort: split
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import study_methods as plan
+from study_methods import Method
+from tqdm import tqdm
+
+from megatron_emoe.sweep_result import write_atomically
+
+REPO = Path(__file__).resolve().parent.parent
+BASE = Method("base", "", "the run that all continue", lr=plan.BASE_LR)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method with a seed. work: folder of checkpoints, logs and data. results: folder of the finished cells."""
+
+    method: Method
+    seed: int
+    work: Path
+    results: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.name}-s{self.seed}"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.work / "checkpoints" / ("base" if self.method is BASE else self.name)
+
+    @property
+    def result(self) -> Path:
+        return self.results / f"{self.name}.json"
+
+    def part(self, name: str) -> Path:
+        """A file of this cell that only counts until the cell is finished."""
+        return self.work / "parts" / f"{self.name}.{name}.json"
+
+    def training(self) -> list[str]:
+        """Flags of pretrain_emoe.py."""
+        base = self.method is BASE
+        iterations = plan.BASE_ITERS if base else plan.CONTINUED_ITERS
+        start = "" if base else f"--load {self.work}/checkpoints/base --finetune"
+        data = f"""--data-path {self.work}/data/stdlib --tokenizer-type SentencePieceTokenizer
+            --tokenizer-model {self.work}/data/stdlib.model"""
+        steps = f"--train-iters {iterations} --save-interval {iterations} --eval-interval {iterations}"
+        seeds = f"--seed {self.seed} --emoe-seed {self.seed}"
+        words = f"{plan.MODEL} {plan.TRAIN} {data} {steps} {self.method.lr} {seeds} {start} --save {self.checkpoint}"
+        return _last_wins(f"{words} --moe-router-topk {self.method.k} {self.method.flags}".split())
+
+    def sweep(self, ks: tuple[int, ...], tail_scale: str, out: Path) -> list[str]:
+        """Flags of tools/sweep_k.py."""
+        words = f"""--load {self.checkpoint} --label {self.method.name} --k {" ".join(map(str, ks))} --out {out}
+            {self._held_out(plan.HELD_OUT_TOKENS)} --emoe-tail-scale {tail_scale}"""
+        return words.split()
+
+    def fit(self) -> list[str]:
+        """Flags of tools/fit_tail_scale.py."""
+        ks = " ".join(map(str, plan.FITTED_KS))
+        words = f"--load {self.checkpoint} --k {ks} --out {self.part('fit')} {self._held_out(plan.FIT_TOKENS)}"
+        return words.split()
+
+    def _held_out(self, tokens: int) -> str:
+        return f"""--data-path {self.work}/data/stdlib_heldout --max-eval-tokens {tokens}
+            --no-create-attention-mask-in-dataloader"""
+
+    def fitted_words(self) -> str:
+        """The fitted table as the words of --emoe-tail-scale."""
+        table = json.loads(self.part("fit").read_text())["tail_scale"]
+        return " ".join(f"{k}:{scale}" for k, scale in table.items())
+
+
+def _last_wins(words: list[str]) -> list[str]:
+    """The words without the earlier of two --moe-router-topk."""
+    first = words.index("--moe-router-topk")
+    return words[:first] + words[first + 2 :] if words.count("--moe-router-topk") > 1 else words
+
+
+def steps(cell: Cell) -> Iterator[tuple[str, Callable[[], list[str]], Path]]:
+    """Script, its flags (known when it is due) and the file that exists once it has succeeded."""
+    done = cell.checkpoint / "latest_checkpointed_iteration.txt"
+    yield "pretrain_emoe.py", cell.training, done
+    yield "tools/sweep_k.py", lambda: cell.sweep(cell.method.ks, "1", cell.part("sweep")), cell.part("sweep")
+    if cell.method.fit:
+        fitted = cell.part("fitted-sweep")
+        yield "tools/fit_tail_scale.py", cell.fit, cell.part("fit")
+        ks = tuple(k for k in cell.method.ks if k >= cell.method.k)
+        yield "tools/sweep_k.py", lambda: cell.sweep(ks, cell.fitted_words(), fitted), fitted
+
+
+class Progress:
+    """What is left to do for one cell, and how long its steps took."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        self.left = [step for step in steps(cell) if not step[2].exists()]
+        self.process: BaseProcess | None = None
+        self.began = 0.0
+
+    def next(self) -> bool:
+        """Start the next step; False where none is left."""
+        if not self.left:
+            return False
+        script, flags, _ = self.left[0]
+        log = self.cell.work / "logs" / f"{self.cell.name}.{Path(script).stem}.{len(self.left)}.log"
+        self.began = time.perf_counter()
+        self.process = forks.start(REPO / script, flags(), log)
+        return True
+
+    def ended(self) -> None:
+        """Take note of the step that ended (SystemExit where it failed)."""
+        assert self.process is not None
+        self.process.join()
+        script, _, done = self.left.pop(0)
+        if self.process.exitcode != 0 or not done.exists():
+            sys.exit(f"{self.cell.name}: {script} failed; see {self.cell.work}/logs/{self.cell.name}.*")
+        _note_seconds(self.cell, Path(script).stem, time.perf_counter() - self.began)
+
+
+def _note_seconds(cell: Cell, script: str, seconds: float) -> None:
+    path = cell.part("seconds")
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[script] = round(known.get(script, 0.0) + seconds, 1)
+    write_atomically(path, lambda file: file.write(json.dumps(known).encode()))
+
+
+def finish(cell: Cell) -> None:
+    """One file with everything about the cell, without the paths of this machine."""
+    method = cell.method
+    record: dict[str, Any] = {
+        "method": method.name,
+        "about": method.about,
+        "seed": cell.seed,
+        "k": method.k,
+        "flags": method.flags,
+        "learning_rate": method.lr,
+        "iterations": plan.CONTINUED_ITERS,
+        "seconds": _read(cell.part("seconds")),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: version(name) for name in ("megatron-core", "torch")},
+        "sweep": _losses(cell.part("sweep")),
+    }
+    if method.fit:
+        fit = _read(cell.part("fit"))
+        record |= {"tail_scale": fit["tail_scale"], "fitted_sweep": _losses(cell.part("fitted-sweep"))}
+    text = json.dumps(record, indent=2) + "\n"
+    write_atomically(cell.result, lambda file: file.write(text.encode()))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _losses(path: Path) -> dict[str, Any]:
+    """Of a sweep: its data, and loss and experts per token and layer at each k'."""
+    sweep = _read(path)
+    cells = {}
+    for cell in sweep["cells"]:
+        rows = cell["rows_per_layer"].values()
+        cells[str(cell["k"])] = {"loss": cell["loss"], "experts": sum(rows) / len(rows) / cell["tokens"]}
+    return {"tokens": sweep["cells"][0]["tokens"], "digest": sweep["data"].get("digest"), "cells": cells}
+
+
+def corpus(work: Path) -> None:
+    """The tokenizer and the two data sets, unless they are there."""
+    if (work / "data/stdlib.json").exists():
+        return
+    sys.path.insert(0, str(REPO / "examples"))
+    from demo import sources
+
+    words = [sys.executable, str(REPO / "tools/preprocess_data.py"), "--input", *sources(), "--suffix", ".py"]
+    words += f"--output-prefix {work}/data/stdlib --train-tokenizer {plan.VOCAB} --append-eod --holdout 0.05".split()
+    subprocess.run([*words, "--workers", "2", "--errors", "ignore"], check=True)
+
+
+def run(cells: list[Cell], jobs: int) -> None:
+    """Bring every cell to its end, `jobs` of them at a time."""
+    waiting = [Progress(cell) for cell in cells if not cell.result.exists()]
+    running: list[Progress] = []
+    with tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="cells", unit="cell") as bar:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                _go_on(waiting.pop(0), running, bar)
+            if running:
+                ended = forks.wait_for_one([progress.process for progress in running if progress.process])
+                progress = next(one for one in running if one.process is ended)
+                running.remove(progress)
+                progress.ended()
+                _go_on(progress, running, bar)
+
+
+def _go_on(progress: Progress, running: list[Progress], bar: tqdm) -> None:
+    if progress.next():
+        running.append(progress)
+    else:
+        finish(progress.cell)
+        bar.update()
+
+
+def base_run(work: Path) -> None:
+    """The checkpoint that every cell starts from."""
+    progress = Progress(Cell(BASE, 1, work, work))
+    progress.left = (
+        progress.left[:1] if not (work / "checkpoints/base/latest_checkpointed_iteration.txt").exists() else []
+    )
+    if progress.next():
+        assert progress.process is not None
+        progress.ended()
+
+
+def chosen_cells(options: argparse.Namespace) -> list[Cell]:
+    """Seed 1 of all first, so that a study that was stopped early says most."""
+    names = [method.name for method in (*plan.MAIN, *plan.ABLATIONS)]
+    wanted = options.only.split(",") if options.only else names
+    for name in wanted:
+        if name not in names:
+            sys.exit(f"--only {name}: must be one of {', '.join(names)}")
+    order = [(m, s) for s in plan.SEEDS for m in (*plan.MAIN, *(plan.ABLATIONS if s == plan.SEEDS[0] else ()))]
+    return [
+        Cell(method, seed, options.work, options.results)
+        for method, seed in order
+        if method.name in wanted and seed in options.seeds
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="Names of methods, with commas between them. Default: all.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(plan.SEEDS), choices=plan.SEEDS)
+    parser.add_argument("--jobs", type=int, default=2, help="Cells at a time, each on one core.")
+    parser.add_argument("--work", type=Path, default=REPO / "study", help="Data, checkpoints and logs.")
+    parser.add_argument("--results", type=Path, default=REPO / "docs/study", help="One JSON file per cell.")
+    options = parser.parse_args()
+    for folder in ("data", "checkpoints", "logs", "parts"):
+        (options.work / folder).mkdir(parents=True, exist_ok=True)
+    options.results.mkdir(parents=True, exist_ok=True)
+    corpus(options.work)
+    base_run(options.work)
+    run(chosen_cells(options), options.jobs)
+
+
+if __name__ == "__main__":
+    main()
