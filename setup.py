@@ -31,6 +31,7 @@ setup(
         "matplotlib>=3.9,<4",
         "tqdm>=4.66,<5",
         "pydantic>=2.7,<3",
+        "scipy>=1.13,<2",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.4,<3"],

@@ -19,7 +19,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from megatron_emoe import host_mode
-from megatron_emoe.checkpoint import check_load, has_checkpoint, locate, model_flags, stored_args
+from megatron_emoe.checkpoint import check_load, fitted_tail_scale, has_checkpoint, locate, model_flags, stored_args
 from megatron_emoe.data import check_data
 from megatron_emoe.elastic_config import ElasticConfig
 from megatron_emoe.transformer_config import elastic_config_from_args
@@ -124,7 +124,10 @@ def _evaluated(args: Namespace) -> Namespace:
     if hf is None:
         if args.load is None:
             raise ValueError("--load is not given: which checkpoint?")
-        return stored_args(locate(args.load, args.ckpt_step))
+        checkpoint = locate(args.load, args.ckpt_step)
+        stored = stored_args(checkpoint)
+        stored.emoe_tail_scale = fitted_tail_scale(checkpoint) or getattr(stored, "emoe_tail_scale", None)
+        return stored
     if args.load is not None:
         raise ValueError(f"--hf {hf} excludes --load {args.load}: one model at a time")
     from megatron_emoe.hf.import_model import arguments_of  # transformers takes seconds to import
