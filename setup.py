@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
 CONVERSATIONS = "datasets>=2.19,<6"  # Megatron's SFTDataset reads its files with it
+# tools/eval_tasks.py; lm-eval's model class for transformers imports accelerate. About 0.3 GB beside datasets.
+TASKS = ["lm-eval>=0.4.13,<0.5", "accelerate>=1,<2"]
 
 setup(
     name="megatron-emoe",
@@ -35,8 +37,8 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.4,<3"],
-        "eval": ["lm-eval>=0.4.9,<0.5"],
+        "eval": TASKS,
         "sft": [CONVERSATIONS],
-        "dev": ["pytest>=8,<10", "ruff==0.17.6", "mypy>=1.13,<3", CONVERSATIONS],
+        "dev": ["pytest>=8,<10", "ruff==0.17.6", "mypy>=1.13,<3", CONVERSATIONS, *TASKS],
     },
 )
