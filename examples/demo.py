@@ -1,8 +1,9 @@
 """The whole of elastic continued training, on real text, on any machine: about ten minutes on two cores.
 
 Corpus (the Python standard library's sources) -> SentencePiece -> Megatron data -> a base run with plain top-k and
-expert parallelism -> two continued runs from it, plain top-k and elastic -> sweeps over k' -> demo/wall.png and
-demo/report.md. Every step is one command of this repository; a step whose output exists is not run again.
+expert parallelism -> two continued runs from it, plain top-k and elastic -> sweeps over k', for the elastic run also of
+each layer alone and of the k' per layer that this suggests for a budget -> demo/card.html, demo/card.md, demo/wall.png.
+Every step is one command of this repository; one whose output is complete is not run again.
 """
 
 import json
@@ -11,37 +12,63 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_emoe.sweep import cost_at_k, effective_range, load, markdown_table, peak_gain, wall
+from megatron_emoe.budget import flops_limit, name, proposals
+from megatron_emoe.sweep import (
+    K,
+    cost_at_k,
+    effective_range,
+    load,
+    markdown_table,
+    missing_ks,
+    peak_gain,
+    sensitivity_budgets,
+    wall,
+)
 
 REPO = Path(__file__).resolve().parent.parent
 OUT = REPO / "demo"
-KS = (2, 4, 6, 8, 12, 16)
 VOCAB = 2048
+LAYERS, TRAINED_K = 3, 4
 BASE_ITERS, CONTINUED_ITERS = 400, 120
+KS = (1, 2, 3, 4, 6, 8, 12, 16)
+LAYER_KS = (1, 2, 3, 6)
+"""The k' that each layer is measured at alone; with TRAINED_K, what a k' per layer is put together from."""
+BUDGET = 0.6
+"""Expert FLOPs per token that the last step asks a k' for, as a multiple of those at TRAINED_K."""
+LATENCY = ("latency_ms_batch1", "latency_ms_large")
 
-MODEL = """--num-layers 3 --hidden-size 96 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
-    --num-experts 32 --moe-router-topk 4 --moe-ffn-hidden-size 48 --ffn-hidden-size 48 --swiglu --disable-bias-linear
-    --normalization RMSNorm --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0
-    --untie-embeddings-and-output-weights --moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32"""
+ELASTIC = "--emoe-selection prefix --emoe-k-schedule uniform --emoe-k-min 4 --emoe-k-max 12"
+"""What makes the elastic run elastic."""
+
+MODEL = f"""--num-layers {LAYERS} --hidden-size 96 --num-attention-heads 4 --seq-length 256
+    --max-position-embeddings 256 --num-experts 32 --moe-router-topk {TRAINED_K} --moe-ffn-hidden-size 48
+    --ffn-hidden-size 48 --swiglu --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
+    --attention-dropout 0 --hidden-dropout 0 --untie-embeddings-and-output-weights --moe-aux-loss-coeff 1e-2
+    --moe-router-dtype fp32"""
 PARALLEL = "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
 TRAIN = """--micro-batch-size 4 --global-batch-size 8 --adam-beta2 0.95 --clip-grad 1.0 --weight-decay 0.1
     --lr-decay-style cosine --log-interval 10 --eval-iters 4 --split 99,1,0 --no-create-attention-mask-in-dataloader"""
-ELASTIC = "--emoe-selection prefix --emoe-k-schedule uniform --emoe-k-min 4 --emoe-k-max 12"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command; `done` exists once it has succeeded. iterations: what its log counts up to, for the progress bar."""
+    """One command; `done` tells whether it has succeeded. iterations: what its log counts up to, for the progress
+    bar."""
 
     name: str
     command: list[str]
-    done: Path
+    done: Callable[[], bool]
     iterations: int = 0
+
+
+def python(script: str, *words: object) -> list[str]:
+    return [sys.executable, str(REPO / script), *map(str, words)]
 
 
 def torchrun(script: str, flags: str) -> list[str]:
@@ -54,14 +81,25 @@ def training(name: str, iterations: int, lr: str, extra: str) -> Step:
     flags = f"""{MODEL} {PARALLEL} {TRAIN} --train-iters {iterations} {lr} --eval-interval {iterations}
         --data-path {OUT}/data/stdlib --tokenizer-type SentencePieceTokenizer --tokenizer-model {OUT}/data/stdlib.model
         --save {save} --save-interval {iterations} --tensorboard-dir {OUT}/tensorboard/{name} {extra}"""
-    return Step(name, torchrun("pretrain_emoe.py", flags), save / "latest_checkpointed_iteration.txt", iterations)
+    done = (save / "latest_checkpointed_iteration.txt").exists
+    return Step(name, torchrun("pretrain_emoe.py", flags), done, iterations)
 
 
-def sweep(name: str) -> Step:
-    out = OUT / f"{name}.json"
-    flags = f"""--load {OUT}/checkpoints/{name} --label {name} --out {out} --data-path {OUT}/data/stdlib_heldout
-        --k {" ".join(map(str, KS))} --max-eval-tokens 32768 --no-create-attention-mask-in-dataloader {PARALLEL}"""
-    return Step(f"sweep {name}", torchrun("tools/sweep_k.py", flags), out)
+def sweep_file(run: str) -> Path:
+    return OUT / f"sweep_{run}.json"
+
+
+def sweep(run: str, title: str, extra: str, cells: Sequence[K], fields: Sequence[str] = ()) -> Step:
+    """A sweep of a run into its file, done once the file has these cells with these fields."""
+    out = sweep_file(run)
+    flags = f"""--load {OUT}/checkpoints/{run} --label {run} --out {out} --data-path {OUT}/data/stdlib_heldout
+        --max-eval-tokens 32768 --no-create-attention-mask-in-dataloader {PARALLEL} {extra}"""
+    done = lambda: out.exists() and not missing_ks(load(out), cells, fields)  # noqa: E731
+    return Step(title, torchrun("tools/sweep_k.py", flags), done)
+
+
+def numbers(ks: Sequence[int]) -> str:
+    return " ".join(map(str, ks))
 
 
 def sources() -> list[str]:
@@ -71,31 +109,62 @@ def sources() -> list[str]:
     return [str(path) for path in parts if path.suffix == ".py" or (path.is_dir() and any(path.rglob("*.py")))]
 
 
-def steps() -> list[Step]:
-    corpus = [sys.executable, str(REPO / "tools/preprocess_data.py"), "--input", *sources()]
+def steps() -> Iterator[Step]:
+    """All steps in order. Ask for the next one only once a step is done: some read what the steps before them wrote."""
+    corpus = python("tools/preprocess_data.py", "--input", *sources())
     corpus += f"--suffix .py --output-prefix {OUT}/data/stdlib --train-tokenizer {VOCAB} --append-eod".split()
-    corpus += ["--holdout", "0.05", "--workers", "2", "--errors", "ignore"]
+    yield Step(
+        "corpus", [*corpus, *"--holdout 0.05 --workers 2 --errors ignore".split()], (OUT / "data/stdlib.json").exists
+    )
     continued = f"--load {OUT}/checkpoints/base --finetune"
     low = "--lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 10"
-    plot = [sys.executable, str(REPO / "tools/plot_sweep.py"), *(str(OUT / f"{n}.json") for n in ("topk", "elastic"))]
-    return [
-        Step("corpus", corpus, OUT / "data/stdlib.json"),
-        training("base", BASE_ITERS, "--lr 2e-3 --min-lr 1e-3 --lr-warmup-iters 30", ""),
-        training("topk", CONTINUED_ITERS, low, continued),
-        training("elastic", CONTINUED_ITERS, low, f"{continued} {ELASTIC} --emoe-eval-k 4 8 12"),
-        sweep("topk"),
-        sweep("elastic"),
-        Step("plot", [*plot, "--out", str(OUT / "wall.png")], OUT / "wall.png"),
-    ]
+    yield training("base", BASE_ITERS, "--lr 2e-3 --min-lr 1e-3 --lr-warmup-iters 30", "")
+    yield training("topk", CONTINUED_ITERS, low, continued)
+    yield training("elastic", CONTINUED_ITERS, low, f"{continued} {ELASTIC} --emoe-eval-k 4 8 12")
+    for run in ("topk", "elastic"):
+        yield sweep(run, f"sweep {run}", f"--k {numbers(KS)} --latency", KS, LATENCY)
+    alone = sensitivity_budgets(LAYER_KS, TRAINED_K, LAYERS)
+    yield sweep("elastic", "sweep layers", f"--k {numbers(LAYER_KS)} --layer-sensitivity", alone)
+    if allocations := suggested():
+        words = " ".join(map(name, allocations))
+        yield sweep("elastic", "sweep k' per layer", f"--k-per-layer {words}", allocations)
+    yield from drawings()
+
+
+def suggested() -> list[tuple[int, ...]]:
+    """The k' per layer that the measured layers suggest for BUDGET."""
+    elastic = load(sweep_file("elastic"))
+    return [proposal.k for proposal in proposals(elastic, flops_limit(elastic, BUDGET))]
+
+
+def drawings() -> Iterator[Step]:
+    """The chart and the card, made anew where a sweep is newer."""
+    files = [sweep_file("topk"), sweep_file("elastic")]
+    for title, script, target, extra in (
+        ("plot", "tools/plot_sweep.py", OUT / "wall.png", []),
+        (
+            "card",
+            "tools/report.py",
+            OUT / "card.html",
+            ["--baseline", files[0], "--title", f"Demo: top-k, and {ELASTIC}"],
+        ),
+    ):
+        yield Step(
+            title, python(script, *files, *extra, "--out", target), lambda target=target: is_newer(target, files)
+        )
+
+
+def is_newer(target: Path, files: Sequence[Path]) -> bool:
+    return target.exists() and all(target.stat().st_mtime_ns > file.stat().st_mtime_ns for file in files)
 
 
 def run(step: Step, seconds: dict[str, float]) -> None:
     """Run one step, its output in demo/logs, its progress on the terminal. SystemExit with the log's end if it
     fails."""
-    log = OUT / "logs" / f"{step.name.replace(' ', '_')}.log"
+    log = OUT / "logs" / f"{re.sub('[^a-z]+', '_', step.name)}.log"
     start = time.perf_counter()
     total = step.iterations or None
-    form = "{desc:14} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]" if total else "{desc:14} [{elapsed}]"
+    form = "{desc:18} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]" if total else "{desc:18} [{elapsed}]"
     with open(log, "w") as file, tqdm(total=total, desc=step.name, bar_format=form, leave=True) as bar:
         process = subprocess.Popen(step.command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout is not None
@@ -104,32 +173,24 @@ def run(step: Step, seconds: dict[str, float]) -> None:
             if reached := re.search(r"iteration +(\d+)/ *\d+ \|", line):
                 bar.update(int(reached[1]) - bar.n)
             bar.refresh()
-    if process.wait() != 0 or not step.done.exists():
+    if process.wait() != 0 or not step.done():
         sys.exit(f"{step.name} failed; the end of {log}:\n" + "".join(log.read_text().splitlines(True)[-20:]))
     seconds[step.name] = round(time.perf_counter() - start, 1)
 
 
-def report(seconds: dict[str, float]) -> str:
-    topk, elastic = load(OUT / "topk.json"), load(OUT / "elastic.json")
-    lines = ["# Elastic continued training: one base model, two ways to continue it", ""]
-    lines += [
-        f"Held-out loss (nats per token) at k' active experts. Both continue one base, which used {topk.k_train}."
-    ]
-    lines += ["", markdown_table([topk, elastic])]
+def summary(seconds: dict[str, float]) -> str:
+    """The result in short; the card has it in full."""
+    topk, elastic = load(sweep_file("topk")), load(sweep_file("elastic"))
+    lines = [f"Held-out loss (nats per token) at k' active experts; both runs continue one base at k = {topk.k_train}."]
+    lines += [f"elastic: {ELASTIC}", "", markdown_table([topk, elastic])]
     for result in (topk, elastic):
-        end = wall(result)
-        lines.append(
-            f"- {result.label}: effective range R = {effective_range(result):.2f}, "
-            + (f"worse than at k from k' = {end}" if end else "no wall up to the largest k'")
-        )
-    lines += [f"- cost of elastic training at k' = k: {cost_at_k(elastic, topk):+.4f} nats (positive: worse)"]
-    lines += [f"- peak gain of elastic training over plain top-k at k: {peak_gain(elastic, topk):+.4f} nats", ""]
-    lines += ["| step | seconds |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in seconds.items()), ""]
-    lines += [
-        f"Elastic setting: `{ELASTIC}` (top-k at a k drawn every step: E[k] = 8, so twice the expert FLOPs per step"
-    ]
-    lines += ["of plain top-k at 4; the same data, steps and learning rate).", "", "![loss over k'](wall.png)", ""]
-    return "\n".join(lines)
+        first = wall(result)
+        end = f"wall at k' = {first}" if first else f"no wall up to k' = {max(KS)}"
+        lines += [f"{result.label}: effective range {effective_range(result):.2f}, {end}"]
+    lines += [f"elastic against top-k: at k {cost_at_k(elastic, topk):+.4f} nats (positive: worse),"]
+    lines += [f"at its best k' {-peak_gain(elastic, topk):+.4f} against top-k at k", ""]
+    spent = ", ".join(f"{step} {value:.0f}" for step, value in seconds.items())
+    return "\n".join([*lines, f"seconds: {spent}", ""])
 
 
 def main() -> None:
@@ -138,13 +199,15 @@ def main() -> None:
     timings = OUT / "seconds.json"
     seconds = json.loads(timings.read_text()) if timings.exists() else {}
     for step in steps():
-        if step.done.exists():
+        if step.done():
             continue
         run(step, seconds)
         timings.write_text(json.dumps(seconds))
-    text = report(seconds)
-    (OUT / "report.md").write_text(text)
-    print(f"\n{text}\nfigure: {OUT}/wall.png\nreport: {OUT}/report.md\ntensorboard --logdir {OUT}/tensorboard")
+    print(f"\n{summary(seconds)}\nwhich k' for {BUDGET:g} of the expert FLOPs?", flush=True)
+    question = ["tools/pick_k.py", str(sweep_file("elastic").relative_to(REPO)), "--max-flops", f"{BUDGET:g}"]
+    print(f"python {' '.join(question)}\n", flush=True)
+    subprocess.run([sys.executable, *question], cwd=REPO, check=True)
+    print(f"\ncard: {OUT}/card.html, {OUT}/card.md\nfigure: {OUT}/wall.png\ntensorboard --logdir {OUT}/tensorboard")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Command lines for a k': they must be ones that the tools take, and say what stock software cannot do."""
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
 
 import pytest
 
+from megatron_emoe import sweep
 from megatron_emoe.serving import K_KEYS, hf_key, serving_lines, sweep_command, tail_scale_at
 from megatron_emoe.sweep import SweepData, SweepResult
+from tests import hf_models, sweeps
+from tests.distributed import run_ranks
+from tests.sweeps import Answer
 
 COMMAND = (
     "python -u tools/sweep_k.py --load 'runs/my model' --k 1 2 4 --k-per-layer 2,4 4,2 --layer-sensitivity "
@@ -138,3 +143,36 @@ def test_stock_software_serves_no_k_per_layer_and_no_tail_scale():
 def test_one_number_for_all_k_is_written_as_one():
     text = "\n".join(serving_lines(make_result(tail_scale={"0": 0.2}), 8))
     assert "--emoe-eval-k 8 --emoe-tail-scale 0.2" in text
+
+
+def prepare_and_sweep(folder: Path) -> Answer:
+    """A tiny model (k = 2, two MoE layers) with its first sweep."""
+    from megatron_emoe.hf.import_model import import_model
+
+    import_model(hf_models.save("qwen2_moe", folder / "hf"), folder / "megatron", report=lambda _line: None)
+    sweeps.write_tokens(folder / "data")
+    return sweeps.sweep_k(*first_words(folder))
+
+
+def first_words(folder: Path) -> list[str]:
+    asked = {"load": str(folder / "megatron"), "k": [1, 2, 4], "layer_sensitivity": True}
+    return sweeps.flags(folder / "data", folder / "first.json", **asked)
+
+
+@pytest.mark.slow
+def test_the_measuring_command_measures(tmp_path):
+    """Run as it is printed, it adds the cell it promises to the file and leaves the others."""
+    (answer,) = run_ranks(prepare_and_sweep, 1, tmp_path)
+    assert answer.status is None, answer
+    out = (tmp_path / "first.json").rename(tmp_path / "moved.json")
+    first = sweep.load(out)
+    first = dataclasses.replace(first, command=shlex.join(["python", "tools/sweep_k.py", *first_words(tmp_path)]))
+
+    launcher, words = sweep_command(first, out, [(1, 4), (4, 1)]).split(" tools/sweep_k.py ")
+    assert launcher == "torchrun --nproc-per-node 1"
+    (answer,) = run_ranks(sweeps.sweep_k, 1, *shlex.split(words))
+    assert answer.status is None, answer
+    now = sweep.load(out)
+    assert [cell.k for cell in first.cells] == [1, 2, 4, (1, 2), (2, 1), (2, 4), (4, 2)]
+    assert {cell.k for cell in now.cells} - {cell.k for cell in first.cells} == {(1, 4), (4, 1)}
+    assert [cell for cell in now.cells if cell.k not in ((1, 4), (4, 1))] == list(first.cells)
