@@ -12,7 +12,6 @@ import multiprocessing
 import runpy
 import socket
 import sys
-import traceback
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -52,19 +51,4 @@ def _run(script: Path, words: list[str], log: Path) -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.argv = [str(script), *words]
     sys.orig_argv = ["python", *sys.argv]
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        _leave(status)
-    except BaseException:
-        traceback.print_exc()
-        _leave(1)
-    _leave(0)
-
-
-def _leave(status: int) -> None:
-    """End without the parent's exit handlers, but with what was printed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    runpy.run_path(str(script), run_name="__main__")  # its SystemExit and its exceptions are the process's
