@@ -26,6 +26,7 @@ from typing import Any
 
 import study_methods as plan
 from study_methods import Method
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 from megatron_emoe.sweep_result import write_atomically
@@ -52,6 +53,10 @@ class Cell:
         return self.work / "checkpoints" / ("base" if self.method is BASE else self.name)
 
     @property
+    def tensorboard(self) -> Path:
+        return self.work / "tensorboard" / self.name
+
+    @property
     def result(self) -> Path:
         return self.results / f"{self.name}.json"
 
@@ -69,6 +74,7 @@ class Cell:
         steps = f"--train-iters {iterations} --save-interval {iterations} --eval-interval {iterations}"
         seeds = f"--seed {self.seed} --emoe-seed {self.seed}"
         words = f"{plan.MODEL} {plan.TRAIN} {data} {steps} {self.method.lr} {seeds} {start} --save {self.checkpoint}"
+        words += f" --tensorboard-dir {self.tensorboard}"
         return _last_wins(f"{words} --moe-router-topk {self.method.k} {self.method.flags}".split())
 
     def sweep(self, ks: tuple[int, ...], tail_scale: str, out: Path) -> list[str]:
@@ -161,27 +167,26 @@ def finish(cell: Cell) -> None:
         "seconds": _read(cell.part("seconds")),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: version(name) for name in ("megatron-core", "torch")},
-        "sweep": _losses(cell.part("sweep")),
+        "active_experts": measured_experts(cell.tensorboard),
+        "sweep": _read(cell.part("sweep")),
     }
     if method.fit:
         fit = _read(cell.part("fit"))
-        record |= {"tail_scale": fit["tail_scale"], "fitted_sweep": _losses(cell.part("fitted-sweep"))}
-    text = json.dumps(record, indent=2) + "\n"
+        record |= {"tail_scale": fit["tail_scale"], "fitted_sweep": _read(cell.part("fitted-sweep"))}
+    text = json.dumps(record, indent=2).replace(f"{cell.work}/", "study/") + "\n"
     write_atomically(cell.result, lambda file: file.write(text.encode()))
+
+
+def measured_experts(folder: Path) -> float:
+    """Experts per token and layer in training: the mean over logged steps."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    values = [event.value for event in events.Scalars("emoe/active k")]
+    return sum(values) / len(values)
 
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
-
-
-def _losses(path: Path) -> dict[str, Any]:
-    """Of a sweep: its data, and loss and experts per token and layer at each k'."""
-    sweep = _read(path)
-    cells = {}
-    for cell in sweep["cells"]:
-        rows = cell["rows_per_layer"].values()
-        cells[str(cell["k"])] = {"loss": cell["loss"], "experts": sum(rows) / len(rows) / cell["tokens"]}
-    return {"tokens": sweep["cells"][0]["tokens"], "digest": sweep["data"].get("digest"), "cells": cells}
 
 
 def corpus(work: Path) -> None:
