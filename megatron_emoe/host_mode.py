@@ -157,8 +157,8 @@ def _missing_defaults(argv: list[str]) -> list[str]:
 
 def _refuse_gpu_flags(argv: list[str]) -> None:
     for flag, value in _given(argv):
-        possible = _POSSIBLE.get(flag, value).split()
-        if value and value not in possible:
+        possible = _POSSIBLE.get(flag, "").split()
+        if value and possible and value not in possible:
             raise ValueError(f"{flag} {value}: in host mode it must be {' or '.join(possible)}")
         for reason, flags in _IMPOSSIBLE.items():
             if flag in flags.split():
