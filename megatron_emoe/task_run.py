@@ -40,6 +40,7 @@ PAPER_TASKS = {
 """The nine tasks of EMoE (arXiv 2509.21892), and the folder of each in lm-eval: reading all of lm-eval's 14,000 tasks
 takes half a minute."""
 
+_ROOT = Path(lm_eval.tasks.__file__).parent
 SEED = 1234
 """Of examples in prompts and of sampled generations: lm-eval's default."""
 
@@ -121,13 +122,12 @@ def find_tasks(args: Namespace) -> tuple[TaskManager, list[str]]:
 
 def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
     """An index with all `names`, of a few folders if they suffice, else of everything."""
-    root = Path(lm_eval.tasks.__file__).parent
-    folders = {root / PAPER_TASKS[name] for name in names if name in PAPER_TASKS}
+    folders = {_ROOT / PAPER_TASKS[name] for name in names if name in PAPER_TASKS}
     own = [] if include_path is None else [include_path]
     few = TaskManager(include_path=[*sorted(folders), *own], include_defaults=False)
     if all(name in few.task_index for name in names):
         return few
-    return TaskManager(include_path=[root, *own], include_defaults=False)
+    return TaskManager(include_path=[_ROOT, *own], include_defaults=False)
 
 
 def _untagged(manager: TaskManager, name: str) -> list[str]:

@@ -61,10 +61,16 @@ def write(folder: Path, answers: list[str] | None = None) -> Path:
     folder.mkdir(parents=True)
     rng = random.Random(5)
     choices = [
-        {"context": words(rng, rng.randrange(1, 20)), "choices": [f" {words(rng, n)}" for n in (1, 1, 3, 2)], "answer": i % 4}
+        {
+            "context": words(rng, rng.randrange(1, 20)),
+            "choices": [f" {words(rng, n)}" for n in (1, 1, 3, 2)],
+            "answer": i % 4,
+        }
         for i in range(16)
     ]
-    prompts = [{"context": context, "answer": (answers or [""] * 6)[i]} for i, context in enumerate(generation_contexts())]
+    prompts = [
+        {"context": context, "answer": (answers or [""] * 6)[i]} for i, context in enumerate(generation_contexts())
+    ]
     for name, documents in (("choice", choices[:12]), ("shots", choices[12:]), ("generate", prompts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     (folder / "choice.yaml").write_text(_CHOICE.format(data=folder / "choice.jsonl", shots=folder / "shots.jsonl"))
