@@ -25,11 +25,13 @@ table { border-collapse: collapse; margin-top: 1.2rem; font-variant-numeric: tab
 caption { text-align: left; font-weight: 600; padding: 0.2rem 0; }
 th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 thead th { vertical-align: bottom; font-weight: 600; } tbody tr:nth-child(even) { background: var(--row); }
-tbody th { font-weight: 400; text-align: left; } td { overflow-wrap: anywhere; } .origin td { text-align: left; }
+td { white-space: nowrap; } tbody th { font-weight: 400; text-align: left; overflow-wrap: break-word; }
+.origin td { text-align: left; white-space: normal; overflow-wrap: anywhere; } .origin thead { display: none; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--row); padding: 0.6rem; font-size: 0.85em; }
 @media print {
   :root { --text: #000000; --page: #ffffff; --faint: #333333; --line: #999999; --row: #ffffff; }
-  body { margin: 0; max-width: none; font-size: 9pt; } .scroll { overflow: visible; }
+  body { margin: 0; max-width: none; font-size: 8.5pt; } .scroll { overflow: visible; }
+  th, td { padding: 0.1rem 0.35rem; }
   figure, tr, pre { break-inside: avoid; } h2, caption { break-after: avoid; }
 }
 """

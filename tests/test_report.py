@@ -128,7 +128,9 @@ def test_the_latency_panel_has_only_what_was_measured(files):
     results = [sweep.load(path) for path in files]
     assert report.points(results[0], "latency_ms_batch1") == []
     (axes,) = report.draw_latency(results).axes
-    assert [line.get_xydata().tolist() for line in axes.get_lines()] == [[], [[2.0, 1.0], [4.0, 1.5]]]
+    assert [(line.get_label(), line.get_xydata().tolist()) for line in axes.get_lines()] == [
+        ("elastic", [[2.0, 1.0], [4.0, 1.5]])
+    ]
     bare = files[0].with_name("bare.json")
     sweep.save(make_result("bare", PLAIN), bare)
     assert written([bare])[0].captions == [

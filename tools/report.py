@@ -15,6 +15,7 @@ import matplotlib
 import plot_sweep
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import MaxNLocator
 
 from megatron_emoe import sweep
 from megatron_emoe.card import Card, make_card, name_seeds
@@ -88,7 +89,8 @@ def draw_latency(results: Sequence[SweepResult]) -> Drawing:
         figure = Drawing(figsize=(7.2, 3.4 + 0.2 * len(results)), layout="constrained")
         for field, axes in zip(measured, figure.subplots(1, len(measured), squeeze=False)[0], strict=True):
             _draw_panel(axes, results, field)
-        legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", frameon=False)
+        lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+        legend = figure.legend(handles=list(lines.values()), loc="outside lower left", frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
     return figure
@@ -96,9 +98,11 @@ def draw_latency(results: Sequence[SweepResult]) -> Drawing:
 
 def _draw_panel(axes: Axes, results: Sequence[SweepResult], field: str) -> None:
     for index, result in enumerate(results):
-        ks, values = zip(*points(result, field), strict=True) if points(result, field) else ((), ())
-        colour, marker = (wheel[index % len(wheel)] for wheel in (plot_sweep.COLOURS, plot_sweep.MARKERS))
-        axes.plot(ks, values, color=colour, marker=marker, label=result.label, gid="latency")
+        wheels = (plot_sweep.COLOURS, plot_sweep.MARKERS, plot_sweep.DASHES)
+        colour, marker, dash = (wheel[index % len(wheel)] for wheel in wheels)
+        if measured := points(result, field):
+            axes.plot(*zip(*measured, strict=True), color=colour, marker=marker, linestyle=dash, label=result.label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(LATENCIES[field], fontsize=10)
     axes.set_xlabel("active experts per token k′")
     axes.set_ylabel("milliseconds per token")
