@@ -28,11 +28,13 @@ entry."""
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """loss: mean over tokens, nats. tokens: over all ranks. seconds: wall time on this rank."""
+    """loss: mean over the tokens that count, nats. tokens: how many those are, over all ranks. seconds: wall time on this
+    rank. positions: tokens that went through the model, over all ranks."""
 
     loss: float
     tokens: int
     seconds: float
+    positions: int
 
 
 class Evaluator:
@@ -68,7 +70,8 @@ class Evaluator:
             torch.distributed.all_reduce(totals, group=group)
         torch.distributed.broadcast(totals, src=torch.distributed.get_world_size() - 1)  # it holds the last stage
         loss, tokens = totals.tolist()  # sync: evaluation only
-        return HeldOutLoss(loss / tokens, int(tokens), time.perf_counter() - start)
+        positions = steps * self.args.eval_global_batch_size * self.args.seq_length
+        return HeldOutLoss(loss / tokens, int(tokens), time.perf_counter() - start, positions)
 
     def _step(self, model: list[nn.Module], iterators: list[Iterator | None]) -> list[dict[str, torch.Tensor]]:
         batch, micro = self.args.eval_global_batch_size, self.args.eval_micro_batch_size

@@ -21,7 +21,7 @@ def moe_layer_numbers(args: Namespace) -> list[int]:
     return [layer + 1 for layer in layers if pattern[layer]]
 
 
-def flops_per_token(args: Namespace, ks: Sequence[int]) -> float | None:
+def flops_per_token(args: Namespace, ks: Sequence[float]) -> float | None:
     """Forward FLOPs of one token in a sequence of --seq-length. ks: experts that run, one number per MoE layer.
 
     args: Megatron's, completed. None where a flag changes a layer in a way that is not counted here.

@@ -87,7 +87,8 @@ class TransformersSweep:
         for batch in self.batches:
             totals += self._losses(batch)
         loss, tokens = totals.tolist()  # sync
-        return HeldOutLoss(loss / tokens, int(tokens), time.perf_counter() - start)
+        positions = sum(batch["tokens"].numel() for batch in self.batches)
+        return HeldOutLoss(loss / tokens, int(tokens), time.perf_counter() - start, positions)
 
     def _losses(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Sum of the token losses in nats, and the number of tokens that count, float64 [2]."""

@@ -19,6 +19,7 @@ from torch import nn
 
 from megatron_emoe.arguments import fail
 from megatron_emoe.data import build_datasets
+from megatron_emoe.elastic_config import ElasticConfig
 from megatron_emoe.evaluation import (
     Evaluator,
     HeldOutLoss,
@@ -166,21 +167,26 @@ class CostModel:
         self.shared, self.routed = (int(count) for count in counts.tolist())
 
     def cell(self, k: Budget, measured: HeldOutLoss, rows: Mapping[int, int]) -> SweepCell:
-        """The finished cell of one k'."""
+        """The plain cell of one k'."""
         return costed_cell(self.args, k, measured, rows, shared=self.shared, routed=self.routed)
 
 
 def costed_cell(
     args: Namespace, k: Budget, measured: HeldOutLoss, rows: Mapping[int, int], *, shared: int, routed: int
 ) -> SweepCell:
-    """The plain cell of one k'. shared, routed: parameters of the whole model outside of, and in, routed experts."""
+    """The plain cell of one k'. shared, routed: parameters of the whole model outside of, and in, routed experts.
+
+    Where every token has its own number of experts (top-p, null experts), costs are those of the mean that ran.
+    """
     layers = len(moe_layer_numbers(args))
-    ks = [k] * layers if isinstance(k, int) else list(k)
-    flops = expert_flops_per_token(
+    ks: list[float] = [k] * layers if isinstance(k, int) else list(k)
+    if ElasticConfig(emoe_selection=args.emoe_selection).counts_vary:
+        ks = [count / measured.positions for count in rows.values()]
+    expert = expert_flops_per_token(
         hidden_size=args.hidden_size,
         moe_ffn_hidden_size=args.moe_ffn_hidden_size,
-        num_moe_layers=layers,
-        k=ks,
+        num_moe_layers=1,
+        k=1,
         gated=is_gated(args),
     )
     return SweepCell(
@@ -190,8 +196,8 @@ def costed_cell(
         seconds=measured.seconds,
         tokens_per_second=measured.tokens / measured.seconds,
         rows_per_layer={str(layer): count for layer, count in rows.items()},
-        expert_flops_per_token=float(flops),
-        active_params=shared + routed * sum(ks) // (args.num_experts * layers),
+        expert_flops_per_token=float(expert * sum(ks)),
+        active_params=shared + int(routed * sum(ks) // (args.num_experts * layers)),
         flops_per_token=flops_per_token(args, ks),
     )
 

@@ -22,18 +22,34 @@ class Answer(NamedTuple):
 
 
 def sweep_k(*words: str) -> Answer:
-    """Run the tool in this process, which must be fresh."""
+    """Run the tool in this process and leave no trace of it in Megatron's globals."""
+    from megatron_emoe import host_mode
+
     sys.path.insert(0, str(REPO / "tools"))
     sys.argv = ["sweep_k.py", *words]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
+            if "sweep_k" in sys.modules:
+                host_mode.start()  # as the script does when it is imported
             import sweep_k as tool
 
             status = tool.main()
         except SystemExit as leave:
             status = leave.code
+        finally:
+            _forget()
     return Answer(status, out.getvalue(), err.getvalue())
+
+
+def _forget() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.training.global_vars import unset_global_variables
+
+    unset_global_variables()
+    destroy_rerun_state_machine()
+    parallel_state.destroy_model_parallel()
 
 
 def write_tokens(prefix: Path, *, vocabulary: int = 128, documents: int = 24, seed: int = 5) -> Path:
