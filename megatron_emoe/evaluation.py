@@ -28,8 +28,8 @@ entry."""
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """loss: mean over the tokens that count, nats. tokens: how many those are, over all ranks. seconds: wall time on this
-    rank. positions: tokens that went through the model, over all ranks."""
+    """loss: mean over the tokens that count, nats. tokens: how many those are, over all ranks. seconds: wall time on
+    this rank. positions: tokens that went through the model, over all ranks."""
 
     loss: float
     tokens: int

@@ -124,10 +124,23 @@ def _has_elastic_settings(stored: Namespace) -> bool:
     return any(getattr(stored, name, old) != old for name, old in settings.items() if name not in measuring)
 
 
+_NOT_IN_TRANSFORMERS = {
+    "sft": False,
+    "dataloader_inter_document_masking": False,
+    "reset_position_ids": False,
+    "reset_attention_mask": False,
+    "emoe_combine": "model",
+    "emoe_selection": "topk",
+}
+
+
 def _hugging_face(args: Namespace) -> dict[str, Any]:
     """What the header says of a folder of transformers."""
     if args.world_size != 1:
         raise ValueError(f"--hf {args.hf}: transformers runs in one process, here are {args.world_size}: no torchrun")
+    for name, plain in _NOT_IN_TRANSFORMERS.items():
+        if getattr(args, name) != plain:
+            raise ValueError(f"{flag(name)} has no meaning with --hf: transformers runs the model by its own code")
     settings = args.hf_settings
     if settings is None:
         say(f"--hf {args.hf}: no elastic settings in its config.json; it is swept as a model of plain top-k")

@@ -164,6 +164,7 @@ def refuse(folder: Path) -> dict[str, Answer]:
         "coverage": call(coverage_at_least=0),
         "out": call(out=folder / "none/a.json"),
         "batch": call(micro_batch_size=128),
+        "combine": call(emoe_combine="raw"),
         "tail": call(emoe_tail_scale=["9:0.5"]),
     }
 
@@ -184,6 +185,7 @@ def refused(tmp_path_factory) -> tuple[Path, dict[str, Answer]]:
         ("coverage", "--coverage-at-least 0: must be at least 1"),
         ("out", "--out FOLDER/none/a.json: the folder FOLDER/none does not exist"),
         ("batch", "--data-path: 64 sequences of 16 tokens, fewer than one batch of 128"),
+        ("combine", "--emoe-combine has no meaning with --hf: transformers runs the model by its own code"),
         ("tail", "--emoe-tail-scale 9:0.5: k' must lie in [3, 8], above k"),
     ],
 )

@@ -1,8 +1,8 @@
 """Any number k' of active experts, and a tail scale, on a transformers model that is already loaded.
 
 transformers keeps k in each gate, read once from config.json; here it changes between two forward passes, for all MoE
-layers or for each its own. The config keeps the k of training: ranks above it are the tail. Shape suffixes: T tokens,
-E experts, K active experts.
+layers or for each its own. The config is left as it is: ranks above the k of training are the tail. Shape suffixes: T
+tokens, E experts, K active experts.
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ def moe_layer_numbers(config: PreTrainedConfig) -> list[int]:
     return [layer + 1 for layer in range(config.num_hidden_layers) if architecture.is_moe(config, layer)]
 
 
+def trained_k(config: PreTrainedConfig) -> int:
+    """The k that the model was trained with: in the block "emoe" that an export leaves, else num_experts_per_tok."""
+    return (getattr(config, "emoe", None) or {}).get("k_train", config.num_experts_per_tok)
+
+
 def set_active_experts(
     model: PreTrainedModel, k: int | Sequence[int], tail_scale: Mapping[int, float] | None = None
 ) -> None:
     """From now on `model` activates k' = `k` experts per token: one number, or one per MoE layer in layer order.
 
-    tail_scale: a(k') at some k' (linear between them; the key 0 alone: one number for all). Where k' is above the
-    model's own k, the weights of the ranks above that k are multiplied by a(k') before they are renormalised, as
-    --emoe-tail-scale does in Megatron. None: plain top-k'.
+    tail_scale: a(k') at some k' (linear between them; the key 0 alone: one number for all). Where k' is above the k of
+    training (`trained_k`), the weights of the ranks above that k are multiplied by a(k') before they are renormalised,
+    as --emoe-tail-scale does in Megatron. None: plain top-k'.
 
     Raises:
         ValueError: a model of another architecture, a k' out of range, or a list of the wrong length.
@@ -49,13 +54,14 @@ def set_active_experts(
     gates = [gate for layer in model.model.layers if (gate := gate_of(layer)) is not None]
     ks = _one_per_gate(k, gates)
     tail = TailScale(tuple(sorted(tail_scale.items()))) if tail_scale else None
+    model_k = trained_k(model.config)
     for gate, layer_k in zip(gates, ks, strict=True):
         gate.top_k = layer_k
         if gate in _tails:
             _tails.pop(gate).remove()
-        scale = 1.0 if tail is None or layer_k <= model.config.num_experts_per_tok else tail.at(layer_k)
+        scale = 1.0 if tail is None or layer_k <= model_k else tail.at(layer_k)
         if scale != 1.0:
-            _tails[gate] = gate.register_forward_hook(_tail_hook(model.config.num_experts_per_tok, scale))
+            _tails[gate] = gate.register_forward_hook(_tail_hook(model_k, scale))
 
 
 def _one_per_gate(k: int | Sequence[int], gates: list[nn.Module]) -> list[int]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from megatron_emoe.arguments import stored_form
-from megatron_emoe.checkpoint import SHAPE_FLAGS, locate, shape_value, stored_args
+from megatron_emoe.checkpoint import SHAPE_FLAGS, fitted_tail_scale, locate, shape_value, stored_args
 from megatron_emoe.elastic_config import flag
 from megatron_emoe.flag_files import flag_words
 from megatron_emoe.hf.architecture import Architecture, architecture_of, read_config
@@ -147,6 +147,7 @@ def elastic_settings(args: Namespace, checkpoint: Path, sweep: Path | None) -> d
         "k_min": getattr(args, "emoe_k_min", None),
         "k_max": getattr(args, "emoe_k_max", None),
         "evaluated_k": sorted(getattr(args, "emoe_eval_k", None) or []),
+        "tail_scale": fitted_tail_scale(checkpoint) or getattr(args, "emoe_tail_scale", None),
     }
     if sweep is None:
         return settings

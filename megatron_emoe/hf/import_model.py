@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from megatron_emoe.arguments import stored_form
 from megatron_emoe.flag_files import flag_file, flag_words
+from megatron_emoe.hf.active_experts import trained_k
 from megatron_emoe.hf.architecture import Architecture, Flags, architecture_of, read_config
 from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
 from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, state_of
@@ -100,7 +101,7 @@ def model_flags(architecture: Architecture, config: PretrainedConfig, source: Sa
 
 def arguments_of(hf: Path) -> tuple[Namespace, dict[str, Any] | None]:
     """The arguments that an import of the model in `hf` would store, and the block "emoe" that an export left in
-    config.json (None: none).
+    config.json (None: none). The k of training and the tail scale are taken from that block.
 
     Raises:
         ValueError: as `import_model`, for what is read: config.json and the headers of the tensors.
@@ -109,6 +110,7 @@ def arguments_of(hf: Path) -> tuple[Namespace, dict[str, Any] | None]:
     flags = model_flags(architecture_of(config), config, SafetensorsFolder(hf))
     settings = getattr(config, "emoe", None)
     stored = stored_form(flag_words({**flags, **tokenizer_flags(hf, hf)}))
+    stored.moe_router_topk = trained_k(config)
     if settings and settings.get("tail_scale"):
         stored.emoe_tail_scale = list(settings["tail_scale"])
     return stored, settings

@@ -113,6 +113,16 @@ def test_a_k_that_cannot_be_is_refused_and_changes_nothing(k, message):
     assert [layer.mlp.gate.top_k for layer in model.model.layers] == [2, 2]
 
 
+def test_the_tail_begins_at_the_k_of_training():
+    """A model that was exported to run at another k says so in its config."""
+    model = hf_models.build("olmoe", num_experts_per_tok=4)
+    model.config.emoe = {"k_train": 2}
+    set_active_experts(model, 2)
+    at_two = logits(model)
+    set_active_experts(model, 4, {0: 0.0})
+    torch.testing.assert_close(logits(model), at_two, rtol=0, atol=1e-5)
+
+
 def test_groups_limit_k():
     model = hf_models.build("deepseek_v2", topk_method="group_limited_greedy", n_group=4, topk_group=2)
     set_active_experts(model, 4)

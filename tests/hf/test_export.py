@@ -160,6 +160,7 @@ def test_k_and_the_elastic_settings_are_written(ways):
         "k_min": None,
         "k_max": None,
         "evaluated_k": [],
+        "tail_scale": None,
     }
 
 
@@ -234,6 +235,7 @@ def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path):
 
 
 def test_a_sweep_is_noted_if_it_is_of_this_checkpoint(tmp_path):
+    from megatron_emoe.checkpoint import TAIL_SCALE_FILE
     from megatron_emoe.hf.export_model import elastic_settings
     from megatron_emoe.sweep import save
     from tests.test_sweep import WALL_AT_8, make_result
@@ -245,5 +247,9 @@ def test_a_sweep_is_noted_if_it_is_of_this_checkpoint(tmp_path):
     assert settings["evaluated_k"] == [1, 2, 3, 4, 6, 8, 16]
     assert (settings["range_end"], settings["best_k"]) == (6, 16)  # 16 is good again, past the wall
     assert elastic_settings(args, Path("iter_0001000"), None)["evaluated_k"] == [2, 4]
+    trained = Namespace(**vars(args), emoe_tail_scale=["4:0.5"])
+    assert elastic_settings(trained, tmp_path, None)["tail_scale"] == ["4:0.5"]
+    (tmp_path / TAIL_SCALE_FILE).write_text('{"tail_scale": {"6": 0.25}}')  # what was fitted later counts
+    assert elastic_settings(trained, tmp_path, None)["tail_scale"] == ["6:0.25"]
     with pytest.raises(ValueError, match="is of iteration 1000 and k = 2, the checkpoint of iteration 500 and k = 2"):
         elastic_settings(args, Path("iter_0000500"), tmp_path / "sweep.json")
