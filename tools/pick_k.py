@@ -141,9 +141,9 @@ def _verdict(found: Answer) -> str:
         )
     if not found.per_layer:
         return f"nothing is predicted to be better than {name(single.k)} everywhere"
-    if all(each.cell is None for each in found.per_layer):
-        return f"not measured here, so {name(single.k)} everywhere stays"
-    return f"measured, and not better than {name(single.k)} everywhere, which stays"
+    if any(each.cell is None for each in found.per_layer):
+        return f"not all of it is measured, and nothing measured is better than {name(single.k)} everywhere"
+    return f"measured, and not better than {name(single.k)} everywhere"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
