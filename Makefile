@@ -5,7 +5,7 @@ TE ?= .te
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-convert test test-te check bench clean
+.PHONY: help setup demo demo-convert test test-te check bench study clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -36,6 +36,9 @@ check: setup ## lint, formatting and types
 
 bench: setup ## what elastic training costs against plain top-k, and conversion against copying
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+study: setup ## what each method gains and costs, three seeds: hours, goes on where it was stopped; writes docs/study.md
+	@$(BIN)/python benchmarks/study.py $(STUDY_ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) demo demo-convert build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import study_methods as plan
+import study_report
 from study_methods import Method
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -90,8 +91,7 @@ class Cell:
         return words.split()
 
     def _held_out(self, tokens: int) -> str:
-        return f"""--data-path {self.work}/data/stdlib_heldout --max-eval-tokens {tokens}
-            --no-create-attention-mask-in-dataloader"""
+        return f"--data-path {self.work}/data/stdlib_heldout --max-eval-tokens {tokens} {plan.EVALUATION}"
 
     def fitted_words(self) -> str:
         """The fitted table as the words of --emoe-tail-scale."""
@@ -237,13 +237,17 @@ def base_run(work: Path) -> None:
 
 
 def chosen_cells(options: argparse.Namespace) -> list[Cell]:
-    """Seed 1 of all first, so that a study that was stopped early says most."""
+    """Those that say most first, for a study that is stopped early."""
     names = [method.name for method in (*plan.MAIN, *plan.ABLATIONS)]
     wanted = options.only.split(",") if options.only else names
     for name in wanted:
         if name not in names:
             sys.exit(f"--only {name}: must be one of {', '.join(names)}")
-    order = [(m, s) for s in plan.SEEDS for m in (*plan.MAIN, *(plan.ABLATIONS if s == plan.SEEDS[0] else ()))]
+    first, *others = plan.SEEDS
+    core = [method for method in plan.MAIN if method.name in plan.CORE]
+    rest = [method for method in plan.MAIN if method.name not in plan.CORE]
+    order = [(method, first) for method in plan.MAIN] + [(method, seed) for seed in others for method in core]
+    order += [(method, first) for method in plan.ABLATIONS] + [(method, seed) for seed in others for method in rest]
     return [
         Cell(method, seed, options.work, options.results)
         for method, seed in order
@@ -265,6 +269,7 @@ def main() -> None:
     corpus(options.work)
     base_run(options.work)
     run(chosen_cells(options), options.jobs)
+    study_report.write(options.results, REPO / "docs/study.md")
 
 
 if __name__ == "__main__":

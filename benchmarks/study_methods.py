@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 E, K = 16, 2
 KS = (1, 2, 3, 4, 6, 8)
-"""The k' of every sweep: 1 to 4k."""
-FITTED_KS = (3, 4, 6, 8)
+"""The k' of every sweep: 1 to 4k. The tail scale is fitted at two of them and linear in between."""
+FITTED_KS = (4, 8)
 BASE_ITERS, CONTINUED_ITERS = 1500, 250
 SEEDS = (1, 2, 3)
+EVALUATION = "--micro-batch-size 64 --global-batch-size 64 --no-create-attention-mask-in-dataloader"
 HELD_OUT_TOKENS = 65_536
 FIT_TOKENS = 2 * HELD_OUT_TOKENS
 """The fit uses the second half of these, the first half is what the sweeps judge on."""
@@ -75,6 +76,9 @@ MAIN = (
     ),
     Method("noisy-topk", "--emoe-selection noisy-topk", "noisy top-k with importance and load losses"),
 )
+
+CORE = ("topk", "tail", "emoe", "mmoe", "topk-3k")
+"""Run with all seeds before any ablation."""
 
 ABLATIONS = (
     Method("tail-0.5", f"{MIXED} {HALF_AT_K} --emoe-tail-scale 0.5", "as tail, scaled by 0.5", fit=True),
