@@ -28,7 +28,7 @@ from megatron_emoe.sweep_result import write_atomically
 from megatron_emoe.sweep_run import load_model, read_batches
 from megatron_emoe.training import ElasticLoop
 
-_RESOLUTION = 0.02  # of a: the loss is flat around its minimum
+_RESOLUTION = 0.05  # of a: the loss is flat around its minimum
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,20 @@ class Fitted:
     at_k: float
 
 
-def minimise(loss: Callable[[float], float], highest: float) -> tuple[float, float]:
-    """The scale in [0, highest] with the smallest loss, and that loss; the ends are tried too."""
+def minimise(loss: Callable[[float], float], highest: float, at_zero: float) -> tuple[float, float]:
+    """The scale in [0, highest] with the smallest loss, and that loss; the ends are tried too. at_zero: loss(0)."""
     found = minimize_scalar(loss, bounds=(0.0, highest), method="bounded", options={"xatol": _RESOLUTION})
-    tried = {float(found.x): float(found.fun), 0.0: loss(0.0), highest: loss(highest)}
+    tried = {float(found.x): float(found.fun), 0.0: at_zero, highest: loss(highest)}
     best = min(tried, key=lambda scale: tried[scale])
     return best, tried[best]
 
 
 class TailFit:
-    """A Megatron model, and its held-out data in two halves. Collective to construct and to use."""
+    """A Megatron model, and its held-out data in two halves. Collective to construct and to use.
+
+    Raises:
+        ValueError: too little data for two halves.
+    """
 
     def __init__(self, args: Namespace) -> None:
         initialize_megatron()
@@ -60,8 +64,10 @@ class TailFit:
         self.model: list[nn.Module] = load_model(args, config)
         self.evaluator = Evaluator(args, ElasticLoop(args, config.transformer).forward)
         batches, self.steps, self.digest = read_batches(args)
+        if self.steps < 2:
+            raise ValueError(f"--max-eval-tokens {args.max_eval_tokens}: too few for two batches, one for each half")
         self.judging, self.fitting = _halves(batches, self.steps)
-        self.model_k = args.moe_router_topk
+        self.at_k = [self.loss(half, args.moe_router_topk, 1.0) for half in (self.fitting, self.judging)]
 
     def loss(self, batches: Mapping[int, list[Any]], k: int, scale: float) -> float:
         """Mean loss at k' = `k` with a = `scale`, nats per token."""
@@ -70,9 +76,9 @@ class TailFit:
 
     def fit(self, k: int, highest: float) -> Fitted:
         """a(k) within [0, highest]."""
-        scale, loss = minimise(lambda a: self.loss(self.fitting, k, a), highest)
+        scale, loss = minimise(lambda a: self.loss(self.fitting, k, a), highest, self.at_k[0])  # a = 0 is plain top-k
         judged, plain = (self.loss(self.judging, k, a) for a in (scale, 1.0))
-        return Fitted(scale, loss, judged, plain, self.loss(self.judging, self.model_k, 1.0))
+        return Fitted(scale, loss, judged, plain, self.at_k[1])
 
 
 def _halves(batches: Mapping[int, list[Any]], steps: int) -> tuple[dict[int, list[Any]], dict[int, list[Any]]]:
@@ -83,14 +89,8 @@ def _halves(batches: Mapping[int, list[Any]], steps: int) -> tuple[dict[int, lis
 
 
 def run_fit(args: Namespace, target: Path, header: dict[str, Any]) -> dict[int, Fitted]:
-    """Fit a(k') at every --k and write `target` from rank 0. Collective.
-
-    Raises:
-        ValueError: too little data for two halves.
-    """
+    """Fit a(k') at every --k and write `target` from rank 0. Collective; raises `ValueError` as TailFit does."""
     fit = TailFit(args)
-    if fit.steps < 2:
-        raise ValueError(f"--max-eval-tokens {args.max_eval_tokens}: holds fewer than two batches, one for each half")
     writes = torch.distributed.get_rank() == 0
     found = {k: fit.fit(k, args.max_scale) for k in tqdm(args.k, desc="a(k')", unit="k", disable=not writes)}
     if writes:

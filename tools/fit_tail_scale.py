@@ -74,7 +74,9 @@ def main() -> None:
     except ValueError as error:
         fail(error)
     if torch.distributed.get_rank() == 0:
-        print(f"Held-out loss, nats per token, on the half that was not fitted on:\n\n{table(found)}\n\nstored: {target}")
+        print(
+            f"Held-out loss, nats per token, on the half that was not fitted on:\n\n{table(found)}\n\nstored: {target}"
+        )
 
 
 if __name__ == "__main__":

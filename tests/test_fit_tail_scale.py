@@ -1,0 +1,150 @@
+"""tools/fit_tail_scale.py on a tiny model: what it finds, where it puts it, and that sweeps then use it."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_emoe import sweep
+from tests import hf_models, sweeps
+from tests.distributed import REPO, run_ranks
+from tests.sweeps import Answer
+
+TOKENS = 128 * sweeps.LENGTH  # the fit's two halves have 64 sequences each, as many as a sweep of 64 reads
+
+
+def fit_tail_scale(*words: str) -> Answer:
+    """Run the tool in this process."""
+    sys.path.insert(0, str(REPO / "tools"))
+    sys.argv = ["fit_tail_scale.py", *words]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            from megatron_emoe import host_mode
+
+            if "fit_tail_scale" in sys.modules:
+                host_mode.start()
+            import fit_tail_scale as tool
+
+            status = tool.main()
+        except SystemExit as leave:
+            status = leave.code
+        finally:
+            sweeps._forget()
+    return Answer(status, out.getvalue(), err.getvalue())
+
+
+def flags(folder: Path, **changes: object) -> list[str]:
+    settings = {"load": str(folder / "megatron"), "k": [4, 8], "max_eval_tokens": TOKENS} | changes
+    words = sweeps.flags(folder / "data", folder / "unused", **{n: v for n, v in settings.items() if n != "out"})
+    place = words.index("--out")
+    return words[:place] + words[place + 2 :] + (["--out", str(settings["out"])] if "out" in settings else [])
+
+
+def scenario(folder: Path) -> dict[str, Answer]:
+    """A model, its fit, and sweeps before and after it."""
+    from megatron_emoe.hf.import_model import import_model
+
+    import_model(hf_models.save("qwen2_moe", folder / "hf"), folder / "megatron", report=lambda _line: None)
+    sweeps.write_tokens(folder / "data", documents=60)
+    swept = {"load": str(folder / "megatron"), "k": [2, 4, 8]}
+    answers = {"before": sweeps.sweep_k(*sweeps.flags(folder / "data", folder / "before.json", **swept))}
+    answers["fit"] = fit_tail_scale(*flags(folder))
+    answers["after"] = sweeps.sweep_k(*sweeps.flags(folder / "data", folder / "after.json", **swept))
+    plain = swept | {"emoe_tail_scale": ["1"]}
+    answers["plain"] = sweeps.sweep_k(*sweeps.flags(folder / "data", folder / "plain.json", **plain))
+    return answers
+
+
+def fit_elsewhere(folder: Path) -> Answer:
+    return fit_tail_scale(*flags(folder, out=str(folder / "two.json"), expert_model_parallel_size=2))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[Path, dict[str, Answer]]:
+    folder = tmp_path_factory.mktemp("fit")
+    return folder, run_ranks(scenario, 1, folder)[0]
+
+
+def stored(folder: Path) -> dict:
+    (path,) = (folder / "megatron").glob("*/emoe_tail_scale.json")
+    return json.loads(path.read_text())
+
+
+def losses(folder: Path, name: str) -> dict[int, float]:
+    return {k: cell.loss for k, cell in sweep.curve(sweep.load(folder / f"{name}.json")).items()}
+
+
+def test_all_calls_end_well(done):
+    assert {name: (answer.status, answer.err[-300:]) for name, answer in done[1].items() if answer.status} == {}
+
+
+def test_the_table_is_judged_on_the_tokens_that_a_sweep_reads(done):
+    folder, answers = done
+    fitted, before = stored(folder)["fitted"], losses(folder, "before")
+    for k in (4, 8):
+        assert fitted[str(k)]["plain"] == pytest.approx(before[k], abs=1e-6)
+        assert fitted[str(k)]["at_k"] == pytest.approx(before[2], abs=1e-6)
+        assert f"| {k} | {fitted[str(k)]['scale']:.3f} |" in answers["fit"].out
+
+
+def test_sweeps_use_the_table_and_say_so(done):
+    folder, _ = done
+    fit, after = stored(folder), sweep.load(folder / "after.json")
+    assert after.tail_scale == {k: pytest.approx(scale) for k, scale in fit["tail_scale"].items()}
+    for k in (4, 8):
+        assert losses(folder, "after")[k] == pytest.approx(fit["fitted"][str(k)]["judged"], abs=1e-5)
+    assert losses(folder, "after")[2] == losses(folder, "before")[2]
+
+
+def test_a_given_scale_wins_over_the_table(done):
+    assert losses(done[0], "plain") == losses(done[0], "before")
+
+
+def test_expert_parallel_ranks_find_the_same(done):
+    folder, _ = done
+    answers = run_ranks(fit_elsewhere, 2, folder)
+    assert [answer.status for answer in answers] == [None, None], answers
+    assert answers[0].out.count("stored:") + answers[1].out.count("stored:") == 1
+    one, two = stored(folder), json.loads((folder / "two.json").read_text())
+    assert one["digest"] == two["digest"]
+    for k in ("4", "8"):
+        assert two["tail_scale"][k] == pytest.approx(one["tail_scale"][k], abs=0.03)
+        assert two["fitted"][k]["judged"] == pytest.approx(one["fitted"][k]["judged"], abs=1e-4)
+
+
+def minima() -> list[tuple[float, float]]:
+    from megatron_emoe.tail_fit import minimise
+
+    inside = minimise(lambda a: 2 + (a - 0.3) ** 2, 1.0, 2.09)  # minimum 2 at 0.3
+    return [inside, minimise(lambda a: 1 + a, 1.0, 1.0), minimise(lambda a: 3 - a, 1.0, 3.0)]
+
+
+def test_the_minimum_may_lie_inside_or_at_either_end():
+    inside, zero, one = run_ranks(minima, 1)[0]
+    assert inside == (pytest.approx(0.3, abs=0.05), pytest.approx(2, abs=0.0025))
+    assert zero == (0.0, 1.0)
+    assert one == (1.0, 2.0)
+
+
+def refusals(folder: Path) -> list[Answer]:
+    cases = ({"k": [2]}, {"k": [9]}, {"k": [4, 4]}, {"max_scale": 0}, {"max_eval_tokens": 16 * 16}, {"out": "/nowhere/a.json"})
+    return [fit_tail_scale(*flags(folder, **case)) for case in cases]
+
+
+def test_bad_input_is_refused_before_work_starts(done):
+    answers = run_ranks(refusals, 1, done[0])[0]
+    wanted = (
+        "--k 2: must lie in [3, 8], above the k of the checkpoint",
+        "--k 9: must lie in [3, 8]",
+        "--k 4 4: must not name a k' twice",
+        "--max-scale 0.0: must be above 0",
+        "--max-eval-tokens 256: too few for two batches, one for each half",
+        "--out /nowhere/a.json: the folder /nowhere does not exist",
+    )
+    for answer, message in zip(answers, wanted, strict=True):
+        assert answer.status == 2
+        assert message in answer.err
