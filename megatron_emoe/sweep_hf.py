@@ -1,7 +1,7 @@
 """Runs a k' sweep on a folder of transformers, on the very tokens that a Megatron sweep of the same flags evaluates.
 
 Megatron's datasets cut the data; transformers runs the model by its own code, in one process. Shape suffixes: B
-sequences, S positions, V vocabulary.
+sequences, S positions, T tokens of a micro-batch, E experts, K active experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ class TransformersSweep:
 
     def _losses(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Sum of the token losses in nats, and the number of tokens that count, float64 [2]."""
-        logits_BSV = self._logits(batch["tokens"])
-        losses_BS = nn.functional.cross_entropy(logits_BSV.float().mT, batch["labels"], reduction="none")
-        mask_BS = batch["loss_mask"].float()
-        return torch.stack([(losses_BS * mask_BS).sum(), mask_BS.sum()]).double()
+        logits_TV = self._logits(batch["tokens"]).flatten(end_dim=1).float()
+        losses_T = nn.functional.cross_entropy(logits_TV, batch["labels"].flatten(), reduction="none")
+        mask_T = batch["loss_mask"].flatten().float()
+        return torch.stack([(losses_T * mask_T).sum(), mask_T.sum()]).double()
 
     @torch.no_grad()
     def _logits(self, tokens_BS: Tensor) -> Tensor:
