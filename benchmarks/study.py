@@ -81,8 +81,9 @@ class Cell:
     def sweep(self, ks: tuple[int, ...], tail_scale: str, out: Path) -> list[str]:
         """Flags of tools/sweep_k.py."""
         words = f"""--load {self.checkpoint} --label {self.method.name} --k {" ".join(map(str, ks))} --out {out}
-            {self._held_out(plan.HELD_OUT_TOKENS)} --emoe-tail-scale {tail_scale}"""
-        return words.split()
+            {self._held_out(plan.HELD_OUT_TOKENS)}"""
+        scale = f"--emoe-tail-scale {tail_scale}" if self.method.fit else ""  # others know of none
+        return f"{words} {scale}".split()
 
     def fit(self) -> list[str]:
         """Flags of tools/fit_tail_scale.py."""
@@ -136,14 +137,15 @@ class Progress:
         self.process = forks.start(REPO / script, flags(), log)
         return True
 
-    def ended(self) -> None:
-        """Take note of the step that ended (SystemExit where it failed)."""
+    def ended(self) -> bool:
+        """Take note of the step that ended; False where it failed."""
         assert self.process is not None
         self.process.join()
         script, _, done = self.left.pop(0)
         if self.process.exitcode != 0 or not done.exists():
-            sys.exit(f"{self.cell.name}: {script} failed; see {self.cell.work}/logs/{self.cell.name}.*")
+            return False
         _note_seconds(self.cell, Path(script).stem, time.perf_counter() - self.began)
+        return True
 
 
 def _note_seconds(cell: Cell, script: str, seconds: float) -> None:
@@ -202,7 +204,9 @@ def corpus(work: Path) -> None:
 
 
 def run(cells: list[Cell], jobs: int) -> None:
-    """Bring every cell to its end, `jobs` of them at a time."""
+    """Bring every cell to its end, `jobs` of them at a time. A cell that fails does not stop the others; SystemExit names
+    it after them."""
+    failed = []
     waiting = [Progress(cell) for cell in cells if not cell.result.exists()]
     running: list[Progress] = []
     with tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="cells", unit="cell") as bar:
@@ -213,8 +217,12 @@ def run(cells: list[Cell], jobs: int) -> None:
                 ended = forks.wait_for_one([progress.process for progress in running if progress.process])
                 progress = next(one for one in running if one.process is ended)
                 running.remove(progress)
-                progress.ended()
-                _go_on(progress, running, bar)
+                if progress.ended():
+                    _go_on(progress, running, bar)
+                else:
+                    failed.append(progress.cell.name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; their logs are in {cells[0].work}/logs, and they start anew next time")
 
 
 def _go_on(progress: Progress, running: list[Progress], bar: tqdm) -> None:
@@ -232,8 +240,8 @@ def base_run(work: Path) -> None:
         progress.left[:1] if not (work / "checkpoints/base/latest_checkpointed_iteration.txt").exists() else []
     )
     if progress.next():
-        assert progress.process is not None
-        progress.ended()
+        if not progress.ended():
+            sys.exit(f"the base run failed; its log is in {work}/logs")
 
 
 def chosen_cells(options: argparse.Namespace) -> list[Cell]:
