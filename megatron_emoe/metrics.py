@@ -54,6 +54,7 @@ class ElasticMetricsTracker(MoEMetricsTracker):
         self.measuring = False
         self.measuring_pairs = False
         self.folder: Path | None = None
+        self.mean_k: float | None = None  # of the last measured step, over layers and tokens
         self._shape: tuple[int, int] | None = None
         self._sums: dict[int, dict[str, Tensor | float]] = {}
         self._loads: dict[int, Tensor] = {}
@@ -128,6 +129,7 @@ class ElasticMetricsTracker(MoEMetricsTracker):
         sums = dict(zip(SUMS, means.t(), strict=True))
         sums = {name: value for name, value in sums.items() if name not in OPTIONAL or value.any()}
         values = sums | load_statistics(packed[:, 1 + len(SUMS) :])
+        self.mean_k = values["active k"].mean().item()
         if writer is not None:
             layers = moe_layers.nonzero().flatten().tolist()
             _write(writer, values, iteration, [layer + 1 for layer in layers] if per_layer else [])

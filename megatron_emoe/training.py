@@ -173,11 +173,14 @@ def _microbatch(model: torch.nn.Module) -> int:
 
 
 def _report_expected_flops(args: Namespace, config: ElasticTransformerConfig) -> None:
-    """Let the log's FLOPs and MFU use E[k]: the core reads --moe-router-topk there, and has no seam for it."""
+    """Let the log's FLOPs and MFU use E[k], or the measured mean where every token has its own: the core reads
+    --moe-router-topk there, and has no seam for it."""
 
     def at_expected_k(namespace: Namespace, *rest: Any, **kwargs: Any) -> float:
         elastic = copy(namespace)
-        elastic.moe_router_topk = expected_k(config, config.moe_router_topk, getattr(args, "curr_iteration", 0))
+        k = expected_k(config, config.moe_router_topk, getattr(args, "curr_iteration", 0))
+        measured = get_elastic_tracker().mean_k if config.counts_vary else None
+        elastic.moe_router_topk = k if measured is None else measured
         return _count_flops(elastic, *rest, **kwargs)
 
     core_training.num_floating_point_operations = at_expected_k
