@@ -53,6 +53,7 @@ EMOE = f"--emoe-selection coactivation --emoe-pool-k {3 * K}"
 UNIFORM = f"--emoe-selection prefix --emoe-k-schedule uniform --emoe-k-min 1 --emoe-k-max {3 * K}"
 MIXED = f"--emoe-selection prefix --emoe-k-schedule weighted --emoe-k-min {K} --emoe-k-max {3 * K} --emoe-k-draw layer"
 HALF_AT_K = "--emoe-k-weights 3 1 1 0 1"
+RECIPE = "--emoe-selection prefix --emoe-k-schedule default-or-larger --emoe-k-draw layer --emoe-tail-scale 0.25"
 LAST_SLOT = f"{EMOE} --emoe-pool-fixed --emoe-pool-keep {K - 1} --emoe-hr-loss-coeff 0"
 TAIL = f"{MIXED} {HALF_AT_K} --emoe-tail-scale 0.25"
 
@@ -60,6 +61,9 @@ MAIN = (
     Method("topk", "", "plain top-k at k", fit=True),
     Method(
         "tail", TAIL, "half of the layer draws at k, half at k' in {3, 4, 6} with the tail scaled by 0.25", fit=True
+    ),
+    Method(
+        "recipe", RECIPE, "half of the layer draws at k, half uniform in k + 1 ... 3k, tail scaled by 0.25", fit=True
     ),
     Method("emoe", EMOE, "EMoE: co-activation sampling, K = 3k, its router loss", fit=True),
     Method("mmoe", UNIFORM, "M-MoE: k uniform in 1 ... 3k per step", fit=True),
@@ -77,10 +81,13 @@ MAIN = (
     Method("noisy-topk", "--emoe-selection noisy-topk", "noisy top-k with importance and load losses"),
 )
 
-CORE = ("topk", "tail", "emoe", "mmoe", "topk-3k")
+CORE = ("topk", "recipe", "emoe", "mmoe", "topk-3k")
 """Run with all seeds before any ablation."""
 
 ABLATIONS = (
+    Method(
+        "tail", TAIL, "half of the layer draws at k, half at k' in {3, 4, 6} with the tail scaled by 0.25", fit=True
+    ),
     Method("tail-0.5", f"{MIXED} {HALF_AT_K} --emoe-tail-scale 0.5", "as tail, scaled by 0.5", fit=True),
     Method("tail-1", f"{MIXED} {HALF_AT_K}", "as tail, not scaled: half plain steps, half larger k", fit=True),
     Method("emoe-half", f"{EMOE} --emoe-pool-prob 0.5", "EMoE, half of the tokens plain"),

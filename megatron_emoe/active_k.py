@@ -88,9 +88,9 @@ def k_probabilities(elastic: ElasticConfig, model_k: int, iteration: int = 0) ->
     if elastic.emoe_k_schedule == "weighted":
         weights = elastic.emoe_k_weights or []
         return {k: w / sum(weights) for k, w in zip(ks, weights, strict=True)}
-    if elastic.emoe_k_schedule == "default-or-smaller":
-        smaller = (1 - elastic.default_prob) / (high - low)
-        return {k: elastic.default_prob if k == high else smaller for k in ks}
+    if elastic.emoe_k_schedule in ("default-or-smaller", "default-or-larger"):
+        other = (1 - elastic.default_prob) / (high - low)
+        return {k: elastic.default_prob if k == model_k else other for k in ks}
     return {k: 1 / len(ks) for k in ks}
 
 

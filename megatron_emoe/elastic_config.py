@@ -12,6 +12,8 @@ from megatron_emoe.tail_scale import parse_tail_scale
 
 DEFAULT_HR_LOSS_COEFF = 1e-3
 DEFAULT_PROB = 0.8
+DEFAULT_LARGER_PROB = 0.5
+DEFAULT_LARGEST = 3  # times k: the end of the range that docs/study.md asks for
 DEFAULT_TOP_P = 0.4
 DEFAULT_ENTROPY_LOSS_COEFF = 1e-4
 DEFAULT_NOISE_LOSS_COEFF = 0.1
@@ -50,31 +52,36 @@ class ElasticConfig:
     emoe_pool_anneal_iters: int = 0
     """Iterations over which the largest pool grows linearly from the active k to K. 0: K from the start."""
 
-    emoe_k_schedule: Literal["constant", "uniform", "weighted", "default-or-smaller", "ramp"] = "constant"
+    emoe_k_schedule: Literal["constant", "uniform", "weighted", "default-or-smaller", "default-or-larger", "ramp"] = (
+        "constant"
+    )
     """The number of active experts in training. constant: --moe-router-topk. uniform: any k in [k-min, k-max].
     weighted: likewise with --emoe-k-weights. default-or-smaller: --moe-router-topk with probability
-    --emoe-k-default-prob, else uniform in [k-min, k - 1] (ERNIE 5.0). ramp: linear from k-min to k-max over
+    --emoe-k-default-prob, else uniform in [k-min, k - 1] (ERNIE 5.0). default-or-larger: likewise, else uniform in
+    [k + 1, k-max]; with --emoe-tail-scale the recipe of docs/study.md. ramp: linear from k-min to k-max over
     --emoe-k-ramp-iters."""
 
     emoe_k_min: int | None = None
     """Experts: the smallest k that the schedule draws. Required by every schedule but constant."""
 
     emoe_k_max: int | None = None
-    """Experts: the largest k that the schedule draws. Required by uniform, weighted and ramp."""
+    """Experts: the largest k that the schedule draws. Required by uniform, weighted and ramp. Unset with
+    default-or-larger: 3 times --moe-router-topk."""
 
     emoe_k_weights: list[float] | None = None
     """One non-negative weight for each k in [k-min, k-max], in that order; they need not sum to 1. Required by
     weighted."""
 
     emoe_k_default_prob: float | None = None
-    """Probability of --moe-router-topk in the schedule default-or-smaller, in (0, 1]. Unset: 0.8, ERNIE 5.0's value."""
+    """Probability of --moe-router-topk, in (0, 1]. Unset: 0.8 in default-or-smaller, ERNIE 5.0's value, and 0.5 in
+    default-or-larger."""
 
     emoe_k_ramp_iters: int | None = None
     """Iterations from k-min to k-max in the schedule ramp. Required by ramp."""
 
     emoe_k_draw: Literal["step", "microbatch", "layer"] = "step"
-    """How often k is drawn: once per optimizer step, once per micro-batch, or per step and layer (each layer its own
-    k)."""
+    """How often k is drawn: once per optimizer step, once per micro-batch, or per step and layer (each layer its own k:
+    best in M-MoE, and part of the recipe)."""
 
     emoe_seed: int = 1234
     """Seed of all elastic draws. They depend on it, the iteration, the micro-batch, the layer and the data-parallel
@@ -190,8 +197,10 @@ class ElasticConfig:
 
     @property
     def default_prob(self) -> float:
-        """Probability of the model's own k in default-or-smaller with its default resolved."""
-        return DEFAULT_PROB if self.emoe_k_default_prob is None else self.emoe_k_default_prob
+        """Probability of the model's own k in default-or-smaller and default-or-larger with its default resolved."""
+        if self.emoe_k_default_prob is not None:
+            return self.emoe_k_default_prob
+        return DEFAULT_PROB if self.emoe_k_schedule == "default-or-smaller" else DEFAULT_LARGER_PROB
 
     def tail_scale_at(self, k: int, model_k: int) -> float:
         """a(k): what the weights of the selected experts past the best `model_k` are multiplied by."""
@@ -205,11 +214,13 @@ class ElasticConfig:
             return model_k, model_k
         if self.emoe_k_schedule == "default-or-smaller":
             return _given(self.emoe_k_min), model_k
+        if self.emoe_k_schedule == "default-or-larger":
+            return model_k, DEFAULT_LARGEST * model_k if self.emoe_k_max is None else self.emoe_k_max
         return _given(self.emoe_k_min), _given(self.emoe_k_max)
 
     def k_fields(self) -> tuple[str, str]:
         """Names of the settings that hold the two numbers of `k_range`, for messages."""
-        low = "moe_router_topk" if self.emoe_k_schedule == "constant" else "emoe_k_min"
+        low = "moe_router_topk" if self.emoe_k_schedule in ("constant", "default-or-larger") else "emoe_k_min"
         high = "moe_router_topk" if self.emoe_k_schedule in ("constant", "default-or-smaller") else "emoe_k_max"
         return low, high
 
@@ -235,9 +246,14 @@ _SCHEDULE_NEEDS = {
     "uniform": {"emoe_k_min", "emoe_k_max"},
     "weighted": {"emoe_k_min", "emoe_k_max", "emoe_k_weights"},
     "default-or-smaller": {"emoe_k_min"},
+    "default-or-larger": set(),
     "ramp": {"emoe_k_min", "emoe_k_max", "emoe_k_ramp_iters"},
 }
-_SCHEDULE_TAKES = {**_SCHEDULE_NEEDS, "default-or-smaller": {"emoe_k_min", "emoe_k_default_prob"}}
+_SCHEDULE_TAKES = {
+    **_SCHEDULE_NEEDS,
+    "default-or-smaller": {"emoe_k_min", "emoe_k_default_prob"},
+    "default-or-larger": {"emoe_k_max", "emoe_k_default_prob"},
+}
 _SCHEDULE_PARAMETERS = {"emoe_k_min", "emoe_k_max", "emoe_k_weights", "emoe_k_default_prob", "emoe_k_ramp_iters"}
 _SAMPLING_PARAMETERS = (
     *("emoe_pool_k", "emoe_pool_draw", "emoe_pool_fixed", "emoe_pool_keep", "emoe_pool_prob"),
@@ -289,6 +305,8 @@ def _check_schedule(elastic: ElasticConfig, model_k: int, num_experts: int) -> N
         _refuse(low_name, low, f"must not exceed {flag(high_name)} {high}")
     if schedule == "default-or-smaller" and low == high:
         _refuse(low_name, low, f"must be below {flag(high_name)} {high}, or no smaller k exists")
+    if schedule == "default-or-larger" and low == high:
+        _refuse(high_name, high, f"must be above {flag(low_name)} {low}, or no larger k exists")
     if schedule == "weighted":
         _check_weights(_weights(elastic), low, high)
 

@@ -28,6 +28,7 @@ SIGMAS = 5  # a correct sampler fails one comparison in about two million
 UNIFORM = {"emoe_selection": "prefix", "emoe_k_schedule": "uniform", "emoe_k_min": 1, "emoe_k_max": 4}
 WEIGHTED = UNIFORM | {"emoe_k_schedule": "weighted", "emoe_k_weights": [1.0, 0.0, 3.0, 4.0]}
 SMALLER = {"emoe_selection": "prefix", "emoe_k_schedule": "default-or-smaller", "emoe_k_min": 2}
+LARGER = {"emoe_selection": "prefix", "emoe_k_schedule": "default-or-larger", "emoe_k_max": 8}
 RAMP = UNIFORM | {"emoe_k_schedule": "ramp", "emoe_k_min": 2, "emoe_k_max": 8, "emoe_k_ramp_iters": 100}
 COACTIVATION = {"emoe_selection": "coactivation", "emoe_pool_k": 8}
 
@@ -83,6 +84,8 @@ SCHEDULES = {
     "uniform": (UNIFORM, {1: 0.25, 2: 0.25, 3: 0.25, 4: 0.25}),
     "weighted": (WEIGHTED, {1: 1 / 8, 2: 0.0, 3: 3 / 8, 4: 4 / 8}),
     "default-or-smaller": (SMALLER, {2: 0.1, 3: 0.1, 4: 0.8}),  # .8 for k = 4, the rest shared by 2 and 3
+    "default-or-larger": (LARGER, {4: 0.5, 5: 0.125, 6: 0.125, 7: 0.125, 8: 0.125}),  # .5 for k = 4, the rest shared
+    "default-or-larger at .8": (LARGER | {"emoe_k_default_prob": 0.8}, {4: 0.8, 5: 0.05, 6: 0.05, 7: 0.05, 8: 0.05}),
     "default-or-smaller at .4": (SMALLER | {"emoe_k_default_prob": 0.4}, {2: 0.3, 3: 0.3, 4: 0.4}),
     "constant": ({}, {4: 1.0}),
 }
@@ -103,8 +106,9 @@ def test_distribution_of_k(settings, expected, draw):
 
 @pytest.mark.parametrize(("settings", "expected"), SCHEDULES.values(), ids=SCHEDULES)
 def test_expected_k(settings, expected):
-    # uniform (1+2+3+4)/4 = 2.5; weighted (1 + 9 + 16)/8 = 3.25; .1*2 + .1*3 + .8*4 = 3.7; .6 + .9 + 1.6 = 3.1; 4.
-    by_hand = {0.25: 2.5, 1 / 8: 3.25, 0.1: 3.7, 0.3: 3.1, 1.0: 4.0}[next(iter(expected.values()))]
+    # uniform (1+2+3+4)/4 = 2.5; weighted (1 + 9 + 16)/8 = 3.25; .1*2 + .1*3 + .8*4 = 3.7; .6 + .9 + 1.6 = 3.1; 4;
+    # .5*4 + .125*(5+6+7+8) = 5.25; .8*4 + .05*26 = 4.5.
+    by_hand = {0.25: 2.5, 1 / 8: 3.25, 0.1: 3.7, 0.3: 3.1, 1.0: 4.0, 0.5: 5.25, 0.8: 4.5}[next(iter(expected.values()))]
     assert expected_k(ElasticConfig(**settings), 4, 17) == pytest.approx(by_hand)
 
 

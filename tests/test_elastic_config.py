@@ -15,6 +15,7 @@ from megatron_emoe.elastic_config import ElasticConfig, validate_elastic
 COACTIVATION = {"emoe_selection": "coactivation", "emoe_pool_k": 6}
 UNIFORM = {"emoe_selection": "prefix", "emoe_k_schedule": "uniform", "emoe_k_min": 1, "emoe_k_max": 4}
 WEIGHTED = UNIFORM | {"emoe_k_schedule": "weighted", "emoe_k_weights": [1.0, 0.0, 2.0, 1.0]}
+LARGER = {"emoe_selection": "prefix", "emoe_k_schedule": "default-or-larger"}
 SMALLER = {"emoe_selection": "prefix", "emoe_k_schedule": "default-or-smaller", "emoe_k_min": 1}
 RAMP = UNIFORM | {"emoe_k_schedule": "ramp", "emoe_k_ramp_iters": 100}
 MODEL = {"model_k": 2, "num_experts": 8}
@@ -44,6 +45,8 @@ VALID = {
     "uniform per layer": UNIFORM | {"emoe_k_draw": "layer"},
     "weighted": WEIGHTED,
     "default or smaller": SMALLER,
+    "default or larger, up to 3 k": LARGER,
+    "default or larger, up to all experts": LARGER | {"emoe_k_max": 8},
     "default or smaller, always the default": SMALLER | {"emoe_k_default_prob": 1.0},
     "ramp": RAMP,
     "schedule and pool": COACTIVATION | without(UNIFORM, "emoe_selection"),
@@ -102,6 +105,11 @@ REFUSED = [
         )
         for weights in ([1.0, -1.0, 1.0, 1.0], [0.0] * 4, [1.0, float("inf"), 1.0, 1.0], [1.0, float("nan"), 1.0, 1.0])
     ),
+    (LARGER | {"emoe_k_min": 1}, "--emoe-k-min 1: has no meaning with --emoe-k-schedule default-or-larger"),
+    (LARGER | {"emoe_k_max": 2}, "--emoe-k-max 2: must be above --moe-router-topk 2, or no larger k exists"),
+    (LARGER | {"emoe_k_max": 1}, "--moe-router-topk 2: must not exceed --emoe-k-max 1"),
+    (LARGER | {"emoe_k_max": 9}, "--emoe-k-max 9: must not exceed --num-experts 8"),
+    (LARGER | {"emoe_k_default_prob": 0.0}, "--emoe-k-default-prob 0.0: must lie in (0, 1]"),
     (SMALLER | {"emoe_k_default_prob": 0.0}, "--emoe-k-default-prob 0.0: must lie in (0, 1]"),
     (SMALLER | {"emoe_k_default_prob": 1.5}, "--emoe-k-default-prob 1.5: must lie in (0, 1]"),
     (SMALLER | {"emoe_k_default_prob": float("nan")}, "--emoe-k-default-prob nan: must lie in (0, 1]"),
@@ -209,6 +217,8 @@ def test_defaults_that_depend_on_other_settings():
     assert ElasticConfig(emoe_hr_loss_coeff=0.5).hr_loss_coeff == 0.5
     assert ElasticConfig(**SMALLER).default_prob == 0.8  # ERNIE 5.0
     assert ElasticConfig(**SMALLER, emoe_k_default_prob=0.3).default_prob == 0.3
+    assert ElasticConfig(**LARGER).default_prob == 0.5
+    assert ElasticConfig(**LARGER).k_range(2) == (2, 6)  # up to 3 k
 
 
 def test_what_the_settings_imply():
