@@ -23,8 +23,8 @@ from megatron_emoe.layer_spec import elastic_model_config
 from megatron_emoe.lm_eval_model import MegatronLM, Text
 from megatron_emoe.sweep_run import load_model
 from megatron_emoe.tail_scale import parse_tail_scale
-from megatron_emoe.task_results import Passage, TaskSettings, TasksResult, markdown_table, resume
-from megatron_emoe.task_run import add_arguments, check, find_tasks, load_tasks, run_cells
+from megatron_emoe.task_results import Passage, TaskSettings, TasksResult, missing, resume
+from megatron_emoe.task_run import add_arguments, check, find_tasks, load_tasks, report_table, run_cells
 from megatron_emoe.transformer_config import elastic_config_from_args
 
 _FIXED: dict[str, Any] = {
@@ -56,6 +56,9 @@ def run(header: Callable[..., TasksResult]) -> None:
         manager, names = find_tasks(args)
     except ValueError as error:
         fail(error)
+    if not missing(result, args.k, names):
+        report_table(result)
+        return
     initialize_megatron()
     group, leads = control_group(), torch.distributed.get_rank() == 0
     tasks: dict[str, Any] = {}
@@ -76,7 +79,7 @@ def run(header: Callable[..., TasksResult]) -> None:
         result = run_cells(args, result, model, tasks)
     finally:
         server.stop()
-    print(f"\n{markdown_table(result)}", end="")
+    report_table(result)
 
 
 def build_server(args: Namespace, group: Any) -> ForwardServer:

@@ -24,7 +24,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from megatron_emoe.task_results import Passage, TaskCell, TasksResult, add_cell, measures, missing, save
+from megatron_emoe.task_results import Passage, TaskCell, TasksResult, add_cell, markdown_table, measures, missing, save
 
 PAPER_TASKS = {
     "arc_challenge": "arc",
@@ -180,6 +180,12 @@ def run_cells(
     return result
 
 
+def report_table(result: TasksResult) -> None:
+    """Print every score: the end of a run, from the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\n{markdown_table(result)}", end="")
+
+
 def _line(cell: TaskCell) -> str:
     scores = ", ".join(f"{name.removesuffix(',none')} {found.value:.4f}" for name, found in cell.metrics.items())
     return f"{scores} ({cell.samples} samples, {cell.tokens} tokens x {cell.k} rows in each MoE layer)"
@@ -204,6 +210,9 @@ def evaluate_task(
     started = time.perf_counter()
     with model.active(k) as passage:
         found = evaluate(model.lm, loaded, limit=limit, log_samples=False, confirm_run_unsafe_code=True)
+    for layer, rows in passage.rows.items():
+        if rows != passage.tokens * k:
+            raise ValueError(f"--k {k}: {rows} rows reached the experts of layer {layer}, not {passage.tokens} x {k}")
     used = {found["n-shot"].get(task) for task in loaded["tasks"]}
     version = found["versions"].get(name)
     return TaskCell(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from megatron_emoe.hf.active_experts import counting_rows, set_active_experts
 from megatron_emoe.hf.architecture import read_config
 from megatron_emoe.hf.one_process import silent_transformers
 from megatron_emoe.tail_scale import parse_tail_scale
-from megatron_emoe.task_results import Passage, TaskSettings, TasksResult, markdown_table, resume
-from megatron_emoe.task_run import check, find_tasks, load_tasks, run_cells
+from megatron_emoe.task_results import Passage, TaskSettings, TasksResult, missing, resume
+from megatron_emoe.task_run import check, find_tasks, load_tasks, report_table, run_cells
 
 
 class HfTaskModel:
@@ -74,6 +75,8 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> PreTrainedMode
 
 def run(args: Namespace, header: Callable[..., TasksResult]) -> None:
     """tools/eval_tasks.py on a Hugging Face folder (ValueError: refused before the model is loaded)."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(f"WORLD_SIZE {os.environ['WORLD_SIZE']}: --model hf runs in one process, without torchrun")
     config = read_config(args.load)
     max_length = check(args, config.num_experts, config.max_position_embeddings)
     if args.micro_batch_size < 1:
@@ -92,13 +95,15 @@ def run(args: Namespace, header: Callable[..., TasksResult]) -> None:
     )
     result = resume(args.out, fresh)
     manager, names = find_tasks(args)
+    if not missing(result, args.k, names):
+        report_table(result)
+        return
     tokenizer = load_tokenizer(args.load)
     tasks = load_tasks(manager, names)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.host_mode else "cpu")
     model = load_model(args.load, args.dtype, device)
     lm = HFLM(model, tokenizer=tokenizer, batch_size=args.micro_batch_size, max_length=max_length)
-    result = run_cells(args, result, HfTaskModel(lm, tail), tasks)
-    print(f"\n{markdown_table(result)}", end="")
+    report_table(run_cells(args, result, HfTaskModel(lm, tail), tasks))
 
 
 def _tail_scale(words: list[str] | None) -> dict[int, float]:
