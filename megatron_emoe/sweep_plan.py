@@ -106,7 +106,7 @@ def _megatron(args: Namespace) -> dict[str, Any]:
     """What the header says of a Megatron checkpoint."""
     checkpoint = locate(args.load, args.ckpt_step)
     stored = stored_args(checkpoint)
-    if not _has_elastic_settings(stored):
+    if not _has_elastic_settings(stored) and args.emoe_tail_scale is None:
         say(f"--load {args.load}: no elastic settings in this checkpoint; it is swept as a model of plain top-k")
     iteration = int(checkpoint.name.removeprefix("iter_")) if checkpoint.name.startswith("iter_") else 0
     return {
