@@ -70,7 +70,11 @@ MAIN = (
     Method("topk-3k", "", "plain top-k trained at 3k", k=3 * K),
     Method("last-slot", LAST_SLOT, "the best k - 1 always, the last from ranks k ... 3k", fit=True),
     Method("mmoe-layer", f"{UNIFORM} --emoe-k-draw layer", "M-MoE, each layer its own k"),
-    Method("top-p", "--emoe-selection top-p", "top-p routing (p = 0.4) with its entropy loss"),
+    Method(
+        "top-p",
+        "--emoe-selection top-p --emoe-combine renormalize",
+        "top-p routing (p = 0.4) with its entropy loss; weights as the base has them",
+    ),
     Method(
         "null-experts",
         f"--emoe-selection null-experts --emoe-null-experts {E}",
