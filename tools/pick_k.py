@@ -16,7 +16,16 @@ from pathlib import Path
 
 from megatron_emoe import sweep
 from megatron_emoe.allocation import Allocation, moe_layers, sensitivities
-from megatron_emoe.budget import Answer, Limit, answer, flops_limit, latency_limit, name, quality_limit
+from megatron_emoe.budget import (
+    Answer,
+    Limit,
+    answer,
+    flops_limit,
+    flops_share,
+    latency_limit,
+    name,
+    quality_limit,
+)
 from megatron_emoe.serving import serving_lines, sweep_command, tail_scale_at
 from megatron_emoe.sweep import SweepCell, SweepResult
 
@@ -100,11 +109,12 @@ def _limited(limit: Limit, text: str) -> list[str]:
 def _row(result: SweepResult, limit: Limit, k: int | Allocation, loss: float, cell: SweepCell | None) -> list[str]:
     layers = moe_layers(result)
     experts = k * (layers or 1) if isinstance(k, int) else sum(k)
+    share = experts / (layers or 1) / result.k_train if cell is None else flops_share(result, cell)
     value = None if cell is None else limit.of(cell)
     return [
         name(k),
         str(experts) if layers else "",
-        f"{experts / (layers or 1) / result.k_train:.3f}",
+        f"{share:.3f}",
         f"{loss:.4f}",
         f"{loss - sweep.loss_at(result, result.k_train):+.4f}",
         ("predicted" if cell is None else "measured") + ("" if isinstance(k, int) else ", per layer"),
