@@ -99,6 +99,18 @@ def test_nothing_is_recorded_on_other_steps(one_rank):
     assert " load min: 0 | load p5: 0.15 | load p50: 1 | load p95: 1.85 | load max: 2 | dead experts: 1 |" in line
 
 
+def test_the_mean_is_reported_where_every_token_has_its_own_k(one_rank):
+    one_rank.begin_step(1, log_interval=2, coactivation_interval=0)
+    padding = torch.tensor([False, False, False, True])
+    # Micro-batches of 3 + 0 + 1 = 4 experts over 3 tokens that count, and of 3 over 2: (4/3 + 3/2) / 2 = 17/12.
+    one_rank.add_routing(2, dense((0, 1, 2), (), (3,), (0, 1)), padding, None, 4)
+    one_rank.add_routing(2, dense((0, 1), (2,)), None, None, 4)
+    one_rank.add_values(2, {"router entropy": 1.0, "importance loss": 0.0, "load loss": 0.5})
+    line = one_rank.report(1.0, iteration=2, writer=None, num_layers=2)
+    assert " active k: 1.417 | pool size: 4 |" in line and one_rank.mean_k == pytest.approx(17 / 12)
+    assert " load loss: 0.25 |" in line and "importance loss" not in line  # a selection has it where it is not zero
+
+
 def test_a_report_starts_the_next_one_afresh(one_rank):
     step(one_rank, 3.0, iteration=1)
     assert "router entropy: 1 |" in step(one_rank, 1.0, iteration=3)

@@ -62,6 +62,7 @@ def export_model(
     """
     checkpoint = locate(str(megatron), step, "--megatron")
     args = stored_args(checkpoint, "--megatron")
+    _check_selection(args)
     companions = _companions(megatron, hf_config)
     config = read_config(companions)
     architecture = architecture_of(config)
@@ -84,6 +85,16 @@ def export_model(
     report(f"{out}: {config.model_type}, {architecture.k_key} {k}")
     for line in serving_lines(out, architecture, settings, config.num_experts):
         report(line)
+
+
+def _check_selection(args: Namespace) -> None:
+    """ValueError for a selection that goes on in evaluation and that a Hugging Face model would replace by top-k."""
+    selection = getattr(args, "emoe_selection", "topk")
+    if selection in ("top-p", "null-experts"):
+        raise ValueError(
+            f"--emoe-selection {selection}: the checkpoint was trained with it, and in a Hugging Face model of this "
+            "kind every token has the same number of experts"
+        )
 
 
 def _companions(megatron: Path, hf_config: Path | None) -> Path:
@@ -132,6 +143,8 @@ def _check_tensors(reader: TorchDistReader, groups: list[Group], layout: Layout,
         if place.key not in reader.tensors:
             raise ValueError(f"{reader.folder}: {place.key} is missing")
     for key in reader.tensors:
+        if key.endswith("router.noise_weight"):
+            continue  # of noisy top-k, which has noise in training alone
         if key.startswith(("decoder.", "embedding.", "output_layer.", "mtp.")) and key not in known:
             raise ValueError(f"{reader.folder}: holds {key}, for which {config.model_type} has no place")
 

@@ -136,6 +136,10 @@ def export_in_ways(folder: Path) -> dict[str, Any]:
         "normed": message(hf_config=other("olmoe", "normed", norm_topk_prob=True)),
         "tied": message(hf_config=other("olmoe", "tied", tied=True)),
     }
+    stored = module.stored_args
+    module.stored_args = lambda *args: Namespace(**vars(stored(*args)) | {"emoe_selection": "null-experts"})
+    refused["null"] = message()
+    module.stored_args = stored
     (megatron / "release/__1_0.distcp").unlink()
     refused["damaged"] = message()
     return {"said": said, "refused": refused}
@@ -191,6 +195,7 @@ def test_tokenizer_and_other_files_come_along(ways):
         ("theta", r"--rotary-base 10000: the checkpoint was trained with it, TMP/theta/config\.json means 500000"),
         ("normed", r"--moe-router-pre-softmax True: the checkpoint was trained with it, TMP/normed/config\.json means"),
         ("tied", r"--untie-embeddings-and-output-weights True: .* TMP/tied/config\.json means False"),
+        ("null", r"--emoe-selection null-experts: the checkpoint was trained with it, and in a Hugging Face model"),
         ("damaged", r"TMP/megatron/release: not readable"),
     ],
 )
