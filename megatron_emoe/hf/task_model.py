@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from megatron_emoe.hf.active_experts import counting_rows, set_active_experts
 from megatron_emoe.hf.architecture import read_config
+from megatron_emoe.hf.import_model import tokenizer_flags
 from megatron_emoe.hf.one_process import silent_transformers
 from megatron_emoe.tail_scale import parse_tail_scale
 from megatron_emoe.task_results import Passage, TaskSettings, TasksResult, missing, resume
@@ -50,6 +51,8 @@ def _token_counter(passage: Passage) -> Callable[[nn.Module, tuple], None]:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder (ValueError: there is none that can be read)."""
+    if "tokenizer_model" not in tokenizer_flags(folder, folder):  # transformers would make up an empty one
+        raise ValueError(f"--load {folder}: no tokenizer in it (tokenizer.json, tokenizer.model or vocab.json)")
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
