@@ -163,23 +163,27 @@ def proposals(result: SweepResult, limit: Limit) -> list[Proposal]:
 
     Under a limit on FLOPs: at the experts of the best uniform k', and at all that the limit allows. On latency:
     likewise with the experts of the largest uniform k' that fits. On quality: fewer experts than the cheapest uniform
-    k' has. A prediction starts at the measured loss of that uniform k' and adds what the layers that differ add.
+    k' has. A prediction starts at the measured loss of that uniform k' and adds what the layers that differ add; one
+    that is worse than the uniform k' is left out.
     """
     table = complete(sensitivities(result))
-    fitting = _uniform_within(result, limit)
-    anchor = pick(result, limit, fitting) if fitting else curve(result)[result.k_train]
-    base = _spread(anchor, len(table))
-    if not table or base[0] not in table[0]:
+    if not table:
         return []
+    fitting = _uniform_within(result, limit)
+    best = pick(result, limit, fitting) if fitting else None
+    # Where no layer was measured at the uniform k' alone, the prediction starts at the k of training.
+    known = best is not None and _spread(best, len(table))[0] in table[0]
+    anchor = best if best is not None and known else curve(result)[result.k_train]
+    base = rise(table, _spread(anchor, len(table)))
     found: list[Allocation | None]
     if limit.at_least:
-        room = loss_at(result, result.k_train) - math.log(limit.value) - anchor.loss
-        fewest = cheapest(table, rise(table, base) + room)
-        found = [fewest] if fewest and fitting and sum(fewest) < sum(base) else []
+        fewest = cheapest(table, base + loss_at(result, result.k_train) - math.log(limit.value) - anchor.loss)
+        found = [fewest] if fewest and best and sum(fewest) < sum(_spread(best, len(table))) else []
     else:
         found = [allocate(table, experts) for experts in sorted(_totals(result, limit, fitting, len(table)))]
     ks = dict.fromkeys(k for k in found if k and len(set(k)) > 1)
-    return [_proposal(result, k, anchor.loss + rise(table, k) - rise(table, base)) for k in ks]
+    made = [_proposal(result, k, anchor.loss + rise(table, k) - base) for k in ks]
+    return [each for each in made if each.cell or limit.at_least or best is None or each.loss < best.loss]
 
 
 def _totals(result: SweepResult, limit: Limit, fitting: Sequence[SweepCell], layers: int) -> set[int]:

@@ -200,3 +200,17 @@ def test_no_proposals_without_sensitivities_or_where_uniform_is_best():
     assert proposals(bare, flops_limit(bare, 0.6)) == []
     alike = make_result({4: 2.0, 2: 2.2, (2, 4): 2.1, (4, 2): 2.1})
     assert proposals(alike, flops_limit(alike, 0.5)) == []
+
+
+def test_where_no_layer_was_measured_at_the_uniform_k_the_prediction_starts_at_k():
+    # The layers alone lack k' = 2. (1, 3) adds 0.03 + 0.05 to the 2.0 of k: 2.08, better than uniform 2 (2.2).
+    lacking = {ks: loss for ks, loss in LAYERS.items() if 2 not in ks}
+    result = make_result(CURVE | lacking)
+    (found,) = proposals(result, flops_limit(result, 0.6))
+    assert (found.k, found.cell) == ((1, 3), None)
+    assert found.loss == pytest.approx(2.08)
+    # With a uniform 2 of 2.07 that is no proposal.
+    good = make_result(CURVE | {2: 2.07} | lacking)
+    assert proposals(good, flops_limit(good, 0.6)) == []
+    # Quality 0.82 (loss 2.1985) takes uniform 3, 6 experts; (1, 3) is predicted to do with 4.
+    assert [each.k for each in proposals(result, quality_limit(result, 0.82))] == [(1, 3)]
