@@ -1,8 +1,9 @@
 """The whole of elastic continued training, on real text, on any machine: about ten minutes on two cores.
 
 Corpus (the Python standard library's sources) -> SentencePiece -> Megatron data -> a base run with plain top-k and
-expert parallelism -> two continued runs from it, plain top-k and elastic -> sweeps over k', for the elastic run also of
-each layer alone and of the k' per layer that this suggests for a budget -> demo/card.html, demo/card.md, demo/wall.png.
+expert parallelism -> two continued runs from it, plain top-k and the recipe of docs/study.md -> the tail scale of the
+second, fitted -> sweeps over k', for the elastic run also of each layer alone and of the k' per layer that this
+suggests for a budget -> demo/card.html, demo/card.md, demo/wall.png.
 Every step is one command of this repository; one whose output is complete is not run again.
 """
 
@@ -30,6 +31,7 @@ from megatron_emoe.sweep import (
     sensitivity_budgets,
     wall,
 )
+from megatron_emoe.tail_scale import TAIL_SCALE_FILE
 
 REPO = Path(__file__).resolve().parent.parent
 OUT = REPO / "demo"
@@ -43,8 +45,11 @@ BUDGET = 0.6
 """Expert FLOPs per token that the last step asks a k' for, as a multiple of those at TRAINED_K."""
 LATENCY = ("latency_ms_batch1", "latency_ms_large")
 
-ELASTIC = "--emoe-selection prefix --emoe-k-schedule uniform --emoe-k-min 4 --emoe-k-max 12"
+ELASTIC = "@examples/recipe.args"
 """What makes the elastic run elastic."""
+FITTED_KS = (6, 8, 16)
+"""The k' that its tail scale is fitted at."""
+HELD_OUT_TOKENS = 32768
 
 MODEL = f"""--num-layers {LAYERS} --hidden-size 96 --num-attention-heads 4 --seq-length 256
     --max-position-embeddings 256 --num-experts 32 --moe-router-topk {TRAINED_K} --moe-ffn-hidden-size 48
@@ -92,10 +97,22 @@ def sweep_file(run: str) -> Path:
 def sweep(run: str, title: str, extra: str, cells: Sequence[K], fields: Sequence[str] = ()) -> Step:
     """A sweep of a run into its file, done once the file has these cells with these fields."""
     out = sweep_file(run)
-    flags = f"""--load {OUT}/checkpoints/{run} --label {run} --out {out} --data-path {OUT}/data/stdlib_heldout
-        --max-eval-tokens 32768 --no-create-attention-mask-in-dataloader {PARALLEL} {extra}"""
+    flags = f"--load {OUT}/checkpoints/{run} --label {run} --out {out} {held_out(HELD_OUT_TOKENS)} {extra}"
     done = lambda: out.exists() and not missing_ks(load(out), cells, fields)  # noqa: E731
     return Step(title, torchrun("tools/sweep_k.py", flags), done)
+
+
+def fit(run: str) -> Step:
+    """The tail scale of a run, fitted on other tokens than those of its sweep."""
+    done = lambda: any((OUT / f"checkpoints/{run}").glob(f"*/{TAIL_SCALE_FILE}"))  # noqa: E731
+    flags = f"--load {OUT}/checkpoints/{run} --k {numbers(FITTED_KS)} {held_out(2 * HELD_OUT_TOKENS)}"
+    return Step("fit tail scale", torchrun("tools/fit_tail_scale.py", flags), done)
+
+
+def held_out(tokens: int) -> str:
+    """Flags of an evaluation: large micro-batches, so that small experts are worth their calls."""
+    return f"""--data-path {OUT}/data/stdlib_heldout --max-eval-tokens {tokens} --micro-batch-size 16
+        --global-batch-size 32 --no-create-attention-mask-in-dataloader {PARALLEL}"""
 
 
 def numbers(ks: Sequence[int]) -> str:
@@ -121,6 +138,7 @@ def steps() -> Iterator[Step]:
     yield training("base", BASE_ITERS, "--lr 2e-3 --min-lr 1e-3 --lr-warmup-iters 30", "")
     yield training("topk", CONTINUED_ITERS, low, continued)
     yield training("elastic", CONTINUED_ITERS, low, f"{continued} {ELASTIC} --emoe-eval-k 4 8 12")
+    yield fit("elastic")
     for run in ("topk", "elastic"):
         yield sweep(run, f"sweep {run}", f"--k {numbers(KS)} --latency", KS, LATENCY)
     alone = sensitivity_budgets(LAYER_KS, TRAINED_K, LAYERS)

@@ -20,10 +20,7 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_emoe.elastic_config import MODEL_FEATURES, ElasticConfig, flag
-from megatron_emoe.tail_scale import tail_scale_words
-
-TAIL_SCALE_FILE = "emoe_tail_scale.json"
-"""Beside a checkpoint's weights: the tail scale that was fitted to them (tools/fit_tail_scale.py)."""
+from megatron_emoe.tail_scale import TAIL_SCALE_FILE, tail_scale_words
 
 _MEASURING_ONLY = {"emoe_eval_k", "emoe_coactivation_interval"}
 SHAPE_FLAGS = (

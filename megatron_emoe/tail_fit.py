@@ -21,26 +21,31 @@ from torch import nn
 from tqdm import tqdm
 
 from megatron_emoe.active_k import get_active_k
-from megatron_emoe.checkpoint import TAIL_SCALE_FILE
 from megatron_emoe.evaluation import Evaluator
 from megatron_emoe.layer_spec import elastic_model_config
+from megatron_emoe.router import ElasticRouter
 from megatron_emoe.sweep_result import write_atomically
 from megatron_emoe.sweep_run import load_model, read_batches
+from megatron_emoe.tail_scale import TAIL_SCALE_FILE
 from megatron_emoe.training import ElasticLoop
 
 _RESOLUTION = 0.05  # of a: the loss is flat around its minimum
+_LARGEST_FACTOR = 4.0
 
 
 @dataclass(frozen=True)
 class Fitted:
     """What was found for one k'. scale: a(k'). Losses in nats per token; `fit` on the half that chose a, the others on
-    the half that did not: with a, at a = 1 (plain top-k'), and at the model's own k."""
+    the half that did not: with a, at a = 1 (plain top-k'), and at the model's own k. router_scale: what multiplies the
+    router's weight instead of a tail scale, and `folded` the loss with it (None where not asked for)."""
 
     scale: float
     fit: float
     judged: float
     plain: float
     at_k: float
+    router_scale: float | None = None
+    folded: float | None = None
 
 
 def minimise(loss: Callable[[float], float], highest: float, at_zero: float) -> tuple[float, float]:
@@ -74,11 +79,34 @@ class TailFit:
         with get_active_k().scaling_tail(scale):
             return self.evaluator.loss_at_k(self.model, batches, k, self.steps // 2).loss
 
-    def fit(self, k: int, highest: float) -> Fitted:
-        """a(k) within [0, highest]."""
+    def fit(self, k: int, highest: float, fold: bool = False) -> Fitted:
+        """a(k) within [0, highest]; with `fold` the best factor of the router's weight too."""
         scale, loss = minimise(lambda a: self.loss(self.fitting, k, a), highest, self.at_k[0])  # a = 0 is plain top-k
         judged, plain = (self.loss(self.judging, k, a) for a in (scale, 1.0))
-        return Fitted(scale, loss, judged, plain, self.at_k[1])
+        folded = self._fold(k) if fold else (None, None)
+        return Fitted(scale, loss, judged, plain, self.at_k[1], *folded)
+
+    def _fold(self, k: int) -> tuple[float, float]:
+        """The factor in [1, 4] of every router's weight with the smallest loss at plain top-k', and that loss on the
+        other half."""
+        found = minimize_scalar(
+            lambda factor: self._loss_with_router(self.fitting, k, factor),
+            bounds=(1.0, _LARGEST_FACTOR),
+            method="bounded",
+            options={"xatol": _RESOLUTION},
+        )
+        return float(found.x), self._loss_with_router(self.judging, k, float(found.x))
+
+    def _loss_with_router(self, batches: Mapping[int, list[Any]], k: int, factor: float) -> float:
+        routers = [m for chunk in self.model for m in chunk.modules() if isinstance(m, ElasticRouter)]
+        stored = [router.weight.detach().clone() for router in routers]
+        try:
+            for router in routers:
+                router.weight.data.mul_(factor)
+            return self.loss(batches, k, 1.0)
+        finally:
+            for router, weight in zip(routers, stored, strict=True):
+                router.weight.data.copy_(weight)
 
 
 def _halves(batches: Mapping[int, list[Any]], steps: int) -> tuple[dict[int, list[Any]], dict[int, list[Any]]]:
@@ -92,10 +120,11 @@ def run_fit(args: Namespace, target: Path, header: dict[str, Any]) -> dict[int, 
     """Fit a(k') at every --k and write `target` from rank 0. Collective; raises `ValueError` as TailFit does."""
     fit = TailFit(args)
     writes = torch.distributed.get_rank() == 0
-    found = {k: fit.fit(k, args.max_scale) for k in tqdm(args.k, desc="a(k')", unit="k", disable=not writes)}
+    ks = tqdm(args.k, desc="a(k')", unit="k", disable=not writes)
+    found = {k: fit.fit(k, args.max_scale, args.fold) for k in ks}
     if writes:
         table = {str(k): round(fitted.scale, 4) for k, fitted in found.items()}
-        cells = {str(k): asdict(fitted) for k, fitted in found.items()}
+        cells = {str(k): {n: v for n, v in asdict(one).items() if v is not None} for k, one in found.items()}
         text = json.dumps(header | {"digest": fit.digest, "tail_scale": table, "fitted": cells}, indent=2) + "\n"
         write_atomically(target, lambda file: file.write(text.encode()))
     torch.distributed.barrier()

@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+TAIL_SCALE_FILE = "emoe_tail_scale.json"
+"""Beside a checkpoint's weights: the tail scale that was fitted to them (tools/fit_tail_scale.py)."""
+
 
 @dataclass(frozen=True)
 class TailScale:

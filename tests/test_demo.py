@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_emoe import sweep
+from megatron_emoe.flag_files import expand
 from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
 
 REPO = Path(__file__).resolve().parents[1]
@@ -81,7 +82,7 @@ def words(step: demo.Step, script: str) -> list[str]:
 
 def test_the_steps_in_order(out):
     assert [step.name for step in demo.steps()] == [
-        *("corpus", "base", "topk", "elastic", "sweep topk", "sweep elastic", "sweep layers"),
+        *("corpus", "base", "topk", "elastic", "fit tail scale", "sweep topk", "sweep elastic", "sweep layers"),
         *("sweep k' per layer", "plot", "card"),
     ]
 
@@ -95,6 +96,19 @@ def test_what_is_done_is_what_is_complete(out):
     for cells in (elastic.cells[1:], [make_cell(k, loss, None) for k, loss in LOSSES.items()]):
         sweep.save(make_result("elastic", list(cells)), out / "sweep_elastic.json")
         assert not next(step for step in demo.steps() if step.name == "sweep elastic").done()
+
+
+def test_the_tail_scale_is_fitted_once(out):
+    (step,) = (step for step in demo.steps() if step.name == "fit tail scale")
+    assert not step.done()
+    folder = out / "checkpoints/elastic/iter_0000120"
+    folder.mkdir(parents=True)
+    (folder / "emoe_tail_scale.json").write_text("{}")
+    assert step.done()
+    tokens = words(step, "fit_tail_scale.py")
+    assert (
+        int(tokens[tokens.index("--max-eval-tokens") + 1]) == 2 * demo.HELD_OUT_TOKENS
+    )  # its second half is not swept
 
 
 def test_drawings_are_made_anew_where_a_sweep_is_newer(out):
@@ -141,21 +155,25 @@ def test_the_card_can_be_written_from_the_sweeps(out):
     assert demo.ELASTIC in text and "| elastic | 4 | 3.9644 | 6 | 3.9522 |" in text
 
 
-def test_the_runs_are_megatron_s(out):
+def test_the_runs_are_megatron_s(out, monkeypatch):
+    monkeypatch.chdir(REPO)  # where the demo's commands run
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_emoe.arguments import add_arguments
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     runs = [
-        parser.parse_args(words(s, "pretrain_emoe.py")) for s in demo.steps() if "pretrain_emoe.py" in str(s.command)
+        parser.parse_args(expand(words(s, "pretrain_emoe.py")))
+        for s in demo.steps()
+        if "pretrain_emoe.py" in str(s.command)
     ]
     assert [(run.train_iters, run.num_layers, run.moe_router_topk) for run in runs] == [
         (demo.BASE_ITERS, demo.LAYERS, demo.TRAINED_K),
         (demo.CONTINUED_ITERS, demo.LAYERS, demo.TRAINED_K),
         (demo.CONTINUED_ITERS, demo.LAYERS, demo.TRAINED_K),
     ]
-    assert [run.emoe_selection for run in runs[:2]] == ["topk", "topk"]
+    assert [run.emoe_selection for run in runs] == ["topk", "topk", "prefix"]
+    assert runs[2].emoe_tail_scale == ["0.25"]
 
 
 def test_the_summary(out):

@@ -54,6 +54,7 @@ def scenario(folder: Path) -> dict[str, Answer]:
     answers = {"before": sweeps.sweep_k(*sweeps.flags(folder / "data", folder / "before.json", **swept))}
     answers["fit"] = fit_tail_scale(*flags(folder))
     answers["after"] = sweeps.sweep_k(*sweeps.flags(folder / "data", folder / "after.json", **swept))
+    answers["fold"] = fit_tail_scale(*flags(folder, k=[4], fold=True, out=str(folder / "fold.json")))
     plain = swept | {"emoe_tail_scale": ["1"]}
     answers["plain"] = sweeps.sweep_k(*sweeps.flags(folder / "data", folder / "plain.json", **plain))
     return answers
@@ -100,6 +101,15 @@ def test_sweeps_use_the_table_and_say_so(done):
     assert losses(folder, "after")[2] == losses(folder, "before")[2]
 
 
+def test_a_factor_of_the_router_is_fitted_and_leaves_the_rest_as_it_was(done):
+    folder, answers = done
+    fold, fit = json.loads((folder / "fold.json").read_text())["fitted"]["4"], stored(folder)["fitted"]["4"]
+    assert {name: fold[name] for name in fit} == fit
+    assert 1 <= fold["router_scale"] <= 4
+    assert fold["folded"] != fold["plain"]
+    assert f"| {fold['router_scale']:.2f} | {fold['folded']:.4f} |" in answers["fold"].out
+
+
 def test_a_given_scale_wins_over_the_table(done):
     assert losses(done[0], "plain") == losses(done[0], "before")
 
@@ -131,7 +141,14 @@ def test_the_minimum_may_lie_inside_or_at_either_end():
 
 
 def refusals(folder: Path) -> list[Answer]:
-    cases = ({"k": [2]}, {"k": [9]}, {"k": [4, 4]}, {"max_scale": 0}, {"max_eval_tokens": 16 * 16}, {"out": "/nowhere/a.json"})
+    cases = (
+        {"k": [2]},
+        {"k": [9]},
+        {"k": [4, 4]},
+        {"max_scale": 0},
+        {"max_eval_tokens": 16 * 16},
+        {"out": "/nowhere/a.json"},
+    )
     return [fit_tail_scale(*flags(folder, **case)) for case in cases]
 
 

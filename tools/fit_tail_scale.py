@@ -29,6 +29,12 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--k", type=int, nargs="+", required=True, help="The k' to fit, each above --moe-router-topk.")
     group.add_argument("--max-eval-tokens", type=int, default=1_000_000, help="Held-out tokens to use, in two halves.")
     group.add_argument("--max-scale", type=float, default=1.0, help="The largest a to consider.")
+    group.add_argument(
+        "--fold",
+        action="store_true",
+        help="Also fit a factor of the router's weight for each k', which an engine without a tail scale can load, and "
+        "say what it gives. It is not stored in the model.",
+    )
     group.add_argument("--out", help="Write the table here instead of into the checkpoint.")
     return parser
 
@@ -41,6 +47,10 @@ def check(args: Namespace) -> Path:
             raise ValueError(f"--k {k}: {rule}")
     if len(set(args.k)) != len(args.k):
         raise ValueError(f"--k {' '.join(map(str, args.k))}: must not name a k' twice")
+    if args.emoe_selection in ("top-p", "null-experts"):
+        raise ValueError(
+            f"--load {args.load}: was trained with --emoe-selection {args.emoe_selection}: no tail to scale"
+        )
     if args.max_scale <= 0:
         raise ValueError(f"--max-scale {args.max_scale}: must be above 0")
     target = Path(args.out) if args.out else tail_scale_path(locate(args.load, args.ckpt_step))
@@ -50,9 +60,15 @@ def check(args: Namespace) -> Path:
 
 
 def table(found: dict[int, Fitted]) -> str:
-    lines = ["| k' | a(k') | loss at k | plain top-k' | with a(k') |", "| ---: | ---: | ---: | ---: | ---: |"]
+    """Markdown, with two more columns where a factor of the router was fitted."""
+    folds = any(fitted.folded is not None for fitted in found.values())
+    head = ["k'", "a(k')", "loss at k", "plain top-k'", "with a(k')", *(["router x", "with it"] if folds else [])]
+    lines = ["| " + " | ".join(head) + " |", "|" + " ---: |" * len(head)]
     for k, fitted in found.items():
-        lines.append(f"| {k} | {fitted.scale:.3f} | {fitted.at_k:.4f} | {fitted.plain:.4f} | {fitted.judged:.4f} |")
+        numbers = [f"{fitted.scale:.3f}", *(f"{loss:.4f}" for loss in (fitted.at_k, fitted.plain, fitted.judged))]
+        if fitted.folded is not None:
+            numbers += [f"{fitted.router_scale:.2f}", f"{fitted.folded:.4f}"]
+        lines.append("| " + " | ".join([str(k), *numbers]) + " |")
     return "\n".join(lines)
 
 
