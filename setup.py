@@ -39,6 +39,6 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.4,<3"],
         "eval": TASKS,
         "sft": [CONVERSATIONS],
-        "dev": ["pytest>=8,<10", "ruff==0.17.6", "mypy>=1.13,<3", CONVERSATIONS, *TASKS],
+        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6", "mypy>=1.13,<3", CONVERSATIONS, *TASKS],
     },
 )
