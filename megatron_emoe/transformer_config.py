@@ -10,7 +10,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_emoe.baseline_rules import BASELINES, check_baseline_combinations, check_baseline_settings
-from megatron_emoe.elastic_config import ElasticConfig, flag, validate_elastic
+from megatron_emoe.elastic_config import ElasticConfig, flag
+from megatron_emoe.elastic_rules import validate_elastic
 
 
 @dataclass

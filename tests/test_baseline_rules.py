@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from megatron_emoe.baseline_rules import check_baseline_settings
-from megatron_emoe.elastic_config import ElasticConfig, validate_elastic
+from megatron_emoe.elastic_config import ElasticConfig
+from megatron_emoe.elastic_rules import validate_elastic
 from tests.tiny import layer_config
 
 TOP_P = {"emoe_selection": "top-p"}

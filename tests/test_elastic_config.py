@@ -10,7 +10,8 @@ import re
 import pytest
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megatron_emoe.elastic_config import ElasticConfig, validate_elastic
+from megatron_emoe.elastic_config import ElasticConfig
+from megatron_emoe.elastic_rules import validate_elastic
 
 COACTIVATION = {"emoe_selection": "coactivation", "emoe_pool_k": 6}
 UNIFORM = {"emoe_selection": "prefix", "emoe_k_schedule": "uniform", "emoe_k_min": 1, "emoe_k_max": 4}

@@ -7,7 +7,8 @@ import pytest
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_emoe.active_k import k_probabilities
-from megatron_emoe.elastic_config import ElasticConfig, validate_elastic
+from megatron_emoe.elastic_config import ElasticConfig
+from megatron_emoe.elastic_rules import validate_elastic
 from megatron_emoe.flag_files import expand
 from tests.distributed import REPO
 

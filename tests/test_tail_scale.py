@@ -9,7 +9,8 @@ import torch
 from megatron_emoe import selection
 from megatron_emoe.active_k import ActiveK, Place, draw_for
 from megatron_emoe.checkpoint import fitted_tail_scale
-from megatron_emoe.elastic_config import ElasticConfig, validate_elastic
+from megatron_emoe.elastic_config import ElasticConfig
+from megatron_emoe.elastic_rules import validate_elastic
 from megatron_emoe.tail_scale import TAIL_SCALE_FILE, parse_tail_scale, tail_scale_words
 
 MODES = [("softmax", True), ("softmax", False), ("sigmoid", True), ("sigmoid", False), ("sqrtsoftplus", True)]
