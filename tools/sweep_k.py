@@ -36,9 +36,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Also, for every MoE layer and every --k: that k' in this layer, the k of training in all others.",
     )
     group.add_argument("--out", required=True, help="Result file (JSON); finished cells in it are kept.")
-    group.add_argument(
-        "--label", help="Name of the curve in tables and plots. Default: the model's folder."
-    )
+    group.add_argument("--label", help="Name of the curve in tables and plots. Default: the model's folder.")
     group.add_argument(
         "--max-eval-tokens",
         type=int,
