@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from megatron_emoe.hf.active_experts import counting_rows, set_active_experts
+from megatron_emoe.hf.active_experts import counting_rows, set_active_experts, trained_k
 from megatron_emoe.hf.architecture import read_config
 from megatron_emoe.hf.import_model import tokenizer_flags
 from megatron_emoe.hf.one_process import silent_transformers
@@ -84,14 +84,15 @@ def run(args: Namespace, header: Callable[..., TasksResult]) -> None:
     max_length = check(args, config.num_experts, config.max_position_embeddings)
     if args.micro_batch_size < 1:
         raise ValueError(f"--micro-batch-size {args.micro_batch_size}: must be at least 1")
-    tail = _tail_scale(args.emoe_tail_scale)
+    stored = getattr(config, "emoe", None) or {}  # what an export says of its training
+    tail = _tail_scale(args.emoe_tail_scale or stored.get("tail_scale"))
     dtype = str(config.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype
     settings = TaskSettings(shots=args.num_fewshot, limit=args.limit, max_length=max_length, dtype=dtype)
     fresh = header(
         args,
         framework="transformers",
         iteration=0,
-        k_train=config.num_experts_per_tok,
+        k_train=trained_k(config),
         num_experts=config.num_experts,
         tail_scale={str(k): scale for k, scale in tail.items()},
         settings=settings,
