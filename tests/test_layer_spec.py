@@ -54,7 +54,19 @@ LINES: list[dict[str, Any]] = [
         "emoe_k_max": 4,
         "emoe_k_ramp_iters": 50,
     },
+    {
+        **COACTIVATION,
+        "emoe_pool_keep": 1,
+        "emoe_pool_prob": 0.5,
+        "emoe_pool_anneal_iters": 10,
+        "emoe_tail_scale": ["4:0.5"],
+        "emoe_train": "router",
+    },
+    {"emoe_selection": "top-p", "emoe_top_p": 0.7, "emoe_top_p_max": 4, "emoe_entropy_loss_coeff": 0.5},
+    {"emoe_selection": "null-experts", "emoe_null_experts": 4},
+    {"emoe_selection": "noisy-topk", "emoe_importance_loss_coeff": 0.5, "emoe_load_loss_coeff": 0.25},
 ]
+ROUTERS = {"top-p": "TopPRouter", "null-experts": "NullExpertRouter", "noisy-topk": "NoisyTopKRouter"}
 DEFAULTS = {field.name: field.default for field in fields(ElasticConfig)}
 
 
@@ -109,7 +121,7 @@ def test_the_lines_cover_every_elastic_field():
 @pytest.mark.parametrize(
     ("kind", "line"),
     [*(("attention", line) for line in LINES), ("multi-latent", LINES[0]), ("multi-token", LINES[0])],
-    ids=lambda value: value if isinstance(value, str) else value["emoe_k_schedule"],
+    ids=lambda value: value if isinstance(value, str) else value.get("emoe_k_schedule", value["emoe_selection"]),
 )
 def test_every_flag_reaches_every_built_layer(kind, line):
     more = {
@@ -121,7 +133,7 @@ def test_every_flag_reaches_every_built_layer(kind, line):
     assert len(layers) == (3 if kind == "multi-token" else 2)
     config = "ElasticMLATransformerConfig" if kind == "multi-latent" else "ElasticTransformerConfig"
     for layer in layers:
-        assert layer.classes == ("ElasticMoELayer", "ElasticRouter", config)
+        assert layer.classes == ("ElasticMoELayer", ROUTERS.get(line["emoe_selection"], "ElasticRouter"), config)
         assert layer.settings == [DEFAULTS | line] * 3
     assert [layer.number for layer in layers] == list(range(1, len(layers) + 1))
     assert [layer.is_mtp for layer in layers] == [False, False, True][: len(layers)]
