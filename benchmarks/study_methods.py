@@ -60,9 +60,6 @@ TAIL = f"{MIXED} {HALF_AT_K} --emoe-tail-scale 0.25"
 MAIN = (
     Method("topk", "", "plain top-k at k", fit=True),
     Method(
-        "tail", TAIL, "half of the layer draws at k, half at k' in {3, 4, 6} with the tail scaled by 0.25", fit=True
-    ),
-    Method(
         "recipe", RECIPE, "half of the layer draws at k, half uniform in k + 1 ... 3k, tail scaled by 0.25", fit=True
     ),
     Method("emoe", EMOE, "EMoE: co-activation sampling, K = 3k, its router loss", fit=True),

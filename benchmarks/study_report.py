@@ -110,7 +110,7 @@ def _mean(values: Sequence[float], form: str) -> str:
     """Mean, with the standard deviation where there are several values; nothing where there is none."""
     if not values:
         return ""
-    mean = format(statistics.mean(values), form)
+    mean = format(round(statistics.mean(values), 4) + 0.0, form)  # never -0
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form.lstrip('+')}}"
 
 
