@@ -175,7 +175,7 @@ def finish(cell: Cell) -> None:
     if method.fit:
         fit = _read(cell.part("fit"))
         record |= {"tail_scale": fit["tail_scale"], "fitted_sweep": _read(cell.part("fitted-sweep"))}
-    text = json.dumps(record, indent=2).replace(f"{cell.work}/", "study/") + "\n"
+    text = json.dumps(record, indent=2).replace(f"{cell.work}/", "study/").replace(f"{REPO}/", "") + "\n"
     write_atomically(cell.result, lambda file: file.write(text.encode()))
 
 
