@@ -4,42 +4,15 @@ import dataclasses
 import itertools
 import random
 import time
+from functools import partial
 
 import pytest
 
 from megatron_emoe.allocation import allocate, cheapest, complete, moe_layers, rise, sensitivities
-from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
+from tests import sweep_results
+from tests.sweep_results import make_cell
 
-
-def make_cell(k: int | tuple[int, ...], loss: float, rows: dict[str, int] | None = None) -> SweepCell:
-    total = 2 * k if isinstance(k, int) else sum(k)
-    return SweepCell(
-        k=k,
-        loss=loss,
-        tokens=64,
-        seconds=1.0,
-        tokens_per_second=64.0,
-        rows_per_layer=rows or {},
-        expert_flops_per_token=100.0 * total,
-        active_params=1000,
-    )
-
-
-def make_result(losses: dict, **changes) -> SweepResult:
-    fields = {
-        "schema": 2,
-        "label": "two layers",
-        "checkpoint": "runs/two",
-        "iteration": 1,
-        "k_train": 4,
-        "num_experts": 16,
-        "data": SweepData(path=["held-out"], tokens=64),
-        "cells": [make_cell(k, loss) for k, loss in losses.items()],
-        "command": "",
-        "date": "2026-01-31",
-    }
-    return SweepResult(**(fields | changes))
-
+make_result = partial(sweep_results.make_result, "two layers")
 
 # Layer 1 hardly needs experts, layer 2 does; both are convex.
 EASY = {1: 0.03, 2: 0.01, 3: 0.004, 4: 0.0}
@@ -64,7 +37,7 @@ def test_a_sweep_without_such_cells_or_layers_has_no_sensitivity():
 def test_the_number_of_layers_is_what_any_cell_tells():
     assert moe_layers(make_result({4: 2.0})) is None
     assert moe_layers(make_result({4: 2.0, (4, 2, 1): 2.0})) == 3
-    assert moe_layers(make_result({}, cells=[make_cell(4, 2.0, {"2": 8, "3": 8})])) == 2
+    assert moe_layers(make_result([make_cell(4, 2.0, rows_per_layer={"2": 8, "3": 8})])) == 2
     with pytest.raises(ValueError, match=r"two layers: cells of \[2, 3\] MoE layers"):
         moe_layers(make_result({(4, 2): 2.0, (4, 2, 1): 2.0}))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 
@@ -15,40 +16,10 @@ from megatron_emoe.budget import (
     quality,
     quality_limit,
 )
-from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
+from tests import sweep_results
+from tests.sweep_results import make_cell
 
-
-def make_cell(k: int | tuple[int, ...], loss: float, **measured) -> SweepCell:
-    experts = 2 * k if isinstance(k, int) else sum(k)
-    return SweepCell(
-        k=k,
-        loss=loss,
-        tokens=64,
-        seconds=1.0,
-        tokens_per_second=64.0,
-        rows_per_layer={},
-        expert_flops_per_token=100.0 * experts,
-        active_params=1000 + 10 * experts,
-        **measured,
-    )
-
-
-def make_result(losses: dict, latency: dict | None = None) -> SweepResult:
-    slow = latency or {}
-    return SweepResult(
-        schema=2,
-        label="two layers",
-        checkpoint="runs/two",
-        iteration=1,
-        k_train=4,
-        num_experts=16,
-        num_moe_layers=2,
-        data=SweepData(path=["held-out"], tokens=64),
-        cells=[make_cell(k, loss, latency_ms_batch1=slow.get(k)) for k, loss in losses.items()],
-        command="python tools/sweep_k.py --load runs/two --k 4",
-        date="2026-01-31",
-    )
-
+make_result = partial(sweep_results.make_result, "two layers", num_moe_layers=2)
 
 CURVE = {1: 2.4, 2: 2.2, 3: 2.1, 4: 2.0, 6: 1.95, 8: 1.97}
 # The first layer hardly needs its experts, the second does.
@@ -70,7 +41,7 @@ def test_the_lowest_loss_within_the_flops():
 
 def test_a_bound_in_decimal_digits_is_met_by_its_binary_fraction():
     # 3 * 0.1 = 0.30000000000000004 in binary: a cell of share 0.3 must pass a limit of 0.3.
-    cells = [make_cell(4, 2.0), dataclasses.replace(make_cell(1, 2.5), expert_flops_per_token=800 * (3 * 0.1))]
+    cells = [make_cell(4, 2.0), dataclasses.replace(make_cell(1, 2.5), expert_flops_per_token=8e6 * (3 * 0.1))]
     result = dataclasses.replace(make_result({4: 2.0}), cells=tuple(cells))
     assert flops_share(result, cells[1]) > 0.3
     assert pick(result, flops_limit(result, 0.3)).k == 1

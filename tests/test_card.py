@@ -8,13 +8,15 @@ import pytest
 
 from megatron_emoe.card import Card, Section, Table, make_card, with_unit
 from megatron_emoe.card_page import Figure, inline_svg, to_html, to_markdown
-from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
+from megatron_emoe.sweep import SweepData, SweepResult
+from tests import sweep_results
+from tests.sweep_results import make_cell
 
 LOAD = {"p5": 0.5, "p50": 0.9, "p95": 1.8}
 EVIDENCE = {
     "latency_ms_batch1": 1.25,
     "latency_ms_large": 0.5,
-    "flops_per_token": 1.5e6,
+    "flops_per_token": 15e6,
     "router_entropy": {"2": 2.0, "3": 3.0},
     "load": {
         "2": {"min": 0.25, "max": 3.5, "dead": 0, **LOAD},
@@ -24,37 +26,17 @@ EVIDENCE = {
 }
 
 
-def make_cell(k: int | tuple[int, ...], loss: float, **measured) -> SweepCell:
-    experts = 2 * k if isinstance(k, int) else sum(k)
-    return SweepCell(
-        k=k,
-        loss=loss,
-        tokens=4096,
-        seconds=2.0,
-        tokens_per_second=2048.0,
-        rows_per_layer={"2": 4096, "3": 4096},
-        expert_flops_per_token=1000.0 * experts,
-        active_params=1_000_000 + 100_000 * experts,
-        **measured,
-    )
-
-
 def make_result(label: str, losses: dict, *, evidence_at: int | None = None, **changes) -> SweepResult:
-    cells = [make_cell(k, loss, **(EVIDENCE if k == evidence_at else {})) for k, loss in losses.items()]
+    rows = {"2": 64, "3": 64}
+    measured = {k: EVIDENCE if k == evidence_at else {} for k in losses}
+    cells = [make_cell(k, loss, rows_per_layer=rows, **measured[k]) for k, loss in losses.items()]
     fields = {
-        "schema": 2,
-        "label": label,
-        "checkpoint": f"runs/{label}",
-        "iteration": 120,
         "k_train": 2,
-        "num_experts": 16,
         "num_moe_layers": 2,
-        "data": SweepData(path=["held-out"], tokens=5000, digest="0f" * 32),
-        "cells": cells,
+        "data": SweepData(path=["held-out"], tokens=80, digest="0f" * 32),
         "command": f"sweep_k.py --load runs/{label} --data-path 'a | b'",
-        "date": "2026-01-31T12:00:00+00:00",
     }
-    return SweepResult(**(fields | changes))
+    return sweep_results.make_result(label, cells, **(fields | changes))
 
 
 # Limit at k = 2: 1.756 * 1.001 = 1.757756. Plain passes it at 4; elastic (limit 1.763762) never does.
@@ -108,10 +90,10 @@ def test_the_table_of_a_sweep():
     assert column(found, "to k") == {"1": "+0.0580", "2": "+0.0000", "4": "-0.0210", "6": "-0.0250"}
     assert column(found, "ms/token, alone") == {"1": "", "2": "", "4": "1.25", "6": ""}
     assert column(found, "ms/token, full batch") == {"1": "", "2": "", "4": "0.5", "6": ""}
-    assert column(found, "FLOPs/token") == {"1": "", "2": "", "4": "1.5 M", "6": ""}
-    assert column(found, "expert FLOPs/token") == {"1": "2 k", "2": "4 k", "4": "8 k", "6": "12 k"}
-    assert column(found, "active parameters")["6"] == "2.2 M"
-    assert column(found, "tokens/s")["1"] == "2048"
+    assert column(found, "FLOPs/token") == {"1": "", "2": "", "4": "15 M", "6": ""}
+    assert column(found, "expert FLOPs/token") == {"1": "2 M", "2": "4 M", "4": "8 M", "6": "12 M"}
+    assert column(found, "active parameters")["6"] == "1.6 G"
+    assert column(found, "tokens/s")["1"] == "64"
 
 
 def test_routing_over_the_layers():
@@ -143,21 +125,21 @@ def test_how_it_was_produced():
     assert dict(table(card, "How it was produced", 1).rows) == {
         "checkpoint": "runs/elastic",
         "framework": "megatron",
-        "iteration": "120",
+        "iteration": "1",
         "k of training": "2 of 16 experts",
         "MoE layers": "2",
         "seed of training": "",
         "tail scale": "none: plain top-k'",
         "data": "held-out",
-        "tokens": "4096",
+        "tokens": "64",
         "digest of the tokens": "0f" * 32,
-        "date": "2026-01-31T12:00:00+00:00",
+        "date": "2026-01-31",
     }
     assert card.sections[1].command == ELASTIC.command
 
 
 def test_a_file_of_the_first_schema_has_a_card():
-    old = make_result("old", {2: 1.7, 4: 1.8}, schema=1, num_moe_layers=None, data=SweepData(path=[], tokens=5000))
+    old = make_result("old", {2: 1.7, 4: 1.8}, schema=1, num_moe_layers=None, data=SweepData(path=[], tokens=80))
     card = make_card([old])
     origin = column(table(card, "How it was produced", 1), "value")
     assert (origin["digest of the tokens"], origin["MoE layers"], origin["data"]) == ("", "2", "mock data")
@@ -203,11 +185,11 @@ def test_seeds_of_one_method():
         ([make_result("b", {4: 1.7}, k_train=4)], {}, "k_train: 4 in b, 2 in plain; must be equal"),
         ([make_result("b", {4: 1.7})], {}, r"b: no cell at k' = 2"),
         (
-            [make_result("b", {2: 1.7}, data=SweepData(path=["held-out"], tokens=5000, digest="1a" * 32))],
+            [make_result("b", {2: 1.7}, data=SweepData(path=["held-out"], tokens=80, digest="1a" * 32))],
             {},
             r"data.digest: 0f0f0f0f0f0f\.\.\. in plain, 1a1a1a1a1a1a\.\.\. in b",
         ),
-        ([make_result("b", {2: 1.7}, data=SweepData(path=["else"], tokens=5000))], {}, r"data.path: \['else'\] in b"),
+        ([make_result("b", {2: 1.7}, data=SweepData(path=["else"], tokens=80))], {}, r"data.path: \['else'\] in b"),
         ([], {"baseline": make_result("b", {2: 1.7}, k_train=2, num_experts=8)}, "num_experts: 8 in b, 16 in plain"),
     ],
 )

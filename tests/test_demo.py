@@ -4,13 +4,15 @@ whole runs in `make demo`)."""
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_emoe import sweep
 from megatron_emoe.flag_files import expand
-from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
+from megatron_emoe.sweep import SweepCell
+from tests import sweep_results
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "examples"), str(REPO / "tools")]
@@ -23,37 +25,12 @@ import report  # noqa: E402
 LOSSES = {1: 4.19, 2: 4.02, 3: 3.98, 4: 3.9644, 6: 3.9522, 8: 3.9524, 12: 3.9664, 16: 3.9867}
 PLAIN = {1: 4.14, 2: 4.00, 3: 3.97, 4: 3.9582, 6: 3.9641, 8: 3.9781, 12: 4.0162, 16: 4.0514}
 
+make_result = partial(sweep_results.make_result, k_train=demo.TRAINED_K, num_experts=32, num_moe_layers=demo.LAYERS)
+
 
 def make_cell(k: int | tuple[int, ...], loss: float, latency: float | None = 1.0) -> SweepCell:
-    experts = demo.LAYERS * k if isinstance(k, int) else sum(k)
-    return SweepCell(
-        k=k,
-        loss=loss,
-        tokens=64,
-        seconds=1.0,
-        tokens_per_second=64.0,
-        rows_per_layer={},
-        expert_flops_per_token=100.0 * experts,
-        active_params=1000 + experts,
-        latency_ms_batch1=latency,
-        latency_ms_large=latency,
-    )
-
-
-def make_result(label: str, cells: list[SweepCell]) -> SweepResult:
-    return SweepResult(
-        schema=2,
-        label=label,
-        checkpoint=f"runs/{label}",
-        iteration=1,
-        k_train=demo.TRAINED_K,
-        num_experts=32,
-        num_moe_layers=demo.LAYERS,
-        data=SweepData(path=["held-out"], tokens=64),
-        cells=cells,
-        command="",
-        date="2026-01-31",
-    )
+    measured = {"latency_ms_batch1": latency, "latency_ms_large": latency}
+    return sweep_results.make_cell(k, loss, layers=demo.LAYERS, **measured)
 
 
 def layer_cells() -> list[SweepCell]:

@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_emoe import sweep
-from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
+from megatron_emoe.sweep import SweepResult
+from tests import sweep_results
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "tools"))
@@ -18,37 +20,12 @@ import pick_k  # noqa: E402
 CURVE = {1: 2.4, 2: 2.2, 3: 2.1, 4: 2.0, 6: 1.95, 8: 1.97}
 LAYERS = {(1, 4): 2.03, (2, 4): 2.01, (3, 4): 2.004, (4, 1): 2.32, (4, 2): 2.12, (4, 3): 2.05}
 
-
-def make_result(losses: dict, *, latency: dict | None = None, **changes) -> SweepResult:
-    fields = {
-        "schema": 2,
-        "label": "elastic",
-        "checkpoint": "runs/elastic",
-        "iteration": 1,
-        "k_train": 4,
-        "num_experts": 16,
-        "num_moe_layers": 2,
-        "data": SweepData(path=["held-out"], tokens=64),
-        "cells": [make_cell(k, loss, (latency or {}).get(k)) for k, loss in losses.items()],
-        "command": "python tools/sweep_k.py --load runs/elastic --k 1 2 3 4 6 8 --data-path held-out --out first.json",
-        "date": "2026-01-31",
-    }
-    return SweepResult(**(fields | changes))
-
-
-def make_cell(k: int | tuple[int, ...], loss: float, latency: float | None) -> SweepCell:
-    experts = 2 * k if isinstance(k, int) else sum(k)
-    return SweepCell(
-        k=k,
-        loss=loss,
-        tokens=64,
-        seconds=1.0,
-        tokens_per_second=64.0,
-        rows_per_layer={},
-        expert_flops_per_token=100.0 * experts,
-        active_params=1000 + 10 * experts,
-        latency_ms_batch1=latency,
-    )
+make_result = partial(
+    sweep_results.make_result,
+    "elastic",
+    num_moe_layers=2,
+    command="python tools/sweep_k.py --load runs/elastic --k 1 2 3 4 6 8 --data-path held-out --out first.json",
+)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from megatron_emoe import sweep
-from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
+from megatron_emoe.sweep import SweepData, SweepResult
+from tests import sweep_results
 from tools import plot_sweep
 
 SCRIPT = Path(plot_sweep.__file__)
@@ -20,33 +22,7 @@ SCRIPT = Path(plot_sweep.__file__)
 PLAIN = {6: 1.813, 1: 1.830, 2: 1.756, 3: 1.757, 4: 1.780}
 EMOE = {1: 1.820, 2: 1.762, 4: 1.741, 6: 1.737}
 
-
-def make_result(label: str, losses: dict, *, k_train: int = 2, num_experts: int = 16) -> SweepResult:
-    cells = [
-        SweepCell(
-            k=k,
-            loss=loss,
-            tokens=4096,
-            seconds=1.0,
-            tokens_per_second=4096.0,
-            rows_per_layer={},
-            expert_flops_per_token=3e6 * (k if isinstance(k, int) else sum(k)),
-            active_params=1_000_000_000 + 100_000_000 * (k if isinstance(k, int) else sum(k)),
-        )
-        for k, loss in losses.items()
-    ]
-    return SweepResult(
-        schema=1,
-        label=label,
-        checkpoint=f"runs/{label}",
-        iteration=10,
-        k_train=k_train,
-        num_experts=num_experts,
-        data=SweepData(path=["held-out"], tokens=4096),
-        cells=cells,
-        command="sweep_k.py",
-        date="2026-01-31T12:00:00Z",
-    )
+make_result = partial(sweep_results.make_result, schema=1, k_train=2)
 
 
 @pytest.fixture
@@ -125,9 +101,9 @@ def test_axis_of_active_parameters():
 
 
 def test_axis_of_flops():
-    # 3e6 FLOPs per expert: 6 million at k' = 2.
+    # 2 layers of 1e6 FLOPs per expert: 4 million at k' = 2.
     figure = plot_sweep.draw([make_result("EMoE", EMOE)], x="flops")
-    assert [x for x, _ in data(lines(figure, "curve")[0])] == pytest.approx([3, 6, 12, 18])
+    assert [x for x, _ in data(lines(figure, "curve")[0])] == pytest.approx([2, 4, 8, 12])
     assert figure.axes[0].get_xlabel() == "forward FLOPs of the routed experts per token (millions)"
 
 
@@ -137,7 +113,7 @@ def test_names_above_the_axis_do_not_touch():
     figure = plot_sweep.draw([make_result("EMoE", losses, num_experts=64)], x="flops")
     places = sorted(x for x, _ in names_above(figure))
     left, right = figure.axes[0].get_xlim()
-    assert (6.0, "k = 2") in names_above(figure)
+    assert (4.0, "k = 2") in names_above(figure)
     assert min(b - a for a, b in zip(places, places[1:], strict=False)) > 0.05 * (right - left)
     assert len(places) >= 10
 

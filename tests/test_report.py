@@ -4,13 +4,14 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from megatron_emoe import sweep
-from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
+from tests import sweep_results
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "tools"))
@@ -19,35 +20,7 @@ import report  # noqa: E402
 PLAIN = {1: 1.830, 2: 1.756, 4: 1.780}
 ELASTIC = {1: 1.820, 2: 1.762, 4: 1.741, 6: 1.737}
 
-
-def make_result(label: str, losses: dict, *, latency: dict | None = None, **changes) -> SweepResult:
-    cells = [
-        SweepCell(
-            k=k,
-            loss=loss,
-            tokens=4096,
-            seconds=1.0,
-            tokens_per_second=4096.0,
-            rows_per_layer={"1": 4096 * k},
-            expert_flops_per_token=3e6 * k,
-            active_params=1_000_000 + 100_000 * k,
-            latency_ms_batch1=(latency or {}).get(k),
-        )
-        for k, loss in losses.items()
-    ]
-    fields = {
-        "schema": 2,
-        "label": label,
-        "checkpoint": f"runs/{label}",
-        "iteration": 10,
-        "k_train": 2,
-        "num_experts": 16,
-        "data": SweepData(path=["held-out"], tokens=4096),
-        "cells": cells,
-        "command": "sweep_k.py",
-        "date": "2026-01-31T12:00:00+00:00",
-    }
-    return SweepResult(**(fields | changes))
+make_result = partial(sweep_results.make_result, k_train=2)
 
 
 @pytest.fixture

@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_emoe import sweep
 from megatron_emoe.serving import K_KEYS, hf_key, serving_lines, sweep_command, tail_scale_at
-from megatron_emoe.sweep import SweepData, SweepResult
-from tests import hf_models, sweeps
+from megatron_emoe.sweep import SweepData
+from tests import hf_models, sweep_results, sweeps
 from tests.distributed import run_ranks
 from tests.sweeps import Answer
 
@@ -19,21 +20,7 @@ COMMAND = (
     "--out=old.json --expert-model-parallel-size 2 --pipeline-model-parallel-size=2 --data-path held-out"
 )
 
-
-def make_result(**changes) -> SweepResult:
-    fields = {
-        "schema": 2,
-        "label": "elastic",
-        "checkpoint": "runs/my model",
-        "iteration": 1,
-        "k_train": 4,
-        "num_experts": 16,
-        "data": SweepData(path=["held-out"], tokens=64),
-        "cells": [],
-        "command": COMMAND,
-        "date": "2026-01-31",
-    }
-    return SweepResult(**(fields | changes))
+make_result = partial(sweep_results.make_result, "elastic", (), checkpoint="runs/my model", command=COMMAND)
 
 
 def test_the_measuring_command_is_the_sweep_s_with_other_layers_and_file():

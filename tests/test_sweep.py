@@ -3,39 +3,19 @@
 import dataclasses
 import json
 import stat
+from collections.abc import Iterable, Mapping
 
 import pytest
 
 from megatron_emoe import sweep
 from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
+from tests import sweep_results
+from tests.sweep_results import make_cell
 
 
-def make_cell(k: int | list[int], loss: float, **changes) -> SweepCell:
-    fields = {
-        "tokens": 4096,
-        "seconds": 2.0,
-        "tokens_per_second": 2048.0,
-        "rows_per_layer": {"1": 8192, "2": 8192},
-        "expert_flops_per_token": 1536.0,
-        "active_params": 1000,
-    }
-    return SweepCell(k=k, loss=loss, **(fields | changes))
-
-
-def make_result(losses: dict[int, float], **changes) -> SweepResult:
-    fields = {
-        "schema": 1,
-        "label": "top-k",
-        "checkpoint": "runs/a",
-        "iteration": 1000,
-        "k_train": 2,
-        "num_experts": 16,
-        "data": SweepData(path=["held-out"], tokens=4096),
-        "cells": [make_cell(k, loss) for k, loss in losses.items()],
-        "command": "sweep_k.py --k 2 4",
-        "date": "2026-01-31T12:00:00+00:00",
-    }
-    return SweepResult(**(fields | changes))
+def make_result(cells: Mapping | Iterable[SweepCell], *, label: str = "top-k", **fields) -> SweepResult:
+    values = {"schema": 1, "checkpoint": "runs/a", "k_train": 2}
+    return sweep_results.make_result(label, cells, **(values | fields))
 
 
 # The plain top-2 model of 16 experts that shows the wall: 1.756 at 2, 1.780 at 4, 1.813 at 6.
@@ -126,7 +106,7 @@ def test_order_of_the_cells_does_not_matter():
 def test_per_layer_cells_are_not_on_the_curve():
     # Were [2, 4] read as 4 or as its mean 3, it would be the wall, and the best loss at [4, 2].
     cells = [make_cell([2, 4], 9.0), make_cell(2, 1.5), make_cell(4, 1.4), make_cell([4, 2], 0.1)]
-    result = make_result({}, cells=cells)
+    result = make_result(cells)
     assert list(sweep.curve(result)) == [2, 4]
     assert sweep.effective_range(result) == 2.0
     assert sweep.best_k(result) == 4
@@ -142,7 +122,7 @@ def test_no_cell_at_k():
 def test_best_k_takes_the_cheapest_of_equals():
     assert sweep.best_k(make_result({8: 1.4, 4: 1.4, 2: 1.5})) == 4
     with pytest.raises(ValueError, match="top-k: no cell with a single k"):
-        sweep.best_k(make_result({}, cells=[make_cell([2, 4], 1.0)]))
+        sweep.best_k(make_result([make_cell([2, 4], 1.0)]))
 
 
 def test_peak_gain_and_cost_at_k():
@@ -165,9 +145,9 @@ def test_peak_gain_is_negative_where_the_method_never_reaches_the_baseline():
     [
         ({"k_train": 4}, "k_train: 4 in EMoE, 2 in top-k; must be equal"),
         ({"num_experts": 32}, "num_experts: 32 in EMoE, 16 in top-k; must be equal"),
-        ({"data": SweepData(path=["other"], tokens=4096)}, r"data.path: \['other'\] in EMoE, \['held-out'\] in top-k"),
-        ({"data": SweepData(path=["held-out"], tokens=9)}, "data.tokens: 9 in EMoE, 4096 in top-k; must be equal"),
-        ({"cells": [make_cell(2, 1.5, tokens=64)]}, r"cells.tokens: \[64\] in EMoE, \[4096\] in top-k; must be equal"),
+        ({"data": SweepData(path=["other"], tokens=64)}, r"data.path: \['other'\] in EMoE, \['held-out'\] in top-k"),
+        ({"data": SweepData(path=["held-out"], tokens=9)}, "data.tokens: 9 in EMoE, 64 in top-k; must be equal"),
+        ({"cells": [make_cell(2, 1.5, tokens=9)]}, r"cells.tokens: \[9\] in EMoE, \[64\] in top-k; must be equal"),
     ],
 )
 def test_results_that_cannot_be_compared(change, message):
@@ -184,14 +164,14 @@ def test_gain_without_the_baseline_at_k():
 
 
 def test_save_and_load_give_the_same_result(tmp_path):
-    cells = [make_cell(2, 1.5), make_cell([1, 3], 1.25, rows_per_layer={"1": 4096, "2": 12288})]
-    result = make_result({}, cells=cells)
+    cells = [make_cell(2, 1.5), make_cell([1, 3], 1.25, rows_per_layer={"1": 64, "2": 192})]
+    result = make_result(cells)
     sweep.save(result, tmp_path / "a.json")
     assert sweep.load(tmp_path / "a.json") == result
     stored = json.loads((tmp_path / "a.json").read_text())
     assert [cell["k"] for cell in stored["cells"]] == [2, [1, 3]]
     assert stored["schema"] == 1
-    assert stored["cells"][1]["rows_per_layer"] == {"1": 4096, "2": 12288}
+    assert stored["cells"][1]["rows_per_layer"] == {"1": 64, "2": 192}
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -312,7 +292,7 @@ def test_upsert_checks_the_new_cell():
 
 
 def test_missing_ks():
-    result = make_result({}, cells=[make_cell(2, 1.5), make_cell([2, 4], 1.4)])
+    result = make_result([make_cell(2, 1.5), make_cell([2, 4], 1.4)])
     assert sweep.missing_ks(result, [8, 2, 4, 8, [2, 4], [4, 2]]) == [8, 4, (4, 2)]
     assert sweep.missing_ks(result, [2]) == []
     with pytest.raises(ValueError, match="must be an integer >= 1"):
@@ -332,10 +312,10 @@ def test_resume_keeps_the_cells_and_takes_the_new_header(tmp_path):
     ("change", "message"),
     [
         ({"checkpoint": "runs/z"}, "checkpoint: 'runs/a'; must equal this sweep's 'runs/z'"),
-        ({"iteration": 2000}, "iteration: 1000; must equal this sweep's 2000"),
+        ({"iteration": 2000}, "iteration: 1; must equal this sweep's 2000"),
         ({"k_train": 4}, "k_train: 2; must equal this sweep's 4"),
         ({"num_experts": 32}, "num_experts: 16; must equal this sweep's 32"),
-        ({"data": SweepData(path=["held-out"], tokens=8192)}, r"data: .*4096.*; must equal this sweep's .*8192"),
+        ({"data": SweepData(path=["held-out"], tokens=8192)}, r"data: .*64.*; must equal this sweep's .*8192"),
     ],
 )
 def test_resume_refuses_the_file_of_another_sweep(tmp_path, change, message):
@@ -422,10 +402,10 @@ def test_markdown_table_leaves_missing_cells_empty():
 
 def test_markdown_table_of_the_costs():
     cells = [make_cell(2, 1.5, active_params=1_282_017_280, expert_flops_per_token=1610612736.0)]
-    result = make_result({}, cells=cells)
+    result = make_result(cells)
     assert sweep.markdown_table([result], "active_params").splitlines()[-1] == "| 2 | 1,282,017,280 |"
     assert sweep.markdown_table([result], "expert_flops_per_token").splitlines()[-1] == "| 2 | 1,610,612,736 |"
-    assert sweep.markdown_table([result], "tokens_per_second").splitlines()[-1] == "| 2 | 2,048 |"
+    assert sweep.markdown_table([result], "tokens_per_second").splitlines()[-1] == "| 2 | 64 |"
 
 
 def test_markdown_table_needs_results_that_can_be_told_apart():

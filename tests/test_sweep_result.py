@@ -7,7 +7,8 @@ import pytest
 
 from megatron_emoe import sweep
 from megatron_emoe.sweep import SweepData
-from tests.test_sweep import document, make_cell, make_result
+from tests.sweep_results import make_cell
+from tests.test_sweep import document, make_result
 
 DIGEST, OTHER = "a" * 64, "b" * 64
 LOAD = {"min": 0.0, "p5": 0.1, "p50": 1.0, "p95": 2.0, "max": 3.5, "dead": 1}
@@ -21,9 +22,9 @@ MEASURED = {
 }
 
 
-def header(**changes):
+def header(cells=(), **changes):
     fields = {"schema": 2, "num_moe_layers": 2, "data": SweepData(path=["held-out"], tokens=4096, digest=DIGEST)}
-    return make_result({}, **(fields | changes))
+    return make_result(cells, **(fields | changes))
 
 
 def test_all_fields_survive_the_file(tmp_path):

@@ -1,0 +1,43 @@
+"""Sweep results made by hand, for tests of what reads them."""
+
+from collections.abc import Iterable, Mapping
+
+from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
+
+
+def make_cell(k: int | Iterable[int], loss: float, *, layers: int = 2, **fields) -> SweepCell:
+    """A measured k'. Each expert of each of the `layers` MoE layers has 1 million FLOPs and 50 million parameters."""
+    experts = layers * k if isinstance(k, int) else sum(k)
+    values = {
+        "tokens": 64,
+        "seconds": 1.0,
+        "tokens_per_second": 64.0,
+        "rows_per_layer": {},
+        "expert_flops_per_token": 1e6 * experts,
+        "active_params": 1_000_000_000 + 50_000_000 * experts,
+    }
+    return SweepCell(k=k, loss=loss, **(values | fields))
+
+
+def make_result(
+    label: str, cells: Mapping | Iterable[SweepCell], *, latency: Mapping | None = None, **fields
+) -> SweepResult:
+    """A sweep of a checkpoint that was trained with 4 of 16 experts.
+
+    cells: or their losses by k'. latency: of those, milliseconds for one token alone by k'.
+    """
+    if isinstance(cells, Mapping):
+        cells = [make_cell(k, loss, latency_ms_batch1=(latency or {}).get(k)) for k, loss in cells.items()]
+    values = {
+        "schema": 2,
+        "label": label,
+        "checkpoint": f"runs/{label}",
+        "iteration": 1,
+        "k_train": 4,
+        "num_experts": 16,
+        "data": SweepData(path=["held-out"], tokens=64),
+        "cells": list(cells),
+        "command": "",
+        "date": "2026-01-31",
+    }
+    return SweepResult(**(values | fields))
