@@ -1,4 +1,4 @@
-"""The study of docs/study.md: one base model, every way to continue it, three seeds, a sweep of k' for each.
+"""The study of docs/study.md: a small base model, every way to continue it, three seeds, a sweep of k' for each.
 
     make study                                       # all cells; hours on two cores; goes on where it was stopped
     make study STUDY_ARGS="--only topk,tail,emoe --seeds 1"
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from megatron_emoe.sweep_result import write_atomically
 
 REPO = Path(__file__).resolve().parent.parent
-BASE = Method("base", "", "the run that all continue", lr=plan.BASE_LR)
+BASES = {name: Method(name, "", "a run to continue", lr=plan.BASE_LR, base=name) for name in plan.BASES}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,11 @@ class Cell:
 
     @property
     def checkpoint(self) -> Path:
-        return self.work / "checkpoints" / ("base" if self.method is BASE else self.name)
+        return self.work / "checkpoints" / (self.method.name if self.is_base else self.name)
+
+    @property
+    def is_base(self) -> bool:
+        return self.method.name in BASES
 
     @property
     def tensorboard(self) -> Path:
@@ -67,15 +71,14 @@ class Cell:
 
     def training(self) -> list[str]:
         """Flags of pretrain_emoe.py."""
-        base = self.method is BASE
-        iterations = plan.BASE_ITERS if base else plan.CONTINUED_ITERS
-        start = "" if base else f"--load {self.work}/checkpoints/base --finetune"
+        iterations = plan.BASE_ITERS if self.is_base else plan.CONTINUED_ITERS
+        start = "" if self.is_base else f"--load {self.work}/checkpoints/{self.method.base} --finetune"
         data = f"""--data-path {self.work}/data/stdlib --tokenizer-type SentencePieceTokenizer
             --tokenizer-model {self.work}/data/stdlib.model"""
         steps = f"--train-iters {iterations} --save-interval {iterations} --eval-interval {iterations}"
         seeds = f"--seed {self.seed} --emoe-seed {self.seed}"
         words = f"{plan.MODEL} {plan.TRAIN} {data} {steps} {self.method.lr} {seeds} {start} --save {self.checkpoint}"
-        words += f" --tensorboard-dir {self.tensorboard}"
+        words += f" --tensorboard-dir {self.tensorboard} {plan.BASES[self.method.base]}"
         return _last_wins(f"{words} --moe-router-topk {self.method.k} {self.method.flags}".split())
 
     def sweep(self, ks: tuple[int, ...], tail_scale: str, out: Path) -> list[str]:
@@ -163,7 +166,7 @@ def finish(cell: Cell) -> None:
         "about": method.about,
         "seed": cell.seed,
         "k": method.k,
-        "flags": method.flags,
+        "flags": f"{plan.BASES[method.base]} {method.flags}".strip(),
         "learning_rate": method.lr,
         "iterations": plan.CONTINUED_ITERS,
         "seconds": _read(cell.part("seconds")),
@@ -232,17 +235,17 @@ def _go_on(progress: Progress, running: list[Progress], bar: tqdm) -> None:
         bar.update()
 
 
-def base_run(work: Path) -> None:
-    """The checkpoint that every cell starts from; it has a training step alone (SystemExit where it fails)."""
-    progress = Progress(Cell(BASE, 1, work, work))
+def base_run(base: str, work: Path) -> None:
+    """A checkpoint that cells start from; it has a training step alone (SystemExit where it fails)."""
+    progress = Progress(Cell(BASES[base], 1, work, work))
     progress.left = [step for step in progress.left if step[0] == "pretrain_emoe.py"]
     if progress.next() and not progress.ended():
-        sys.exit(f"the base run failed; its log is in {work}/logs")
+        sys.exit(f"the run {base} failed; its log is in {work}/logs")
 
 
 def chosen_cells(options: argparse.Namespace) -> list[Cell]:
     """Those that say most first, for a study that is stopped early."""
-    names = [method.name for method in (*plan.MAIN, *plan.ABLATIONS)]
+    names = [method.name for method in plan.METHODS]
     wanted = options.only.split(",") if options.only else names
     for name in wanted:
         if name not in names:
@@ -251,6 +254,7 @@ def chosen_cells(options: argparse.Namespace) -> list[Cell]:
     core = [method for method in plan.MAIN if method.name in plan.CORE]
     rest = [method for method in plan.MAIN if method.name not in plan.CORE]
     order = [(method, first) for method in plan.MAIN] + [(method, seed) for seed in others for method in core]
+    order += [(method, seed) for seed in plan.SEEDS for method in plan.RAW]
     order += [(method, first) for method in plan.ABLATIONS] + [(method, seed) for seed in others for method in rest]
     return [
         Cell(method, seed, options.work, options.results)
@@ -271,8 +275,10 @@ def main() -> None:
         (options.work / folder).mkdir(parents=True, exist_ok=True)
     options.results.mkdir(parents=True, exist_ok=True)
     corpus(options.work)
-    base_run(options.work)
-    run(chosen_cells(options), options.jobs)
+    cells = chosen_cells(options)
+    for base in dict.fromkeys(cell.method.base for cell in cells):
+        base_run(base, options.work)
+    run(cells, options.jobs)
     study_report.write(options.results, REPO / "docs/study.md")
 
 

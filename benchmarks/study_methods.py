@@ -1,6 +1,6 @@
-"""What `make study` compares: one small model, its base run, and every way to continue it.
+"""What `make study` compares: one small model, its base runs, and every way to continue them.
 
-Everything continues the same checkpoint on the same data for the same number of steps, with the batch order and the
+Everything continues its base's checkpoint on the same data for the same number of steps, with the batch order and the
 draws of its seed. E = 16 narrow experts, k = 2: half of the hidden size is active per token at k and one and a half
 times of it at 3k, so more experts have something to give.
 """
@@ -31,13 +31,17 @@ BASE_LR = "--lr 3e-3 --min-lr 1e-3 --lr-warmup-iters 100"
 HIGH_LR = "--lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 10"
 LOW_LR = "--lr 1e-4 --min-lr 1e-5 --lr-warmup-iters 10"
 
+BASES = {"base": "", "base-raw": "--moe-router-pre-softmax"}
+"""Checkpoints to continue, and their flags: a router that renormalises (as ERNIE-4.5), and one that does not (as OLMoE,
+Qwen1.5-MoE, DeepSeek-V2-Lite)."""
+
 
 @dataclass(frozen=True)
 class Method:
     """One way to continue the base run.
 
     flags: what differs from plain top-k. about: a line for the table. lr: schedule. k: --moe-router-topk. ks: the k' it
-    is swept at. fit: whether a tail scale is fitted and swept besides plain top-k'.
+    is swept at. fit: whether a tail scale is fitted and swept besides plain top-k'. base: of BASES.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Method:
     k: int = K
     ks: tuple[int, ...] = KS
     fit: bool = False
+    base: str = "base"
 
 
 EMOE = f"--emoe-selection coactivation --emoe-pool-k {3 * K}"
@@ -108,4 +113,15 @@ ABLATIONS = (
         fit=True,
     ),
     Method("tail-router", f"{TAIL} --emoe-train router", "as tail, only the routers trained", fit=True),
+    Method(
+        "recipe-distil", f"{RECIPE} --emoe-distill-coeff 1", "recipe, k' > k also follows the output at k", fit=True
+    ),
 )
+
+RAW = (
+    Method("topk-raw", "", "plain top-k at k, a base that does not renormalise", fit=True, base="base-raw"),
+    Method("recipe-raw", RECIPE, "recipe, a base that does not renormalise", fit=True, base="base-raw"),
+    Method("topk-3k-raw", "", "plain top-k trained at 3k, a base that does not renormalise", k=3 * K, base="base-raw"),
+)
+
+METHODS = (*MAIN, *ABLATIONS, *RAW)

@@ -59,7 +59,7 @@ def read(folder: Path) -> list[Curve]:
         curves.append(one)
         if "fitted_sweep" in record:
             curves.append(dataclasses.replace(one, fitted=True, sweep=_with_low_k(record["fitted_sweep"], plain)))
-    order = [method.name for method in (*plan.MAIN, *plan.ABLATIONS)]
+    order = [method.name for method in plan.METHODS]
     return sorted(curves, key=lambda one: (order.index(one.method), one.fitted, one.seed))
 
 
@@ -72,9 +72,10 @@ def _with_low_k(fitted: dict[str, Any], plain: SweepResult) -> SweepResult:
     return result
 
 
-def table(curves: Sequence[Curve], methods: Sequence[plan.Method]) -> str:
-    """Markdown: losses at each k', then what they amount to; mean and standard deviation over the seeds."""
-    baseline = {one.seed: one for one in curves if one.method == "topk" and not one.fitted}
+def table(curves: Sequence[Curve], methods: Sequence[plan.Method], against: str = "topk") -> str:
+    """Markdown: losses at each k', then what they amount to; mean and standard deviation over the seeds. against: name
+    of the method that the others' cost and gain are measured from."""
+    baseline = {one.seed: one for one in curves if one.method == against and not one.fitted}
     head = ["method", "experts", *(f"k' = {k}" for k in plan.KS), "R", "cost at k", "peak gain", "seeds"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for row in dict.fromkeys(one.row for one in curves if one.method in {method.name for method in methods}):
@@ -165,6 +166,7 @@ def write(folder: Path, report: Path) -> None:
     parts = {
         "main": table(curves, plan.MAIN),
         "ablations": table(curves, plan.ABLATIONS),
+        "raw": table(curves, plan.RAW, against="topk-raw"),
         "scales": scales(curves),
         "provenance": provenance(folder),
     }

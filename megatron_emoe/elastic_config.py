@@ -128,6 +128,10 @@ class ElasticConfig:
     renormalisation: one number, or pairs k':a such as 6:0.25 8:0.1 (linear between them). 0 equals plain top-k, 1 and
     unset plain top-k'. In training and in evaluation; tools/fit_tail_scale.py finds a table."""
 
+    emoe_distill_coeff: float = 0.0
+    """Weight of self-distillation: where a layer draws k' > --moe-router-topk, the divergence from the same weights'
+    output at --moe-router-topk is added to the loss. It costs a second forward pass of those micro-batches. 0: none."""
+
     emoe_train: Literal["all", "router"] = "all"
     """Which weights are trained. router: the routers alone, everything else stays as it is."""
 

@@ -43,6 +43,7 @@ def validate_elastic(
     _check_eval_k(elastic, num_experts)
     _check_tail_scale(elastic, model_k, num_experts)
     _check_numbers(elastic)
+    _check_distillation(elastic, model_k)
     if group_topk:
         _check_groups(elastic, model_k, num_experts, num_groups or 1, group_topk)
 
@@ -153,6 +154,15 @@ def _check_numbers(elastic: ElasticConfig) -> None:
         _refuse("emoe_k_ramp_iters", elastic.emoe_k_ramp_iters, "must be at least 1 iteration")
     if elastic.emoe_coactivation_interval < 0:
         _refuse("emoe_coactivation_interval", elastic.emoe_coactivation_interval, "must be at least 0 iterations")
+
+
+def _check_distillation(elastic: ElasticConfig, model_k: int) -> None:
+    coeff, (_, high) = elastic.emoe_distill_coeff, elastic.k_range(model_k)
+    if not 0 <= coeff < float("inf"):
+        _refuse("emoe_distill_coeff", coeff, "must be a finite number of at least 0")
+    if coeff and high <= model_k:
+        rule = f"needs an --emoe-k-schedule that draws more than --moe-router-topk {model_k} experts"
+        _refuse("emoe_distill_coeff", coeff, rule)
 
 
 def _check_groups(elastic: ElasticConfig, model_k: int, num_experts: int, num_groups: int, group_topk: int) -> None:

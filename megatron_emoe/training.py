@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_emoe.active_k import expected_k, get_active_k
 from megatron_emoe.data import get_batch
+from megatron_emoe.distillation import forward_with_teacher, wants_teacher
 from megatron_emoe.evaluation import Evaluator, current_device
 from megatron_emoe.metrics import get_elastic_tracker
 from megatron_emoe.transformer_config import ElasticTransformerConfig
@@ -68,15 +69,35 @@ class ElasticLoop:
         timers("batch-generator", log_level=2).start()
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         timers("batch-generator").stop()
-        output = model(
-            batch["tokens"],
-            batch["position_ids"],
-            batch["attention_mask"],
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-            packed_seq_params=batch["packed_seq_params"],
-        )
-        return output, partial(self._checked_loss, batch["loss_mask"])
+        inputs = {
+            "input_ids": batch["tokens"],
+            "position_ids": batch["position_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": batch["labels"],
+            "loss_mask": batch["loss_mask"],
+            "packed_seq_params": batch["packed_seq_params"],
+        }
+        if not (model.training and self.config.emoe_distill_coeff):
+            return model(**inputs), partial(self._checked_loss, batch["loss_mask"])
+        if self._wants_teacher(model):
+            output, divergence = forward_with_teacher(model, inputs)
+        else:
+            output = model(**inputs)
+            divergence = torch.zeros_like(output)
+        return output, partial(self._distilled_loss, batch["loss_mask"], divergence)
+
+    def _wants_teacher(self, model: torch.nn.Module) -> bool:
+        config = self.config
+        place = (self.args.curr_iteration, _microbatch(model))
+        return wants_teacher(config, config.moe_router_topk, *place, num_layers=config.num_layers)
+
+    def _distilled_loss(
+        self, loss_mask: Tensor, divergence: Tensor, losses: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, tokens, report = self._checked_loss(loss_mask, losses)
+        distance, _, distance_report = language_model_loss(loss_mask, divergence)
+        report["distillation loss"] = distance_report["lm loss"]
+        return loss + self.config.emoe_distill_coeff * distance, tokens, report
 
     def _checked_loss(self, loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         loss, tokens, report = language_model_loss(loss_mask, losses)

@@ -92,6 +92,7 @@ def check_elastic(config: ElasticTransformerConfig) -> None:
     _refuse_router_features(config)
     _refuse_frozen_k(config)
     _refuse_machinery(config)
+    _refuse_distillation(config)
     _check_qk_norm(config)
     _refuse_attention_features(config)
 
@@ -185,6 +186,17 @@ def _refuse_machinery(config: ElasticTransformerConfig) -> None:
         if config.samples or config.adds_noise:
             cause = f"--emoe-selection {config.emoe_selection}"
         _conflict(cause, "--te-rng-tracker", "recomputation finds its draws through Megatron's own tracker")
+
+
+def _refuse_distillation(config: ElasticTransformerConfig) -> None:
+    """The teacher is a second pass through the whole model inside one micro-batch."""
+    if not config.emoe_distill_coeff:
+        return
+    cause, stages = f"--emoe-distill-coeff {config.emoe_distill_coeff}", config.pipeline_model_parallel_size
+    if stages > 1:
+        _conflict(cause, f"--pipeline-model-parallel-size {stages}", "one stage has no output of the model to follow")
+    if config.mtp_num_layers:
+        _conflict(cause, f"--mtp-num-layers {config.mtp_num_layers}", "its losses are computed inside the model")
 
 
 def _check_qk_norm(config: ElasticTransformerConfig) -> None:

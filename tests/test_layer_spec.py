@@ -53,6 +53,7 @@ LINES: list[dict[str, Any]] = [
         "emoe_k_min": 1,
         "emoe_k_max": 4,
         "emoe_k_ramp_iters": 50,
+        "emoe_distill_coeff": 0.5,
     },
     {
         **COACTIVATION,
