@@ -183,14 +183,14 @@ def run(step: Step, seconds: dict[str, float]) -> None:
     start = time.perf_counter()
     total = step.iterations or None
     form = "{desc:18} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]" if total else "{desc:18} [{elapsed}]"
-    with open(log, "w") as file, tqdm(total=total, desc=step.name, bar_format=form, leave=True) as bar:
+    every = {"miniters": 0, "mininterval": 0.5 if sys.stderr.isatty() else 30}
+    with open(log, "w") as file, tqdm(total=total, desc=step.name, bar_format=form, **every) as bar:
         process = subprocess.Popen(step.command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
-            if reached := re.search(r"iteration +(\d+)/ *\d+ \|", line):
-                bar.update(int(reached[1]) - bar.n)
-            bar.refresh()
+            reached = re.search(r"iteration +(\d+)/ *\d+ \|", line)
+            bar.update(int(reached[1]) - bar.n if reached else 0)
     if process.wait() != 0 or not step.done():
         sys.exit(f"{step.name} failed; the end of {log}:\n" + "".join(log.read_text().splitlines(True)[-20:]))
     seconds[step.name] = round(time.perf_counter() - start, 1)
