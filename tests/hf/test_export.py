@@ -245,7 +245,7 @@ def test_a_sweep_is_noted_if_it_is_of_this_checkpoint(tmp_path):
     from megatron_emoe.sweep import save
     from tests.test_sweep import WALL_AT_8, make_result
 
-    save(make_result(WALL_AT_8), tmp_path / "sweep.json")  # k = 2, iteration 1000; good up to 6
+    save(make_result(WALL_AT_8, iteration=1000), tmp_path / "sweep.json")  # k = 2; good up to 6
     args = Namespace(moe_router_topk=2, emoe_selection="coactivation", emoe_pool_k=6, emoe_eval_k=[4, 2])
     settings = elastic_settings(args, Path("iter_0001000"), tmp_path / "sweep.json")
     assert settings["pool_k"] == 6
