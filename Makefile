@@ -37,7 +37,7 @@ check: setup ## lint, formatting and types
 bench: setup ## what elastic training costs against plain top-k, and conversion against copying
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
-study: setup ## what each method gains and costs, three seeds: hours, goes on where it was stopped; writes docs/study.md
+study: setup ## what each method gains and costs: hours, goes on where it was stopped; writes docs/study.md
 	@$(BIN)/python benchmarks/study.py $(STUDY_ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote

@@ -16,117 +16,24 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import study_methods as plan
 import study_report
-from study_methods import Method
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from study_cell import BASES, REPO, Cell, finish, forget_if_changed, steps
 from tqdm import tqdm
 
 from megatron_emoe.sweep_result import write_atomically
-
-REPO = Path(__file__).resolve().parent.parent
-BASES = {name: Method(name, "", "a run to continue", lr=plan.BASE_LR, base=name) for name in plan.BASES}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A method with a seed. work: folder of checkpoints, logs and data. results: folder of the finished cells."""
-
-    method: Method
-    seed: int
-    work: Path
-    results: Path
-
-    @property
-    def name(self) -> str:
-        return f"{self.method.name}-s{self.seed}"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.work / "checkpoints" / (self.method.name if self.is_base else self.name)
-
-    @property
-    def is_base(self) -> bool:
-        return self.method.name in BASES
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.work / "tensorboard" / self.name
-
-    @property
-    def result(self) -> Path:
-        return self.results / f"{self.name}.json"
-
-    def part(self, name: str) -> Path:
-        """A file of this cell that only counts until the cell is finished."""
-        return self.work / "parts" / f"{self.name}.{name}.json"
-
-    def training(self) -> list[str]:
-        """Flags of pretrain_emoe.py."""
-        iterations = plan.BASE_ITERS if self.is_base else plan.CONTINUED_ITERS
-        start = "" if self.is_base else f"--load {self.work}/checkpoints/{self.method.base} --finetune"
-        data = f"""--data-path {self.work}/data/stdlib --tokenizer-type SentencePieceTokenizer
-            --tokenizer-model {self.work}/data/stdlib.model"""
-        steps = f"--train-iters {iterations} --save-interval {iterations} --eval-interval {iterations}"
-        seeds = f"--seed {self.seed} --emoe-seed {self.seed}"
-        words = f"{plan.MODEL} {plan.TRAIN} {data} {steps} {self.method.lr} {seeds} {start} --save {self.checkpoint}"
-        words += f" --tensorboard-dir {self.tensorboard} {plan.BASES[self.method.base]}"
-        return _last_wins(f"{words} --moe-router-topk {self.method.k} {self.method.flags}".split())
-
-    def sweep(self, ks: tuple[int, ...], tail_scale: str, out: Path) -> list[str]:
-        """Flags of tools/sweep_k.py."""
-        words = f"""--load {self.checkpoint} --label {self.method.name} --k {" ".join(map(str, ks))} --out {out}
-            {self._held_out(plan.HELD_OUT_TOKENS)}"""
-        scale = f"--emoe-tail-scale {tail_scale}" if self.method.fit else ""  # others know of none
-        return f"{words} {scale}".split()
-
-    def fit(self) -> list[str]:
-        """Flags of tools/fit_tail_scale.py."""
-        ks = " ".join(map(str, plan.FITTED_KS))
-        words = f"--load {self.checkpoint} --k {ks} --out {self.part('fit')} {self._held_out(plan.FIT_TOKENS)}"
-        return words.split()
-
-    def _held_out(self, tokens: int) -> str:
-        return f"--data-path {self.work}/data/stdlib_heldout --max-eval-tokens {tokens} {plan.EVALUATION}"
-
-    def fitted_words(self) -> str:
-        """The fitted table as the words of --emoe-tail-scale."""
-        table = json.loads(self.part("fit").read_text())["tail_scale"]
-        return " ".join(f"{k}:{scale}" for k, scale in table.items())
-
-
-def _last_wins(words: list[str]) -> list[str]:
-    """The words without the earlier of two --moe-router-topk."""
-    first = words.index("--moe-router-topk")
-    return words[:first] + words[first + 2 :] if words.count("--moe-router-topk") > 1 else words
-
-
-def steps(cell: Cell) -> Iterator[tuple[str, Callable[[], list[str]], Path]]:
-    """Script, its flags (known when it is due) and the file that exists once it has succeeded."""
-    done = cell.checkpoint / "latest_checkpointed_iteration.txt"
-    yield "pretrain_emoe.py", cell.training, done
-    yield "tools/sweep_k.py", lambda: cell.sweep(cell.method.ks, "1", cell.part("sweep")), cell.part("sweep")
-    if cell.method.fit:
-        fitted = cell.part("fitted-sweep")
-        yield "tools/fit_tail_scale.py", cell.fit, cell.part("fit")
-        ks = tuple(k for k in cell.method.ks if k >= cell.method.k)
-        yield "tools/sweep_k.py", lambda: cell.sweep(ks, cell.fitted_words(), fitted), fitted
 
 
 class Progress:
     """What is left to do for one cell, and how long its steps took."""
 
     def __init__(self, cell: Cell) -> None:
+        forget_if_changed(cell)
         self.cell = cell
-        self.left = [step for step in steps(cell) if not step[2].exists()]
+        self.left = [step for step in steps(cell) if not step.done()]
         self.process: BaseProcess | None = None
         self.began = 0.0
 
@@ -134,20 +41,20 @@ class Progress:
         """Start the next step; False where none is left."""
         if not self.left:
             return False
-        script, flags, _ = self.left[0]
-        log = self.cell.work / "logs" / f"{self.cell.name}.{Path(script).stem}.{len(self.left)}.log"
+        step = self.left[0]
+        log = self.cell.work / "logs" / f"{self.cell.name}.{Path(step.script).stem}.{len(self.left)}.log"
         self.began = time.perf_counter()
-        self.process = forks.start(REPO / script, flags(), log)
+        self.process = forks.start(REPO / step.script, step.flags(), log)
         return True
 
     def ended(self) -> bool:
         """Take note of the step that ended; False where it failed."""
         assert self.process is not None
         self.process.join()
-        script, _, done = self.left.pop(0)
-        if self.process.exitcode != 0 or not done.exists():
+        step = self.left.pop(0)
+        if self.process.exitcode != 0 or not step.done():
             return False
-        _note_seconds(self.cell, Path(script).stem, time.perf_counter() - self.began)
+        _note_seconds(self.cell, Path(step.script).stem, time.perf_counter() - self.began)
         return True
 
 
@@ -156,42 +63,6 @@ def _note_seconds(cell: Cell, script: str, seconds: float) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
     known[script] = round(known.get(script, 0.0) + seconds, 1)
     write_atomically(path, lambda file: file.write(json.dumps(known).encode()))
-
-
-def finish(cell: Cell) -> None:
-    """One file with everything about the cell, without the paths of this machine."""
-    method = cell.method
-    record: dict[str, Any] = {
-        "method": method.name,
-        "about": method.about,
-        "seed": cell.seed,
-        "k": method.k,
-        "flags": f"{plan.BASES[method.base]} {method.flags}".strip(),
-        "learning_rate": method.lr,
-        "iterations": plan.CONTINUED_ITERS,
-        "seconds": _read(cell.part("seconds")),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: version(name) for name in ("megatron-core", "torch")},
-        "active_experts": measured_experts(cell.tensorboard),
-        "sweep": _read(cell.part("sweep")),
-    }
-    if method.fit:
-        fit = _read(cell.part("fit"))
-        record |= {"tail_scale": fit["tail_scale"], "fitted_sweep": _read(cell.part("fitted-sweep"))}
-    text = json.dumps(record, indent=2).replace(f"{cell.work}/", "study/").replace(f"{REPO}/", "") + "\n"
-    write_atomically(cell.result, lambda file: file.write(text.encode()))
-
-
-def measured_experts(folder: Path) -> float:
-    """Experts per token and layer in training: the mean over logged steps."""
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    values = [event.value for event in events.Scalars("emoe/active k")]
-    return sum(values) / len(values)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
 
 
 def corpus(work: Path) -> None:
@@ -238,7 +109,7 @@ def _go_on(progress: Progress, running: list[Progress], bar: tqdm) -> None:
 def base_run(base: str, work: Path) -> None:
     """A checkpoint that cells start from; it has a training step alone (SystemExit where it fails)."""
     progress = Progress(Cell(BASES[base], 1, work, work))
-    progress.left = [step for step in progress.left if step[0] == "pretrain_emoe.py"]
+    progress.left = [step for step in progress.left if step.script == "pretrain_emoe.py"]
     if progress.next() and not progress.ended():
         sys.exit(f"the run {base} failed; its log is in {work}/logs")
 

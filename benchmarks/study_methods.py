@@ -5,7 +5,12 @@ draws of its seed. E = 16 narrow experts, k = 2: half of the hidden size is acti
 times of it at 3k, so more experts have something to give.
 """
 
+import argparse
 from dataclasses import dataclass
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from megatron_emoe.elastic_config import ElasticConfig
 
 E, K = 16, 2
 KS = (1, 2, 3, 4, 6, 8)
@@ -19,8 +24,9 @@ FIT_TOKENS = 2 * HELD_OUT_TOKENS
 """The fit uses the second half of these, the first half is what the sweeps judge on."""
 
 VOCAB = 1024
-MODEL = f"""--num-layers 2 --hidden-size 64 --num-attention-heads 2 --seq-length 128 --max-position-embeddings 128
-    --num-experts {E} --moe-router-topk {K} --moe-ffn-hidden-size 16 --ffn-hidden-size 16 --swiglu --disable-bias-linear
+LAYERS = 2
+MODEL = f"""--num-layers {LAYERS} --hidden-size 64 --num-attention-heads 2
+    --seq-length 128 --max-position-embeddings 128 --num-experts {E} --moe-router-topk {K} --moe-ffn-hidden-size 16 --ffn-hidden-size 16 --swiglu --disable-bias-linear
     --normalization RMSNorm --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0
     --untie-embeddings-and-output-weights --moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32
     --moe-token-dispatcher-type alltoall"""
@@ -125,3 +131,10 @@ RAW = (
 )
 
 METHODS = (*MAIN, *ABLATIONS, *RAW)
+
+
+def elastic_config(method: Method, seed: int) -> ElasticConfig:
+    """The elastic settings of a cell, parsed from its flags."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    ArgumentGroupFactory(ElasticConfig).build_group(parser, "elastic MoE")
+    return ElasticConfig(**vars(parser.parse_args([*method.flags.split(), "--emoe-seed", str(seed)])))

@@ -85,9 +85,8 @@ def table(curves: Sequence[Curve], methods: Sequence[plan.Method], against: str 
 
 
 def _numbers(seeds: Sequence[Curve], baseline: dict[int, Curve]) -> list[str]:
-    def paired(value: Callable[[Curve, Curve], float | None], form: str) -> str:
-        values = [value(one, baseline[one.seed]) for one in seeds if one.seed in baseline]
-        return _mean([v for v in values if v is not None], form)
+    def paired(value: Callable[[Curve, Curve], float], form: str, unit: str = "") -> str:
+        return _mean([value(one, baseline[one.seed]) for one in seeds if one.seed in baseline], form, unit)
 
     comparable = seeds[0].sweep.k_train == plan.K
     losses = [_mean([loss for one in seeds if (loss := one.loss(k)) is not None], ".4f") for k in plan.KS]
@@ -96,7 +95,7 @@ def _numbers(seeds: Sequence[Curve], baseline: dict[int, Curve]) -> list[str]:
         f"{statistics.mean(one.experts for one in seeds):.2f}",
         *losses,
         " to ".join(dict.fromkeys((reach[0], reach[-1]))) if comparable else "",
-        paired(_relative_cost, "+.2f").replace(" ±", "% ±") + "%" if comparable else "",
+        paired(_relative_cost, "+.2f", "%") if comparable else "",
         paired(lambda one, base: loss_at(base.sweep, plan.K) - one.best, "+.4f"),
         str(len(seeds)),
     ]
@@ -107,12 +106,12 @@ def _relative_cost(one: Curve, base: Curve) -> float:
     return 100 * (loss_at(one.sweep, plan.K) / loss_at(base.sweep, plan.K) - 1)
 
 
-def _mean(values: Sequence[float], form: str) -> str:
+def _mean(values: Sequence[float], form: str, unit: str = "") -> str:
     """Mean, with the standard deviation where there are several values; nothing where there is none."""
     if not values:
         return ""
-    mean = format(round(statistics.mean(values), 4) + 0.0, form)  # never -0
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form.lstrip('+')}}"
+    mean = format(round(statistics.mean(values), 4) + 0.0, form) + unit  # never -0
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form.lstrip('+')}}{unit}"
 
 
 def scales(curves: Sequence[Curve]) -> str:

@@ -1,6 +1,6 @@
 """The study: its methods are valid settings, its tables follow from its cells, and docs/study.md says what they say."""
 
-import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -8,24 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from megatron_emoe.baseline_rules import check_baseline_settings
 from megatron_emoe.elastic_config import ElasticConfig
 from megatron_emoe.elastic_rules import validate_elastic
 from tests.distributed import REPO
 
 sys.path.insert(0, str(REPO / "benchmarks"))
+import study
+import study_cell
 import study_methods as plan
 import study_report
 
 
 @pytest.mark.parametrize("method", plan.METHODS, ids=lambda method: method.name)
 def test_a_method_is_a_valid_setting(method):
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    ArgumentGroupFactory(ElasticConfig).build_group(parser, "elastic MoE")
-    settings = ElasticConfig(**vars(parser.parse_args(method.flags.split())))
+    settings = plan.elastic_config(method, seed=1)
     validate_elastic(settings, model_k=method.k, num_experts=plan.E)
-    differs = settings != ElasticConfig() or method.k != plan.K or method.lr != plan.HIGH_LR
+    check_baseline_settings(settings, model_k=method.k, num_experts=plan.E)
+    differs = settings != ElasticConfig(emoe_seed=1) or method.k != plan.K or method.lr != plan.HIGH_LR
     assert differs == (method.name not in ("topk", "topk-raw"))
 
 
@@ -104,6 +104,64 @@ def test_the_scales_by_hand(cells):
     assert rows(study_report.scales(study_report.read(cells))) == {
         "recipe": {"method": "recipe", "k' = 4": "0.50", "k' = 8": "0.25"}
     }
+
+
+def test_without_a_cell_to_compare_with_cost_and_gain_stay_empty(tmp_path):
+    record(tmp_path, "emoe", 1, {2: 3.0, 4: 3.1})
+    row = rows(study_report.table(study_report.read(tmp_path), plan.MAIN))["emoe"]
+    assert (row["k' = 2"], row["cost at k"], row["peak gain"]) == ("3.0000", "", "")
+
+
+def cell(folder: Path, name: str = "topk", **changes) -> study_cell.Cell:
+    for part in ("parts", "checkpoints", "results"):
+        (folder / part).mkdir(exist_ok=True)
+    method = next(method for method in plan.METHODS if method.name == name)
+    return study_cell.Cell(dataclasses.replace(method, **changes), 1, folder, folder / "results")
+
+
+def scripts_left(one: study_cell.Cell) -> list[str]:
+    return [Path(step.script).stem for step in study.Progress(one).left]
+
+
+def test_a_step_is_done_when_all_that_it_makes_is_there(tmp_path):
+    one = cell(tmp_path)
+    steps = ["pretrain_emoe", "sweep_k", "fit_tail_scale", "sweep_k"]
+    assert scripts_left(one) == steps
+    one.checkpoint.mkdir()
+    tracker = one.checkpoint / "latest_checkpointed_iteration.txt"
+    tracker.write_text(str(plan.CONTINUED_ITERS - 1))
+    assert scripts_left(one) == steps
+    tracker.write_text(str(plan.CONTINUED_ITERS))
+    one.part("sweep").write_text(json.dumps(sweep(plan.K, dict.fromkeys(plan.KS[:-1], 3.0))))
+    assert scripts_left(one) == steps[1:]  # a k' is missing: the sweep was interrupted
+    one.part("sweep").write_text(json.dumps(sweep(plan.K, dict.fromkeys(plan.KS, 3.0))))
+    assert scripts_left(one) == steps[2:]
+
+
+def test_what_was_made_under_other_flags_is_forgotten(tmp_path):
+    one = cell(tmp_path, "recipe")
+    assert scripts_left(one)[0] == "pretrain_emoe"
+    one.checkpoint.mkdir()
+    (one.checkpoint / "latest_checkpointed_iteration.txt").write_text(str(plan.CONTINUED_ITERS))
+    one.part("fit").write_text("{}")
+    other = cell(tmp_path, "topk-3k")
+    study.Progress(other)
+    assert scripts_left(one)[0] == "sweep_k"
+    assert scripts_left(cell(tmp_path, "recipe", flags=plan.EMOE))[0] == "pretrain_emoe"
+    assert not one.checkpoint.exists() and not one.part("fit").exists()
+    assert other.part("flags").exists()  # another cell keeps what it has
+
+
+def test_experts_in_training_are_those_that_were_drawn():
+    counted = {path.stem: json.loads(path.read_text()) for path in (REPO / "docs/study").glob("*.json")}
+    methods = {method.name: method for method in plan.METHODS}
+    for name, found in counted.items():
+        method = methods[found["method"]]
+        if not plan.elastic_config(method, found["seed"]).counts_vary:
+            assert found["active_experts"] == study_cell.active_experts(method, found["seed"], Path("none")), name
+    assert study_cell.active_experts(methods["topk"], 1, Path("none")) == plan.K
+    # The recipe: half of the draws at 2, half uniform in 3 to 6 (mean 4.5): 3.25 in expectation, 500 draws.
+    assert study_cell.active_experts(methods["recipe"], 1, Path("none")) == pytest.approx(3.25, abs=0.25)
 
 
 def test_a_report_without_its_markers_is_refused(cells, tmp_path):

@@ -1,0 +1,186 @@
+"""One cell of the study, a method with a seed: what has to be run for it, and the file it ends as."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import study_methods as plan
+from study_methods import Method
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_emoe.active_k import Place, scheduled_k
+from megatron_emoe.sweep import missing_ks
+from megatron_emoe.sweep_result import load, write_atomically
+
+REPO = Path(__file__).resolve().parent.parent
+BASES = {name: Method(name, "", "a run to continue", lr=plan.BASE_LR, base=name) for name in plan.BASES}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method with a seed. work: folder of checkpoints, logs and data. results: folder of the finished cells."""
+
+    method: Method
+    seed: int
+    work: Path
+    results: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.name}-s{self.seed}"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.work / "checkpoints" / (self.method.name if self.is_base else self.name)
+
+    @property
+    def is_base(self) -> bool:
+        return self.method.name in BASES
+
+    @property
+    def iterations(self) -> int:
+        return plan.BASE_ITERS if self.is_base else plan.CONTINUED_ITERS
+
+    def is_trained(self) -> bool:
+        tracker = self.checkpoint / "latest_checkpointed_iteration.txt"
+        return tracker.exists() and tracker.read_text().strip() == str(self.iterations)
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.work / "tensorboard" / self.name
+
+    @property
+    def result(self) -> Path:
+        return self.results / f"{self.name}.json"
+
+    def part(self, name: str) -> Path:
+        """A file of this cell that only counts until the cell is finished."""
+        return self.work / "parts" / f"{self.name}.{name}.json"
+
+    def training(self) -> list[str]:
+        """Flags of pretrain_emoe.py."""
+        start = "" if self.is_base else f"--load {self.work}/checkpoints/{self.method.base} --finetune"
+        data = f"""--data-path {self.work}/data/stdlib --tokenizer-type SentencePieceTokenizer
+            --tokenizer-model {self.work}/data/stdlib.model"""
+        steps = " ".join(f"--{what} {self.iterations}" for what in ("train-iters", "save-interval", "eval-interval"))
+        seeds = f"--seed {self.seed} --emoe-seed {self.seed}"
+        words = f"{plan.MODEL} {plan.TRAIN} {data} {steps} {self.method.lr} {seeds} {start} --save {self.checkpoint}"
+        words += f" --tensorboard-dir {self.tensorboard} {plan.BASES[self.method.base]}"
+        return _last_wins(f"{words} --moe-router-topk {self.method.k} {self.method.flags}".split())
+
+    def sweep(self, ks: tuple[int, ...], tail_scale: str, out: Path) -> list[str]:
+        """Flags of tools/sweep_k.py."""
+        words = f"""--load {self.checkpoint} --label {self.method.name} --k {" ".join(map(str, ks))} --out {out}
+            {self._held_out(plan.HELD_OUT_TOKENS)}"""
+        scale = f"--emoe-tail-scale {tail_scale}" if self.method.fit else ""  # others know of none
+        return f"{words} {scale}".split()
+
+    def fit(self) -> list[str]:
+        """Flags of tools/fit_tail_scale.py."""
+        ks = " ".join(map(str, plan.FITTED_KS))
+        words = f"--load {self.checkpoint} --k {ks} --out {self.part('fit')} {self._held_out(plan.FIT_TOKENS)}"
+        return words.split()
+
+    def _held_out(self, tokens: int) -> str:
+        return f"--data-path {self.work}/data/stdlib_heldout --max-eval-tokens {tokens} {plan.EVALUATION}"
+
+    def fitted_words(self) -> str:
+        """The fitted table as the words of --emoe-tail-scale."""
+        table = json.loads(self.part("fit").read_text())["tail_scale"]
+        return " ".join(f"{k}:{scale}" for k, scale in table.items())
+
+
+def _last_wins(words: list[str]) -> list[str]:
+    """The words without the earlier of two --moe-router-topk."""
+    first = words.index("--moe-router-topk")
+    return words[:first] + words[first + 2 :] if words.count("--moe-router-topk") > 1 else words
+
+
+@dataclass(frozen=True)
+class Step:
+    """A script, its flags (known when it is due), and whether all that it makes is there."""
+
+    script: str
+    flags: Callable[[], list[str]]
+    done: Callable[[], bool]
+
+
+def steps(cell: Cell) -> Iterator[Step]:
+    """What has to be run for a cell, in order."""
+    yield Step("pretrain_emoe.py", cell.training, cell.is_trained)
+    yield _sweep_step(cell, cell.method.ks, lambda: "1", cell.part("sweep"))
+    if cell.method.fit:
+        yield Step("tools/fit_tail_scale.py", cell.fit, cell.part("fit").exists)
+        ks = tuple(k for k in cell.method.ks if k >= cell.method.k)
+        yield _sweep_step(cell, ks, cell.fitted_words, cell.part("fitted-sweep"))
+
+
+def _sweep_step(cell: Cell, ks: tuple[int, ...], tail_scale: Callable[[], str], out: Path) -> Step:
+    def done() -> bool:
+        return out.exists() and not missing_ks(load(out), ks)  # the tool writes each k' when it has it
+
+    return Step("tools/sweep_k.py", lambda: cell.sweep(ks, tail_scale(), out), done)
+
+
+def forget_if_changed(cell: Cell) -> None:
+    """Delete what a cell has so far where its flags were others, so that nothing old is finished under new flags."""
+    flags = cell.part("flags")
+    now = [*cell.training(), *cell.fit(), *map(str, cell.method.ks)]
+    if flags.exists() and json.loads(flags.read_text()) != now:
+        for path in flags.parent.glob(f"{cell.name}.*.json"):
+            path.unlink()
+        for folder in (cell.checkpoint, cell.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+    write_atomically(flags, lambda file: file.write(json.dumps(now).encode()))
+
+
+def finish(cell: Cell) -> None:
+    """One file with everything about the cell, without the paths of this machine."""
+    method = cell.method
+    record: dict[str, Any] = {
+        "method": method.name,
+        "about": method.about,
+        "seed": cell.seed,
+        "k": method.k,
+        "flags": f"{plan.BASES[method.base]} {method.flags}".strip(),
+        "learning_rate": method.lr,
+        "iterations": plan.CONTINUED_ITERS,
+        "seconds": _read(cell.part("seconds")),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: version(name) for name in ("megatron-core", "torch")},
+        "active_experts": active_experts(method, cell.seed, cell.tensorboard),
+        "sweep": _read(cell.part("sweep")),
+    }
+    if method.fit:
+        fit = _read(cell.part("fit"))
+        record |= {"tail_scale": fit["tail_scale"], "fitted_sweep": _read(cell.part("fitted-sweep"))}
+    text = json.dumps(record, indent=2).replace(f"{cell.work}/", "study/").replace(f"{REPO}/", "") + "\n"
+    write_atomically(cell.result, lambda file: file.write(text.encode()))
+
+
+def active_experts(method: Method, seed: int, tensorboard: Path) -> float:
+    """Experts per token and layer in training: the mean of what was drawn over all steps and layers, or over the logged
+    steps where every token has its own count."""
+    elastic = plan.elastic_config(method, seed)
+    if elastic.counts_vary:
+        return _logged_experts(tensorboard)
+    places = itertools.product(range(plan.CONTINUED_ITERS), range(1, plan.LAYERS + 1))
+    drawn = [scheduled_k(elastic, method.k, Place(step, 0, layer)) for step, layer in places]
+    return sum(drawn) / len(drawn)
+
+
+def _logged_experts(folder: Path) -> float:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    values = [event.value for event in events.Scalars("emoe/active k")]
+    return sum(values) / len(values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
