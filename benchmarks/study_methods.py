@@ -25,9 +25,10 @@ FIT_TOKENS = 2 * HELD_OUT_TOKENS
 
 VOCAB = 1024
 LAYERS = 2
-MODEL = f"""--num-layers {LAYERS} --hidden-size 64 --num-attention-heads 2
-    --seq-length 128 --max-position-embeddings 128 --num-experts {E} --moe-router-topk {K} --moe-ffn-hidden-size 16 --ffn-hidden-size 16 --swiglu --disable-bias-linear
-    --normalization RMSNorm --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0
+MODEL = f"""--num-layers {LAYERS} --hidden-size 64 --num-attention-heads 2 --seq-length 128
+    --max-position-embeddings 128 --num-experts {E} --moe-router-topk {K} --moe-ffn-hidden-size 16
+    --ffn-hidden-size 16 --swiglu --disable-bias-linear --normalization RMSNorm
+    --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0
     --untie-embeddings-and-output-weights --moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32
     --moe-token-dispatcher-type alltoall"""
 TRAIN = """--micro-batch-size 16 --global-batch-size 16 --adam-beta2 0.95 --clip-grad 1.0 --weight-decay 0.1
