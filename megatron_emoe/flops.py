@@ -33,7 +33,8 @@ def flops_per_token(args: Namespace, ks: Sequence[float]) -> float | None:
     weights, per_context = _latent_attention(args) if args.multi_latent_attention else _attention(args)
     products = args.num_layers * weights
     products += dense_layers * matrices * args.hidden_size * args.ffn_hidden_size
-    products += len(ks) * (args.hidden_size * args.num_experts + _shared_experts(args, matrices))
+    routed_to = args.num_experts + (args.emoe_null_experts or 0)
+    products += len(ks) * (args.hidden_size * routed_to + _shared_experts(args, matrices))
     products += sum(ks) * matrices * args.hidden_size * args.moe_ffn_hidden_size
     products += args.hidden_size * args.padded_vocab_size
     return 2.0 * products + args.num_layers * per_context * (args.seq_length + 1)

@@ -20,6 +20,7 @@ DEFAULTS = {
     "num_query_groups": None,
     "moe_shared_expert_intermediate_size": None,
     "moe_shared_expert_gate": False,
+    "emoe_null_experts": None,
 }
 BY_HAND = {
     **DEFAULTS,
@@ -76,6 +77,9 @@ def test_by_hand():
     # The first layer dense: 2 x 4 x 8 instead of router and experts. Gated: three matrices instead of two.
     dense = Namespace(**BY_HAND | {"moe_layer_freq": [0, 1], "swiglu": True})
     assert flops_per_token(dense, [3]) == 2 * (2 * (64 + 40) + 20 + 3 * 36 + 96 + 28)
+    # Three null experts: a router of 4 x 8.
+    null = Namespace(**BY_HAND | {"emoe_null_experts": 3})
+    assert flops_per_token(null, [1, 3]) == 2 * (2 * (64 + 32 + 40) + 4 * 24 + 28)
 
 
 @pytest.mark.parametrize(("frequency", "numbers"), [(1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), ([0, 1, 1, 0, 1], [2, 3, 5])])
