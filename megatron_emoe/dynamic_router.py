@@ -90,7 +90,7 @@ class DynamicRouter(ElasticRouter):
         coeff, group = self.get_aux_loss_coeff("aux_loss"), self.tp_cp_group
         if coeff == 0:
             return weights_TE
-        tokens = torch.tensor(map_TX.shape[0], device=map_TX.device)
+        tokens = torch.full((), map_TX.shape[0], device=map_TX.device)  # torch.tensor would copy from the host
         if padding_T is not None:
             tokens, valid_T1 = (~padding_T).sum(), ~padding_T.unsqueeze(-1)
             scores_TX, map_TX = scores_TX * valid_T1, map_TX & valid_T1

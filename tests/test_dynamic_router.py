@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_emoe.noisy_topk import noise_deviation
 from tests.distributed import run_ranks
@@ -315,6 +316,34 @@ def test_noise_follows_from_the_place_alone_and_only_training_has_it():
     assert not torch.equal(maps["first"], other_seed["first"])
     assert torch.equal(maps["evaluation"], maps["clean"]) and torch.equal(other_seed["evaluation"], maps["clean"])
     assert noise_deviation(torch.zeros(1)).item() == pytest.approx(math.log(2))
+
+
+class Operations(TorchDispatchMode):
+    """The names of all that torch runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.name())
+        return operation(*args, **kwargs or {})
+
+
+def operations(settings: dict[str, Any]) -> list[str]:
+    start()
+    router, x = router_of(settings), hidden_states()
+    begin()
+    with Operations() as seen:
+        router(x)
+    return seen.names
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_training_copies_nothing_from_the_host(name):
+    names = run_ranks(operations, 1, SHARED[name])[0]
+    assert "aten::topk" in names or "aten::sort" in names
+    assert "aten::lift_fresh" not in names  # what torch.tensor(number, device=...) begins with
 
 
 def tail_asked() -> str:
