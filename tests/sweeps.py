@@ -1,7 +1,8 @@
-"""Whole sweeps for tests: tools/sweep_k.py as a user calls it, on the rank that it is run on, over random tokens."""
+"""The tools as a user calls them, on the rank that they are run on, and what a small sweep over random tokens takes."""
 
 import contextlib
 import io
+import runpy
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -21,20 +22,13 @@ class Answer(NamedTuple):
     err: str
 
 
-def sweep_k(*words: str) -> Answer:
-    """Run the tool in this process and leave no trace of it in Megatron's globals."""
-    from megatron_emoe import host_mode
-
-    sys.path.insert(0, str(REPO / "tools"))
-    sys.argv = ["sweep_k.py", *words]
-    out, err = io.StringIO(), io.StringIO()
+def run_tool(name: str, *words: object) -> Answer:
+    """Run tools/<name>.py in this process, as a script, and leave no trace of it in Megatron's globals."""
+    sys.argv = [f"{name}.py", *map(str, words)]
+    status, out, err = None, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            if "sweep_k" in sys.modules:
-                host_mode.start()  # as the script does when it is imported
-            import sweep_k as tool
-
-            status = tool.main()
+            runpy.run_path(str(REPO / "tools" / f"{name}.py"), run_name="__main__")
         except SystemExit as leave:
             status = leave.code
         finally:
@@ -64,11 +58,11 @@ def write_tokens(prefix: Path, *, vocabulary: int = 128, documents: int = 24, se
     return prefix
 
 
-def flags(data: Path, out: Path, **changes: object) -> list[str]:
+def flags(data: Path, out: Path | None, **changes: object) -> list[str]:
     """Flags of a small sweep. changes: by name; True is a switch, a list several words, None leaves a flag out."""
     values = {
-        "data_path": str(data),
-        "out": str(out),
+        "data_path": data,
+        "out": out,
         "seq_length": LENGTH,
         "micro_batch_size": 16,
         "max_eval_tokens": 64 * LENGTH,

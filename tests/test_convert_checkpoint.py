@@ -1,39 +1,18 @@
 """tools/convert_checkpoint.py as a user calls it: each verb, its exit status, its one message."""
 
-import contextlib
-import io
 import json
-import sys
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests import hf_models
-from tests.distributed import REPO, run_ranks
+from tests.distributed import run_ranks
+from tests.sweeps import Answer, run_tool
 
-
-class Answer(NamedTuple):
-    status: int | str | None
-    out: str
-    err: str
-
-
-def call(*words: str) -> Answer:
-    """Run the tool in this process."""
-    sys.path.insert(0, str(REPO / "tools"))
-    import convert_checkpoint
-
-    out, err = io.StringIO(), io.StringIO()
-    sys.argv = ["convert_checkpoint.py", *words]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = convert_checkpoint.main()
-        except SystemExit as leave:
-            status = leave.code
-    return Answer(status, out.getvalue(), err.getvalue())
+call = partial(run_tool, "convert_checkpoint")
 
 
 def session(folder: Path) -> dict[str, Answer]:

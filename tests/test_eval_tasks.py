@@ -3,9 +3,7 @@
 The two sides share no code below lm-eval: MegatronLM scores rows on Megatron's model, HFLM is lm-eval's own.
 """
 
-import contextlib
 import importlib.util
-import io
 import json
 import os
 import sys
@@ -15,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests import hf_models, task_files
-from tests.distributed import REPO, run_ranks
+from tests.distributed import run_ranks
+from tests.sweeps import run_tool
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'megatron-emoe[eval]'"
@@ -34,22 +33,6 @@ LAYOUTS = {
 def offline(folder: Path) -> None:
     """Before datasets is imported: no network, no files outside `folder`."""
     os.environ |= {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-
-
-def tool(*words: Any) -> tuple[int, str, str]:
-    """tools/eval_tasks.py in this process: exit status, stdout, stderr."""
-    spec = importlib.util.spec_from_file_location("eval_tasks", REPO / "tools" / "eval_tasks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.argv = ["eval_tasks.py", *map(str, words)]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = module.main()
-        except SystemExit as leave:
-            status = leave.code
-    return status, out.getvalue(), err.getvalue()
 
 
 def flags(tasks: Path, *names: str) -> list[Any]:
@@ -87,7 +70,7 @@ def both(model_type: str, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"folder": folder, "hf": [answers(theirs, k) for k in KS]}
     tasks = task_files.write(folder / "tasks", found["hf"][1]["texts"])
     shared = flags(tasks, "tiny_choice", "tiny_generate")
-    found["hf tool"] = tool("--model", "hf", "--load", hf, "--out", folder / "hf.json", *shared)
+    found["hf tool"] = run_tool("eval_tasks", "--model", "hf", "--load", hf, "--out", folder / "hf.json", *shared)
     words = ["--model", "megatron", "--load", folder / "megatron", "--out", folder / "megatron.json", *shared]
     return found | run_megatron(words)
 
@@ -109,7 +92,7 @@ def run_megatron(words: list[Any], batches: tuple[int, ...] = (1, 8)) -> dict[st
         return lm
 
     task_megatron.make_lm = make_and_ask
-    kept["megatron tool"] = tool(*words)
+    kept["megatron tool"] = run_tool("eval_tasks", *words)
     task_megatron.make_lm = make
     return kept
 
@@ -240,7 +223,7 @@ def refusals(folder: Path) -> dict[str, tuple[int, str, str]]:
 
     def ask(name: str, *words: Any, load: Path = hf, model: str = "hf") -> None:
         paths = ["--model", model, "--load", load, "--out", folder / "out.json", "--include-path", tasks]
-        said[name] = tool(*paths, *words)
+        said[name] = run_tool("eval_tasks", *paths, *words)
 
     load_model, task_model.load_model = task_model.load_model, None  # a call would be a TypeError
     ask("unknown", "--k", 2, "--tasks", "arc_chalenge")
@@ -315,5 +298,5 @@ def test_without_lm_eval_the_tool_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     monkeypatch.setattr(sys, "argv", ["eval_tasks.py"])
-    status, _, err = tool("--model", "hf")
+    status, _, err = run_tool("eval_tasks", "--model", "hf")
     assert status == 2 and "pip install 'megatron-emoe[eval]'" in err

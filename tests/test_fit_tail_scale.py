@@ -1,47 +1,21 @@
 """tools/fit_tail_scale.py on a tiny model: what it finds, where it puts it, and that sweeps then use it."""
 
-import contextlib
-import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_emoe import sweep
 from tests import hf_models, sweeps
-from tests.distributed import REPO, run_ranks
-from tests.sweeps import Answer
+from tests.distributed import run_ranks
+from tests.sweeps import Answer, run_tool
 
 TOKENS = 128 * sweeps.LENGTH  # the fit's two halves have 64 sequences each, as many as a sweep of 64 reads
 
 
-def fit_tail_scale(*words: str) -> Answer:
-    """Run the tool in this process."""
-    sys.path.insert(0, str(REPO / "tools"))
-    sys.argv = ["fit_tail_scale.py", *words]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            from megatron_emoe import host_mode
-
-            if "fit_tail_scale" in sys.modules:
-                host_mode.start()
-            import fit_tail_scale as tool
-
-            status = tool.main()
-        except SystemExit as leave:
-            status = leave.code
-        finally:
-            sweeps._forget()
-    return Answer(status, out.getvalue(), err.getvalue())
-
-
-def flags(folder: Path, **changes: object) -> list[str]:
-    settings = {"load": str(folder / "megatron"), "k": [4, 8], "max_eval_tokens": TOKENS} | changes
-    words = sweeps.flags(folder / "data", folder / "unused", **{n: v for n, v in settings.items() if n != "out"})
-    place = words.index("--out")
-    return words[:place] + words[place + 2 :] + (["--out", str(settings["out"])] if "out" in settings else [])
+def flags(folder: Path, out: Path | None = None, **changes: object) -> list[str]:
+    settings = {"load": folder / "megatron", "k": [4, 8], "max_eval_tokens": TOKENS} | changes
+    return sweeps.flags(folder / "data", out, **settings)
 
 
 def scenario(folder: Path) -> dict[str, Answer]:
@@ -51,17 +25,17 @@ def scenario(folder: Path) -> dict[str, Answer]:
     import_model(hf_models.save("qwen2_moe", folder / "hf"), folder / "megatron", report=lambda _line: None)
     sweeps.write_tokens(folder / "data", documents=60)
     swept = {"load": str(folder / "megatron"), "k": [2, 4, 8]}
-    answers = {"before": sweeps.sweep_k(*sweeps.flags(folder / "data", folder / "before.json", **swept))}
-    answers["fit"] = fit_tail_scale(*flags(folder))
-    answers["after"] = sweeps.sweep_k(*sweeps.flags(folder / "data", folder / "after.json", **swept))
-    answers["fold"] = fit_tail_scale(*flags(folder, k=[4], fold=True, out=str(folder / "fold.json")))
+    answers = {"before": run_tool("sweep_k", *sweeps.flags(folder / "data", folder / "before.json", **swept))}
+    answers["fit"] = run_tool("fit_tail_scale", *flags(folder))
+    answers["after"] = run_tool("sweep_k", *sweeps.flags(folder / "data", folder / "after.json", **swept))
+    answers["fold"] = run_tool("fit_tail_scale", *flags(folder, k=[4], fold=True, out=folder / "fold.json"))
     plain = swept | {"emoe_tail_scale": ["1"]}
-    answers["plain"] = sweeps.sweep_k(*sweeps.flags(folder / "data", folder / "plain.json", **plain))
+    answers["plain"] = run_tool("sweep_k", *sweeps.flags(folder / "data", folder / "plain.json", **plain))
     return answers
 
 
 def fit_elsewhere(folder: Path) -> Answer:
-    return fit_tail_scale(*flags(folder, out=str(folder / "two.json"), expert_model_parallel_size=2))
+    return run_tool("fit_tail_scale", *flags(folder, out=folder / "two.json", expert_model_parallel_size=2))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +123,7 @@ def refusals(folder: Path) -> list[Answer]:
         {"max_eval_tokens": 16 * 16},
         {"out": "/nowhere/a.json"},
     )
-    return [fit_tail_scale(*flags(folder, **case)) for case in cases]
+    return [run_tool("fit_tail_scale", *flags(folder, **case)) for case in cases]
 
 
 def test_bad_input_is_refused_before_work_starts(done):

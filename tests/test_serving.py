@@ -138,7 +138,7 @@ def prepare_and_sweep(folder: Path) -> Answer:
 
     import_model(hf_models.save("qwen2_moe", folder / "hf"), folder / "megatron", report=lambda _line: None)
     sweeps.write_tokens(folder / "data")
-    return sweeps.sweep_k(*first_words(folder))
+    return sweeps.run_tool("sweep_k", *first_words(folder))
 
 
 def first_words(folder: Path) -> list[str]:
@@ -157,7 +157,7 @@ def test_the_measuring_command_measures(tmp_path):
 
     launcher, words = sweep_command(first, out, [(1, 4), (4, 1)]).split(" tools/sweep_k.py ")
     assert launcher == "torchrun --nproc-per-node 1"
-    (answer,) = run_ranks(sweeps.sweep_k, 1, *shlex.split(words))
+    (answer,) = run_ranks(sweeps.run_tool, 1, "sweep_k", *shlex.split(words))
     assert answer.status is None, answer
     now = sweep.load(out)
     assert [cell.k for cell in first.cells] == [1, 2, 4, (1, 2), (2, 1), (2, 4), (4, 2)]

@@ -9,7 +9,7 @@ from megatron_emoe import sweep
 from megatron_emoe.sweep import SweepResult
 from tests import hf_models, sweeps
 from tests.distributed import run_ranks
-from tests.sweeps import Answer
+from tests.sweeps import Answer, run_tool
 
 KS = [1, 2, 5, 8]  # the models have 8 experts and k = 2
 FIRST = {"olmoe": 1, "qwen2_moe": 1, "deepseek_v2": 2, "ernie4_5_moe": 2}  # number of the first MoE layer, of two
@@ -29,7 +29,7 @@ def run_sweep(model_type: str, folder: Path, framework: str, tail: bool) -> Answ
     model = {"load": str(folder / "megatron")} if framework == "megatron" else {"hf": str(folder / "hf")}
     asked = {"k": KS, "k_per_layer": ["1,5", "5,1"]} if not tail else {"k": [2, 4, 6], "k_per_layer": ["6,2"]}
     extra = {"emoe_tail_scale": TAIL} if tail else {"evidence": model_type in EVIDENCE or None}
-    return sweeps.sweep_k(*sweeps.flags(folder / "data", _out(folder, framework, tail), **model, **asked, **extra))
+    return run_tool("sweep_k", *sweeps.flags(folder / "data", _out(folder, framework, tail), **model, **asked, **extra))
 
 
 def _out(folder: Path, framework: str, tail: bool) -> Path:

@@ -31,7 +31,7 @@ def prepare(folder: Path) -> None:
 def run_sweep(folder: Path, name: str) -> Answer:
     layout = LAYOUTS[name][1] | {"load": str(folder / "megatron"), "k": [3], "layer_sensitivity": True}
     extra = {"evidence": True, "latency": True, "coverage_at_least": 2}
-    return sweeps.sweep_k(*sweeps.flags(folder / "data", folder / f"{name}.json", **layout, **extra))
+    return sweeps.run_tool("sweep_k", *sweeps.flags(folder / "data", folder / f"{name}.json", **layout, **extra))
 
 
 @pytest.fixture(scope="module")

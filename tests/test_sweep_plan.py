@@ -17,8 +17,9 @@ from megatron_emoe.sweep import SweepData
 from megatron_emoe.sweep_plan import _check_ks, _has_elastic_settings, budgets, by_layer, fill, per_layer
 from tests import hf_models, sweeps
 from tests.distributed import run_ranks
+from tests.sweep_results import make_cell
 from tests.sweeps import Answer
-from tests.test_sweep import make_cell, make_result
+from tests.test_sweep import make_result
 from tests.tiny import flags
 
 HOST = "--transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion".split()
@@ -154,7 +155,7 @@ def refuse(folder: Path) -> dict[str, Answer]:
 
     def call(**changes) -> Answer:
         out = changes.pop("out", folder / "a.json")
-        return sweeps.sweep_k(*sweeps.flags(data, out, **hf_flags | changes))
+        return sweeps.run_tool("sweep_k", *sweeps.flags(data, out, **hf_flags | changes))
 
     return {
         "both": call(load=str(folder)),
