@@ -6,13 +6,14 @@ nothing and speeds stay comparable. Shape suffixes: T tokens, E experts, L MoE l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -88,8 +89,13 @@ def covered(used: Mapping[int, Tensor], trained: Mapping[int, Tensor], at_least:
     return shares
 
 
-def training_pairs(folder: Path, num_experts: int) -> dict[int, Tensor] | None:
+def training_pairs(
+    folder: Path, num_experts: int, iteration: int | None, report: Callable[[str], None] = print
+) -> dict[int, Tensor] | None:
     """The co-activation matrices that training left in the checkpoint folder, by layer; None where it left none.
+
+    The folder has one file for all its checkpoints. iteration: of the checkpoint, None where unknown; pairs counted
+    after it are not of its training, so None then too, and `report` says so.
 
     Raises:
         ValueError: a file that cannot be read or is of another number of experts.
@@ -98,12 +104,17 @@ def training_pairs(folder: Path, num_experts: int) -> dict[int, Tensor] | None:
     if not path.is_file():
         return None
     try:
+        with safe_open(path, "pt") as file:
+            counted = int((file.metadata() or {}).get("iteration", 0))  # 0: the file does not say
         stored = load_file(path)
     except Exception as error:  # safetensors has a class of its own, that is no OSError
         raise ValueError(f"{path}: cannot be read ({error})") from error
     for name, pairs in stored.items():
         if tuple(pairs.shape) != (num_experts, num_experts):
             raise ValueError(f"{path}: {name} is {list(pairs.shape)}; the model has {num_experts} experts")
+    if iteration is not None and counted > iteration:
+        report(f"{path}: pairs up to iteration {counted}, the checkpoint is of {iteration}: coverage stays empty")
+        return None
     return {int(name.removeprefix("layer.")): pairs for name, pairs in stored.items()}
 
 

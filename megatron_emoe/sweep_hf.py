@@ -40,7 +40,8 @@ def run_sweep_hf(args: Namespace, result: SweepResult) -> SweepResult:
         return result
     with alone():
         try:
-            training = training_pairs(Path(args.hf), args.num_experts) if args.evidence else None
+            iteration = (args.hf_settings or {}).get("iteration")
+            training = training_pairs(Path(args.hf), args.num_experts, iteration) if args.evidence else None
             model = load_hf(Path(args.hf), args.params_dtype, eager=False)
         except ValueError as error:
             fail(f"--hf {error}")

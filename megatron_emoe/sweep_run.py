@@ -34,7 +34,7 @@ from megatron_emoe.latency import Latency
 from megatron_emoe.layer_spec import elastic_model_config
 from megatron_emoe.moe_layer import ElasticMoELayer
 from megatron_emoe.sweep import expert_flops_per_token
-from megatron_emoe.sweep_plan import Budget, by_layer, fill, unfinished
+from megatron_emoe.sweep_plan import Budget, by_layer, fill, say, unfinished
 from megatron_emoe.sweep_result import SweepCell, SweepResult
 from megatron_emoe.training import ElasticLoop
 
@@ -44,7 +44,8 @@ def run_sweep(args: Namespace, result: SweepResult) -> SweepResult:
     if not unfinished(args, result):
         return result
     try:
-        training = training_pairs(Path(args.load), args.num_experts) if args.evidence else None
+        folder = Path(args.load)
+        training = training_pairs(folder, args.num_experts, result.iteration, say) if args.evidence else None
     except ValueError as error:
         fail(error)
     initialize_megatron()

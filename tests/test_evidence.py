@@ -60,15 +60,27 @@ def test_coverage_is_the_share_of_the_pairs_used():
 
 
 def test_training_s_file(tmp_path):
-    assert training_pairs(tmp_path, 4) is None
+    assert training_pairs(tmp_path, 4, 7) is None
     save_file({"layer.2": PAIRS_EE}, tmp_path / "coactivation.safetensors", metadata={"iteration": "7"})
-    stored = training_pairs(tmp_path, 4)
+    stored = training_pairs(tmp_path, 4, 7)
     assert stored is not None and stored.keys() == {2} and torch.equal(stored[2], PAIRS_EE)
     with pytest.raises(ValueError, match=r"coactivation.safetensors: layer.2 is \[4, 4\]; the model has 8 experts"):
-        training_pairs(tmp_path, 8)
+        training_pairs(tmp_path, 8, 7)
     (tmp_path / "coactivation.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"coactivation.safetensors: cannot be read"):
-        training_pairs(tmp_path, 4)
+        training_pairs(tmp_path, 4, 7)
+
+
+def test_pairs_of_later_training_are_not_the_checkpoint_s(tmp_path):
+    """One file lies beside all checkpoints: at --ckpt-step 6 it may hold what only the training after it used."""
+    path, said = tmp_path / "coactivation.safetensors", []
+    save_file({"layer.2": PAIRS_EE}, path, metadata={"iteration": "7"})
+    assert training_pairs(tmp_path, 4, 6, said.append) is None
+    assert said == [f"{path}: pairs up to iteration 7, the checkpoint is of 6: coverage stays empty"]
+    for iteration in (7, 8, None):
+        assert training_pairs(tmp_path, 4, iteration, said.append) is not None
+    save_file({"layer.2": PAIRS_EE}, path)  # of a file that says nothing, nothing is known
+    assert training_pairs(tmp_path, 4, 6, said.append) is not None and len(said) == 1
 
 
 def test_matrices_are_added_replaced_and_dropped(tmp_path):
