@@ -7,9 +7,10 @@ import json
 import math
 import shlex
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_emoe import flag_files
 from megatron_emoe.allocation import Allocation
 from megatron_emoe.budget import name
 from megatron_emoe.sweep import SweepResult
@@ -34,18 +35,44 @@ def tail_scale_at(result: SweepResult, k: int | Allocation) -> float:
 
 
 def sweep_command(result: SweepResult, out: Path, ks: Sequence[Allocation] = (), more: str = "") -> str:
-    """The command that adds cells to the sweep file `out`: the sweep's own, with these k' per layer and `more` flags.
+    """The command that adds cells to the sweep file `out`: the sweep's own, with these k' per layer and `more`."""
+    flags = [*_own_flags(result, "--out", "--k-per-layer"), *shlex.split(more)]
+    if "--layer-sensitivity" in flags and not _names(flags, "--k"):
+        flags += ["--k", *map(str, _measured(result))]
+    flags += ["--k-per-layer", *map(name, ks)] if ks else []
+    return _command(result, [*flags, "--out", str(out)])
 
-    Ranks are the fewest that its parallel layout needs; a result does not depend on the layout.
-    """
-    words = shlex.split(result.command)
-    scripts = [index for index, word in enumerate(words) if Path(word).name == "sweep_k.py"]
-    flags = words[scripts[-1] + 1 :] if scripts else _flags_of(result)
-    for option in ("--out", "--k-per-layer"):
-        flags = _without(flags, option)
-    flags += [*shlex.split(more), *(["--k-per-layer", *map(name, ks)] if ks else []), "--out", str(out)]
+
+def held_out_command(result: SweepResult, k: int | Allocation) -> str:
+    """The command that measures this k' alone again, as the sweep did, into a new file."""
+    flags = _own_flags(result, "--out", "--k", "--k-per-layer", "--layer-sensitivity")
+    flags += ["--k" if isinstance(k, int) else "--k-per-layer", name(k)]
+    if result.tail_scale and not _names(flags, "--emoe-tail-scale"):
+        flags += ["--emoe-tail-scale", *_tail_words(result.tail_scale)]
+    return _command(result, [*flags, "--out", f"k{name(k).replace(',', '-')}.json"])
+
+
+def _command(result: SweepResult, flags: Sequence[str]) -> str:
+    """Ranks are the fewest that the parallel layout needs; a result does not depend on the layout."""
     launcher = "python" if result.framework == "transformers" else f"torchrun --nproc-per-node {_ranks(flags)}"
     return f"{launcher} tools/sweep_k.py {shlex.join(flags)}"
+
+
+def _own_flags(result: SweepResult, *dropped: str) -> list[str]:
+    """The flags of the sweep's own command but `dropped`, each @FILE that can still be read replaced by its flags."""
+    words = shlex.split(result.command)
+    scripts = [index for index, word in enumerate(words) if Path(word).name == "sweep_k.py"]
+    flags = [flag for word in words[scripts[-1] + 1 :] for flag in _expanded(word)] if scripts else _flags_of(result)
+    for option in dropped:
+        flags = _without(flags, option)
+    return flags
+
+
+def _expanded(word: str) -> list[str]:
+    try:
+        return flag_files.expand([word])
+    except ValueError:
+        return [word]
 
 
 def _flags_of(result: SweepResult) -> list[str]:
@@ -55,15 +82,30 @@ def _flags_of(result: SweepResult) -> list[str]:
 
 
 def _without(flags: list[str], option: str) -> list[str]:
-    """The words without an option and its values; a value starts with no `--`."""
+    """The words without an option and its values; a value starts with neither `--` nor the `@` of a flag file."""
     kept: list[str] = []
     dropping = False
     for word in flags:
-        if word.startswith("--"):
+        if word.startswith(("--", "@")):
             dropping = word.split("=")[0] == option
         if not dropping:
             kept.append(word)
     return kept
+
+
+def _names(flags: Sequence[str], option: str) -> bool:
+    return any(word.split("=")[0] == option for word in flags)
+
+
+def _measured(result: SweepResult) -> list[int]:
+    """Every k' that has a cell, in one layer at least; the k of training where there is no cell."""
+    ks = {k for cell in result.cells for k in ((cell.k,) if isinstance(cell.k, int) else cell.k)}
+    return sorted(ks) or [result.k_train]
+
+
+def _tail_words(tail_scale: Mapping[str, float]) -> list[str]:
+    table = {int(key): scale for key, scale in tail_scale.items()}
+    return [f"{table[0]:g}"] if set(table) == {0} else tail_scale_words(table)
 
 
 def _ranks(flags: Sequence[str]) -> int:
@@ -96,17 +138,7 @@ def serving_lines(result: SweepResult, k: int | Allocation) -> list[str]:
 def _megatron_lines(result: SweepResult, k: int | Allocation) -> list[str]:
     if result.framework == "transformers":
         return []
-    tail = tail_scale_at(result, k)
-    table = {int(key): scale for key, scale in (result.tail_scale or {}).items()}
-    words = [f"{table[0]:g}"] if set(table) == {0} else tail_scale_words(table)
-    scale = f" --emoe-tail-scale {' '.join(words)}" if tail != 1 else ""
-    load = shlex.join(["--load", result.checkpoint])
-    lines = ["Megatron, held-out loss:"]
-    lines += [f"  tools/sweep_k.py {load} {'--k' if isinstance(k, int) else '--k-per-layer'} {name(k)}{scale}"]
-    if isinstance(k, int):
-        lines += ["Megatron, at every evaluation of a training run:"]
-        lines += [f"  pretrain_emoe.py {load} --emoe-eval-k {k}{scale}"]
-    return lines
+    return ["Megatron, held-out loss:", f"  {held_out_command(result, k)}"]
 
 
 def _hf_lines(result: SweepResult, k: int | Allocation) -> list[str]:

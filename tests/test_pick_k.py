@@ -59,7 +59,7 @@ def test_flops_answer_with_a_predicted_allocation_and_its_command(answer):
         "  torchrun --nproc-per-node 1 tools/sweep_k.py --load runs/elastic --k 1 2 3 4 6 8 --data-path held-out "
         "--k-per-layer 1,3 --out SWEEP\n"
     ) in text
-    assert "pretrain_emoe.py --load runs/elastic --emoe-eval-k 2" in text
+    assert "tools/sweep_k.py --load runs/elastic --data-path held-out --k 2 --out k2.json\n" in text
     assert "vllm serve EXPORTED --hf-overrides '{\"num_experts_per_tok\": 2}'" in text
 
 
@@ -101,7 +101,7 @@ def test_quality(answer):
 def test_the_tail_scale_in_force_is_said(answer):
     text = answer(make_result(CURVE, tail_scale={"6": 0.25, "8": 0.1}), "--max-flops", "2")
     assert "best: k' = 6, loss 1.9500 (measured), with tail scale 0.25\n" in text
-    assert "--emoe-eval-k 6 --emoe-tail-scale 6:0.25 8:0.1" in text
+    assert "--k 6 --emoe-tail-scale 6:0.25 8:0.1 --out k6.json" in text
     assert "do not serve a tail scale (here 0.25)" in text
 
 

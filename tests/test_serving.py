@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 import shlex
 from functools import partial
 from pathlib import Path
@@ -9,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_emoe import sweep
-from megatron_emoe.serving import K_KEYS, hf_key, serving_lines, sweep_command, tail_scale_at
-from megatron_emoe.sweep import SweepData
+from megatron_emoe.serving import K_KEYS, held_out_command, hf_key, serving_lines, sweep_command, tail_scale_at
+from megatron_emoe.sweep import SweepData, SweepResult
 from tests import hf_models, sweep_results, sweeps
 from tests.distributed import run_ranks
 from tests.sweeps import Answer
@@ -20,7 +22,7 @@ COMMAND = (
     "--out=old.json --expert-model-parallel-size 2 --pipeline-model-parallel-size=2 --data-path held-out"
 )
 
-make_result = partial(sweep_results.make_result, "elastic", (), checkpoint="runs/my model", command=COMMAND)
+make_result = partial(sweep_results.make_result, "elastic", cells=(), checkpoint="runs/my model", command=COMMAND)
 
 
 def test_the_measuring_command_is_the_sweep_s_with_other_layers_and_file():
@@ -41,8 +43,31 @@ def test_the_measuring_command_of_a_sweep_with_another_origin():
     folder = make_result(command="by hand", framework="transformers", data=SweepData(path=[], tokens=64))
     assert sweep_command(folder, Path("new.json"), more="--layer-sensitivity") == (
         "python tools/sweep_k.py --hf 'runs/my model' --mock-data --max-eval-tokens 64 --layer-sensitivity "
-        "--out new.json"
+        "--k 4 --out new.json"
     )
+
+
+def test_a_k_to_try_in_each_layer_comes_from_the_cells():
+    cells = [sweep_results.make_cell(ks, 2.0) for ks in (6, (2, 4))]
+    lists_alone = make_result(command="sweep_k.py --k-per-layer 2,4", cells=cells)
+    assert sweep_command(lists_alone, Path("a.json"), more="--layer-sensitivity").endswith(
+        "tools/sweep_k.py --layer-sensitivity --k 2 4 6 --out a.json"
+    )
+    for given in ("--k 3 5", "--k=3"):
+        command = sweep_command(make_result(command=f"sweep_k.py {given} --layer-sensitivity"), Path("a.json"))
+        assert command.endswith(f"tools/sweep_k.py {given} --layer-sensitivity --out a.json")
+
+
+def test_flag_files_are_spelled_out_where_they_can_be_read(tmp_path):
+    layout = tmp_path / "layout.args"
+    layout.write_text("--expert-model-parallel-size 8 --out old.json")
+    result = make_result(command=f"sweep_k.py --k 4 --out s.json @{layout} --data-path H")
+    assert sweep_command(result, Path("new.json")) == (
+        "torchrun --nproc-per-node 8 tools/sweep_k.py --k 4 --expert-model-parallel-size 8 --data-path H --out new.json"
+    )
+    layout.unlink()  # then it stays: it is no value of --out
+    command = sweep_command(result, Path("new.json"))
+    assert command.endswith(f" tools/sweep_k.py --k 4 @{layout} --data-path H --out new.json")
 
 
 @pytest.mark.parametrize(
@@ -105,39 +130,99 @@ def test_a_hugging_face_folder_is_served_as_it_is(tmp_path):
 def test_a_megatron_checkpoint_is_exported_first(tmp_path):
     write_config(tmp_path / "hf", {"num_experts_per_tok": 8})
     lines = serving_lines(make_result(checkpoint=str(tmp_path)), 8)
-    assert f"  tools/sweep_k.py --load {tmp_path} --k 8" in lines
-    assert f"  pretrain_emoe.py --load {tmp_path} --emoe-eval-k 8" in lines
     assert f"  tools/convert_checkpoint.py export --megatron {tmp_path} --out EXPORTED" in lines
     assert override(lines) == {"EXPORTED": {"num_experts_per_tok": 8}}
 
 
 def test_stock_software_serves_no_k_per_layer_and_no_tail_scale():
     text = "\n".join(serving_lines(make_result(), (2, 6)))
-    assert "vllm serve" not in text and "--emoe-eval-k" not in text
-    assert "tools/sweep_k.py --load 'runs/my model' --k-per-layer 2,6" in text
+    assert "vllm serve" not in text
     assert "do not serve one k' per layer: the loss above is not theirs" in text
     assert "set_active_experts(model, [2, 6])" in text
 
     scaled = make_result(tail_scale={"6": 0.25, "8": 0.1})
     text = "\n".join(serving_lines(scaled, 6))
-    assert "--k 6 --emoe-tail-scale 6:0.25 8:0.1" in text and "--emoe-eval-k 6 --emoe-tail-scale" in text
     assert "do not serve a tail scale (here 0.25)" in text and "vllm serve" not in text
     assert "set_active_experts(model, 6, tail_scale={6: 0.25, 8: 0.1})" in text
     # At most k experts there is no tail: any software serves it.
     assert any("vllm serve" in line for line in serving_lines(scaled, 2))
 
 
-def test_one_number_for_all_k_is_written_as_one():
-    text = "\n".join(serving_lines(make_result(tail_scale={"0": 0.2}), 8))
-    assert "--emoe-eval-k 8 --emoe-tail-scale 0.2" in text
+def test_a_k_is_measured_again_by_the_sweep_s_own_command_into_a_new_file():
+    result = make_result(tail_scale={"6": 0.25, "8": 0.1})
+    start = "torchrun --nproc-per-node 4 tools/sweep_k.py --load 'runs/my model' --expert-model-parallel-size 2"
+    layout = "--pipeline-model-parallel-size=2 --data-path held-out"
+    tail = "--emoe-tail-scale 6:0.25 8:0.1"
+    assert held_out_command(result, 6) == f"{start} {layout} --k 6 {tail} --out k6.json"
+    assert held_out_command(result, (2, 6)) == f"{start} {layout} --k-per-layer 2,6 {tail} --out k2-6.json"
+    assert f"  {held_out_command(result, 6)}" in serving_lines(result, 6)
+    one_number = make_result(tail_scale={"0": 0.2})
+    assert "--k 8 --emoe-tail-scale 0.2 --out" in held_out_command(one_number, 8)
+    given = make_result(tail_scale={"0": 0.2}, command="sweep_k.py --load a --emoe-tail-scale 0.2 --k 4")
+    assert held_out_command(given, 8).endswith("sweep_k.py --load a --emoe-tail-scale 0.2 --k 8 --out k8.json")
+
+
+def past_sweeps(folder: Path) -> list[SweepResult]:
+    """What may stand in a sweep file of the tiny model (8 experts, k = 2, two MoE layers), cells or not."""
+    (folder / "layout.args").write_text("--expert-model-parallel-size 2\n")
+    load = f"python -u tools/sweep_k.py --load {folder / 'megatron'}"
+    rest = f"--data-path {folder / 'data'} --seq-length 16 --moe-token-dispatcher-type alltoall"
+    make = partial(make_result, num_experts=8, k_train=2, num_moe_layers=2, checkpoint=str(folder / "megatron"))
+    lists, data = [sweep_results.make_cell((2, 4), 2.0)], SweepData(path=(str(folder / "data"),), tokens=65536)
+    return [
+        make(command=f"{load} --k 1 2 4 --out s.json {rest}", tail_scale={"4": 0.5, "8": 0.25}),
+        make(command=f"{load} {rest} --k 4 --layer-sensitivity --emoe-tail-scale 0.2", tail_scale={"0": 0.2}),
+        make(command=f"{load} --k-per-layer 2,4 --out s.json @{folder / 'layout.args'} {rest}", cells=lists),
+        make(command="by hand", data=data),
+        make(command="by hand", data=data, framework="transformers", checkpoint=str(folder / "hf")),
+    ]
+
+
+def printed_commands(result: SweepResult) -> list[str]:
+    """Every command of a tool that is printed about a sweep."""
+    served = [line.strip() for k in (2, 8, (2, 4)) for line in serving_lines(result, k)]
+    asked = [
+        sweep_command(result, Path("new.json"), [(1, 3)]),
+        sweep_command(result, Path("new.json"), more="--layer-sensitivity"),
+    ]
+    return [*asked, *(line for line in served if "tools/sweep_k.py" in line or "pretrain_emoe.py" in line)]
+
+
+def prepare(folder: Path) -> None:
+    from megatron_emoe.hf.import_model import import_model
+
+    import_model(hf_models.save("qwen2_moe", folder / "hf"), folder / "megatron", report=lambda _line: None)
+    sweeps.write_tokens(folder / "data", documents=80)  # more than the 4096 positions of the model
+
+
+def check_only(folder: Path, commands: list[str]) -> dict[str, Answer]:
+    """How the tool ends on each command where nothing is left to measure after its checks."""
+    from megatron_emoe import sweep_hf, sweep_run
+
+    sweep_run.run_sweep = sweep_hf.run_sweep_hf = lambda _args, _result: None
+    os.chdir(folder)
+    return {command: sweeps.run_tool("sweep_k", *shlex.split(command.split("sweep_k.py ")[1])) for command in commands}
+
+
+def test_the_tool_takes_every_printed_command(tmp_path):
+    """Its own parser and all its checks, on as many ranks as the command has."""
+    run_ranks(prepare, 1, tmp_path)
+    by_ranks: dict[int, list[str]] = {1: [], 2: []}
+    for result in past_sweeps(tmp_path):
+        for command in printed_commands(result):
+            started = re.fullmatch(r"(python|torchrun --nproc-per-node (\d)) tools/sweep_k.py .*", command)
+            assert started is not None, command
+            by_ranks[int(started[2] or 1)].append(command)
+    assert {ranks: len(commands) for ranks, commands in by_ranks.items()} == {1: 17, 2: 5}
+    for ranks, commands in by_ranks.items():
+        for answers in run_ranks(check_only, ranks, tmp_path, commands):
+            refused = {command: answer.err for command, answer in answers.items() if answer.status is not None}
+            assert refused == {}
 
 
 def prepare_and_sweep(folder: Path) -> Answer:
     """A tiny model (k = 2, two MoE layers) with its first sweep."""
-    from megatron_emoe.hf.import_model import import_model
-
-    import_model(hf_models.save("qwen2_moe", folder / "hf"), folder / "megatron", report=lambda _line: None)
-    sweeps.write_tokens(folder / "data")
+    prepare(folder)
     return sweeps.run_tool("sweep_k", *first_words(folder))
 
 
