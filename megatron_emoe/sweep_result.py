@@ -4,31 +4,25 @@ Schema 2 has what schema 1 lacks as optional fields: what was not measured is ab
 can be read.
 """
 
-import contextlib
 import dataclasses
 import os
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     TypeAdapter,
-    ValidationError,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+from megatron_emoe.result_file import STRICT, Date, Number, read_checked, write_atomically
 
 
 def check_k(k: Any) -> int | tuple[int, ...]:
@@ -39,18 +33,10 @@ def check_k(k: Any) -> int | tuple[int, ...]:
     return ks if isinstance(k, list | tuple) else ks[0]
 
 
-def _check_date(date: str) -> str:
-    try:
-        datetime.fromisoformat(date)
-    except ValueError as error:
-        raise ValueError("must be an ISO 8601 date") from error
-    return date
-
-
 class Load(TypedDict):
     """Load of a layer's experts as multiples of the even share; dead: experts without a token."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     min: NonNegativeFloat
     p5: NonNegativeFloat
@@ -60,14 +46,12 @@ class Load(TypedDict):
     dead: NonNegativeInt
 
 
-Number = Annotated[str, Field(pattern=r"^\d+$")]
-"""A number as a key of JSON: of a layer, or a k'."""
 Share = Annotated[float, Field(ge=0, le=1)]
 K = Annotated[int | tuple[int, ...], BeforeValidator(check_k)]
 Framework = Literal["megatron", "transformers"]
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SweepCell:
     """One evaluation. `k` is the number of active experts, or one number per MoE layer in layer order.
 
@@ -97,7 +81,7 @@ class SweepCell:
     coverage: dict[Number, Share] | None = None
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SweepData:
     """The held-out data: dataset paths (none for mock data), the number of tokens asked for, and a digest.
 
@@ -109,7 +93,7 @@ class SweepData:
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SweepResult:
     """The sweep of one checkpoint; a k' that was not measured has no cell.
 
@@ -129,7 +113,7 @@ class SweepResult:
     data: SweepData
     cells: Annotated[tuple[SweepCell, ...], Field(strict=False)]
     command: str
-    date: Annotated[str, AfterValidator(_check_date)]
+    date: Date
     framework: Framework = "megatron"
     num_moe_layers: PositiveInt | None = None
     tail_scale: dict[Number, NonNegativeFloat] | None = None
@@ -162,42 +146,13 @@ _ADAPTER = TypeAdapter(SweepResult)
 
 def load(path: str | os.PathLike) -> SweepResult:
     """Read and check a sweep file. Raises `ValueError` with path, key, value and rule."""
-    try:
-        return _ADAPTER.validate_json(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        raise ValueError(f"{path}: {_describe(error)}") from error
-
-
-def _describe(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    rule = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    if not key:
-        return rule
-    return f"{key}: {rule}" if first["type"] == "missing" else f"{key}: {reprlib.repr(first['input'])}; {rule}"
+    return read_checked(_ADAPTER, path)
 
 
 def save(result: SweepResult, path: str | os.PathLike) -> None:
     """Write a sweep file; the file at `path` is replaced only once the new one is complete."""
     text = _ADAPTER.dump_json(result, indent=2, exclude_none=True) + b"\n"
     write_atomically(path, lambda file: file.write(text))
-
-
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`. On an error nothing is left."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 _SAME_SWEEP = ("schema", "framework", "checkpoint", "iteration", "k_train", "num_experts", "tail_scale")

@@ -8,35 +8,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     TypeAdapter,
-    ValidationError,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
 
-from megatron_emoe.sweep_result import write_atomically
-
-_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-def _check_date(date: str) -> str:
-    datetime.fromisoformat(date)  # its ValueError says what is wrong
-    return date
-
-
-Whole = Annotated[str, Field(pattern=r"^\d+$")]
-"""A number as a key of a JSON object."""
+from megatron_emoe.result_file import STRICT, Date, Number, read_checked, write_atomically
 
 
 @dataclasses.dataclass
@@ -48,7 +33,7 @@ class Passage:
     rows: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Measure:
     """A metric of a task. stderr: standard error of its mean over samples; None where lm-eval gives none."""
 
@@ -60,7 +45,7 @@ Metrics = dict[str, Measure]
 """By lm-eval's name of the metric and its filter, such as "acc_norm,none" or "exact_match,strict-match"."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TaskCell:
     """One task, or a group of tasks such as mmlu, at one k'.
 
@@ -76,7 +61,7 @@ class TaskCell:
     shots: NonNegativeInt | None
     version: str | None
     tokens: PositiveInt
-    rows_per_layer: Annotated[dict[Whole, NonNegativeInt], Field(min_length=1)]
+    rows_per_layer: Annotated[dict[Number, NonNegativeInt], Field(min_length=1)]
     seconds: NonNegativeFloat
     members: dict[str, Metrics] = dataclasses.field(default_factory=dict)
 
@@ -91,7 +76,7 @@ class TaskCell:
         return self
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TaskSettings:
     """What cells of one file have in common. shots, limit: None is each task's own number, all documents.
     max_length: tokens that the model sees at most. dtype: of its weights."""
@@ -102,7 +87,7 @@ class TaskSettings:
     dtype: str
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TasksResult:
     """The scores of one checkpoint; what was not evaluated has no cell.
 
@@ -117,12 +102,12 @@ class TasksResult:
     iteration: NonNegativeInt
     k_train: PositiveInt
     num_experts: PositiveInt
-    tail_scale: dict[Whole, float]
+    tail_scale: dict[Number, float]
     settings: TaskSettings
     versions: dict[str, str]
     cells: Annotated[tuple[TaskCell, ...], Field(strict=False)] = ()
     command: str
-    date: Annotated[str, AfterValidator(_check_date)]
+    date: Date
 
     @model_validator(mode="after")
     def _check_cells(self) -> TasksResult:
@@ -141,13 +126,7 @@ _ADAPTER = TypeAdapter(TasksResult)
 
 def load(path: str | os.PathLike) -> TasksResult:
     """Read and check a result file. Raises `ValueError` with path, key, value and rule."""
-    try:
-        return _ADAPTER.validate_json(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return read_checked(_ADAPTER, path)
 
 
 def save(result: TasksResult, path: str | os.PathLike) -> None:

@@ -69,7 +69,7 @@ def test_a_damaged_file_is_refused_by_its_key(tmp_path):
     stored = json.loads(path.read_text())
     stored["cells"][0]["metrics"]["acc,none"]["value"] = "good"
     path.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=re.escape(f"{path}: cells.0.metrics.acc,none.value: ")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: cells[0].metrics.acc,none.value: 'good'; Input")):
         task_results.load(path)
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         task_results.load(tmp_path / "nowhere.json")

@@ -1,0 +1,60 @@
+"""What all result files have in common: the kinds of their fields, reading with a clear error, whole writing."""
+
+import contextlib
+import os
+import reprlib
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def _check_date(date: str) -> str:
+    try:
+        datetime.fromisoformat(date)
+    except ValueError as error:
+        raise ValueError("must be an ISO 8601 date") from error
+    return date
+
+
+Date = Annotated[str, AfterValidator(_check_date)]
+Number = Annotated[str, Field(pattern=r"^\d+$")]
+"""A number as a key of JSON: of a layer, or a k'."""
+
+
+def read_checked[Result](adapter: TypeAdapter[Result], path: str | os.PathLike) -> Result:
+    """Read a JSON file and check every field. Raises `ValueError` with path, key, value and rule."""
+    try:
+        return adapter.validate_json(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_describe(error)}") from error
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    rule = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if not key:
+        return rule
+    return f"{key}: {rule}" if first["type"] == "missing" else f"{key}: {reprlib.repr(first['input'])}; {rule}"
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it to `path`. On an error nothing is left."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
