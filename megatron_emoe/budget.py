@@ -39,8 +39,7 @@ class Limit:
 
 def flops_limit(result: SweepResult, value: float) -> Limit:
     """Expert FLOPs per token, at most `value` times those at the k of training. ValueError without a cell there."""
-    loss_at(result, result.k_train)  # the reference must be measured
-    _check_positive("--max-flops", value)
+    _check_limit(result, "--max-flops", value)
     return Limit(
         flag="--max-flops",
         value=value,
@@ -54,8 +53,7 @@ def latency_limit(result: SweepResult, value: float, at: Literal["batch1", "larg
 
     Raises `ValueError` where no cell has a latency, or there is none at the k of training.
     """
-    loss_at(result, result.k_train)
-    _check_positive("--max-latency-ms", value)
+    _check_limit(result, "--max-latency-ms", value)
     field = f"latency_ms_{at}"
     if all(getattr(cell, field) is None for cell in result.cells):
         raise ValueError(
@@ -67,8 +65,7 @@ def latency_limit(result: SweepResult, value: float, at: Literal["batch1", "larg
 
 def quality_limit(result: SweepResult, value: float) -> Limit:
     """Quality, at least `value`. ValueError without a cell at the k of training."""
-    loss_at(result, result.k_train)
-    _check_positive("--min-quality", value)
+    _check_limit(result, "--min-quality", value)
     return Limit(
         flag="--min-quality",
         value=value,
@@ -78,7 +75,8 @@ def quality_limit(result: SweepResult, value: float) -> Limit:
     )
 
 
-def _check_positive(flag: str, value: float) -> None:
+def _check_limit(result: SweepResult, flag: str, value: float) -> None:
+    loss_at(result, result.k_train)  # what limits refer to must be measured
     if not 0 < value < math.inf:
         raise ValueError(f"{flag} {value:g}: must be a finite number above 0")
 
