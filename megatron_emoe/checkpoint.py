@@ -72,6 +72,11 @@ def locate(folder: str, step: int | None = None, source: str = "--load") -> Path
     return path
 
 
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration after which the checkpoint in this iter_ folder was saved; 0 for a release."""
+    return 0 if checkpoint.name == "release" else int(checkpoint.name.removeprefix("iter_"))
+
+
 def stored_args(checkpoint: Path, source: str = "--load") -> Namespace:
     """The arguments a torch_dist checkpoint was saved with. source: the flag that names it, for messages.
 

@@ -8,6 +8,7 @@ that begins with @ is written --flag=@value.
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ def expand(argv: list[str]) -> list[str]:
         ValueError: a file that cannot be read, has an unbalanced quote, or names itself, with its path and line.
     """
     return [word for given in argv for word in _expand(given, Path(), ())]
+
+
+def own_command() -> str:
+    """The command that started this process, as a shell takes it, flag files by name; the interpreter without its
+    folder."""
+    interpreter, *words = sys.orig_argv
+    return shlex.join([Path(interpreter).name, *words])
 
 
 def flag_words(flags: Mapping[str, Any]) -> list[str]:

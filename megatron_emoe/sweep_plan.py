@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
-import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,9 +13,10 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from megatron_emoe.arguments import fail
-from megatron_emoe.checkpoint import locate, stored_args
+from megatron_emoe.checkpoint import iteration_of, locate, stored_args
 from megatron_emoe.elastic_config import MODEL_FEATURES, ElasticConfig, flag
 from megatron_emoe.evidence import save_matrices
+from megatron_emoe.flag_files import own_command
 from megatron_emoe.flops import moe_layer_numbers
 from megatron_emoe.sweep import sensitivity_budgets
 from megatron_emoe.sweep_result import (
@@ -74,7 +73,7 @@ def check_sweep(args: Namespace) -> SweepResult:
         coverage_at_least=args.coverage_at_least if args.evidence else None,
         data=SweepData(path=tuple(map(str, args.data_path or [])), tokens=args.max_eval_tokens),
         cells=(),
-        command=shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        command=own_command(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return resume(out, header)
@@ -108,11 +107,10 @@ def _megatron(args: Namespace) -> dict[str, Any]:
     stored = stored_args(checkpoint)
     if not _has_elastic_settings(stored) and args.emoe_tail_scale is None:
         say(f"--load {args.load}: no elastic settings in this checkpoint; it is swept as a model of plain top-k")
-    iteration = int(checkpoint.name.removeprefix("iter_")) if checkpoint.name.startswith("iter_") else 0
     return {
         "framework": "megatron",
         "checkpoint": args.load,
-        "iteration": iteration,
+        "iteration": iteration_of(checkpoint),
         "k_train": stored.moe_router_topk,
     }
 

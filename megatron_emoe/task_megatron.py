@@ -14,7 +14,7 @@ from megatron.training import get_tokenizer
 from megatron.training.initialize import initialize_megatron
 
 from megatron_emoe.arguments import fail, parse_evaluation
-from megatron_emoe.checkpoint import locate, stored_args
+from megatron_emoe.checkpoint import iteration_of, locate, stored_args
 from megatron_emoe.elastic_config import flag
 from megatron_emoe.forward_server import ForwardServer, check_layout, control_group, from_rank_0
 from megatron_emoe.hf.companions import HF_FOLDER
@@ -161,7 +161,7 @@ def _header(args: Namespace, header: Callable[..., TasksResult]) -> TasksResult:
     fresh = header(
         args,
         framework="megatron",
-        iteration=int(checkpoint.name.removeprefix("iter_")) if checkpoint.name.startswith("iter_") else 0,
+        iteration=iteration_of(checkpoint),
         k_train=stored_args(checkpoint).moe_router_topk,
         num_experts=args.num_experts,
         tail_scale={str(k): scale for k, scale in table},

@@ -11,7 +11,15 @@ import pytest
 from distributed import run_ranks
 
 from megatron_emoe import checkpoint
-from megatron_emoe.checkpoint import check_load, check_shape, elastic_changes, locate, model_flags, stored_args
+from megatron_emoe.checkpoint import (
+    check_load,
+    check_shape,
+    elastic_changes,
+    iteration_of,
+    locate,
+    model_flags,
+    stored_args,
+)
 from megatron_emoe.elastic_config import ElasticConfig
 
 MODEL = {
@@ -77,6 +85,11 @@ def folder_of_checkpoints(folder: Path, tracker: str | bytes, *names: str) -> Pa
 def test_locate(tmp_path, tracker, step, expected):
     folder = folder_of_checkpoints(tmp_path / "run", tracker, "iter_0000020", "iter_0000040", "release")
     assert locate(str(folder), step) == folder / expected
+
+
+def test_the_iteration_is_in_the_folder_s_name():
+    assert iteration_of(Path("/runs/iter_7/iter_0000040")) == 40
+    assert iteration_of(Path("/runs/iter_7/release")) == 0
 
 
 def test_locate_without_a_folder_or_checkpoint(tmp_path):

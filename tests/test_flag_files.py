@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_emoe import host_mode
-from megatron_emoe.flag_files import expand, flag_file, flag_words
+from megatron_emoe.flag_files import expand, flag_file, flag_words, own_command
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -131,3 +131,9 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert flag_words(flags | {"load": "/a path"}) == words
     (tmp_path / "model.args").write_text(flag_file(flags, {"load": "/a path"}))
     assert expand([f"@{tmp_path}/model.args"]) == words
+
+
+def test_the_own_command_is_what_was_typed(monkeypatch):
+    typed = ["/opt/my env/bin/python", "-u", "tools/sweep_k.py", "@model.args", "--load", "my run"]
+    monkeypatch.setattr(sys, "orig_argv", typed)
+    assert own_command() == "python -u tools/sweep_k.py @model.args --load 'my run'"

@@ -10,7 +10,6 @@ with it. Cells already in the output are kept, so an interrupted run goes on whe
 import argparse
 import importlib.util
 import logging
-import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ def kind_of_model(words: list[str]) -> str | None:
 
 def header(args: argparse.Namespace, **model: Any) -> Any:
     """The result without cells."""
+    from megatron_emoe.flag_files import own_command
     from megatron_emoe.task_results import TasksResult
     from megatron_emoe.task_run import versions
 
@@ -33,7 +33,7 @@ def header(args: argparse.Namespace, **model: Any) -> Any:
         label=args.label or Path(args.load).resolve().name,
         checkpoint=str(args.load),
         versions=versions(),
-        command=shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        command=own_command(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         **model,
     )

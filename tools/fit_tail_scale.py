@@ -11,8 +11,6 @@ from megatron_emoe import host_mode
 
 host_mode.start()
 
-import shlex  # noqa: E402
-import sys  # noqa: E402
 from argparse import ArgumentParser, Namespace  # noqa: E402
 from datetime import UTC, datetime  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -21,6 +19,7 @@ import torch  # noqa: E402
 
 from megatron_emoe.arguments import fail, parse_evaluation  # noqa: E402
 from megatron_emoe.checkpoint import locate  # noqa: E402
+from megatron_emoe.flag_files import own_command  # noqa: E402
 from megatron_emoe.tail_fit import Fitted, run_fit, tail_scale_path  # noqa: E402
 
 
@@ -81,7 +80,7 @@ def main() -> None:
         "k_train": args.moe_router_topk,
         "data": [str(path) for path in args.data_path or []],
         "max_eval_tokens": args.max_eval_tokens,
-        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "command": own_command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     try:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from megatron_emoe.arguments import stored_form
-from megatron_emoe.checkpoint import SHAPE_FLAGS, fitted_tail_scale, locate, shape_value, stored_args
+from megatron_emoe.checkpoint import SHAPE_FLAGS, fitted_tail_scale, iteration_of, locate, shape_value, stored_args
 from megatron_emoe.elastic_config import flag
 from megatron_emoe.flag_files import flag_words
 from megatron_emoe.hf.architecture import Architecture, architecture_of, read_config
@@ -153,7 +153,7 @@ def elastic_settings(args: Namespace, checkpoint: Path, sweep: Path | None) -> d
     """The block "emoe" of config.json: how the model was trained, and at which k' it was evaluated."""
     settings = {
         "k_train": args.moe_router_topk,
-        "iteration": int(checkpoint.name.removeprefix("iter_")) if checkpoint.name.startswith("iter_") else 0,
+        "iteration": iteration_of(checkpoint),
         "selection": getattr(args, "emoe_selection", "topk"),
         "pool_k": getattr(args, "emoe_pool_k", None),
         "k_schedule": getattr(args, "emoe_k_schedule", "constant"),

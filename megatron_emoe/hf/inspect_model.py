@@ -15,7 +15,7 @@ import torch
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from transformers import PretrainedConfig
 
-from megatron_emoe.checkpoint import locate, stored_args
+from megatron_emoe.checkpoint import iteration_of, locate, stored_args
 from megatron_emoe.elastic_config import MODEL_FEATURES, ElasticConfig, flag
 from megatron_emoe.hf.architecture import architecture_of, read_config
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder
@@ -170,7 +170,7 @@ def _inspect_megatron(checkpoint: Path, folder: Path) -> Inspection:
         "Megatron checkpoint (torch_dist)",
         *(name, args.num_layers, args.hidden_size, experts, k),
         **_sizes(tensors, k, experts),
-        iteration="release" if imported else int(checkpoint.name.removeprefix("iter_")),
+        iteration="release" if imported else iteration_of(checkpoint),
         elastic=_changed(args, {f.name for f in fields(ElasticConfig)} - set(MODEL_FEATURES)),
         features=_changed(args, set(MODEL_FEATURES)),
         layout=None if imported else {kind: getattr(args, name) for kind, name in _LAYOUT.items()},
