@@ -19,7 +19,15 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from megatron_emoe import host_mode
-from megatron_emoe.checkpoint import check_load, fitted_tail_scale, has_checkpoint, locate, model_flags, stored_args
+from megatron_emoe.checkpoint import (
+    check_given,
+    check_load,
+    fitted_tail_scale,
+    has_checkpoint,
+    locate,
+    model_flags,
+    stored_args,
+)
 from megatron_emoe.data import check_data
 from megatron_emoe.elastic_config import ElasticConfig
 from megatron_emoe.transformer_config import elastic_config_from_args
@@ -45,7 +53,8 @@ def parse(add_more: Callable[[ArgumentParser], ArgumentParser] = lambda parser: 
 
 def parse_evaluation(add_more: Callable[[ArgumentParser], ArgumentParser], **fixed: object) -> Namespace:
     """The same for a tool that evaluates --load (or --hf, if it has that flag): the model's flags come from there
-    unless given. With --hf, `hf_settings` of the result is the block "emoe" of config.json, or None."""
+    unless given; its k and its shape cannot be given otherwise. With --hf, `hf_settings` of the result is the block
+    "emoe" of config.json, or None."""
     return _parse(_complete_evaluation, add_more, fixed)
 
 
@@ -108,6 +117,7 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
 def _complete_evaluation(args: Namespace, parser: ArgumentParser, fixed: dict) -> None:
     given = _given(parser) | fixed
     stored = _evaluated(args)
+    check_given(given, stored, f"--hf {args.hf}" if getattr(args, "hf", None) else f"--load {args.load}")
     for name, value in model_flags(stored).items():
         if name not in given:
             setattr(args, name, value)

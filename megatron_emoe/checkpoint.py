@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,18 @@ def check_shape(args: Namespace, stored: Namespace, source: str) -> None:
             given = f"{flag(name)} is not given" if new is None else f"{flag(name)} {new}"
             saved = "without it" if old is None else f"with {old}"
             raise ValueError(f"{given}: the checkpoint in {source} was saved {saved}")
+
+
+def check_given(given: Mapping[str, Any], stored: Namespace, source: str) -> None:
+    """ValueError for the first flag on an evaluation's command line in which the model in `source` is another.
+
+    given: values by name. k counts too: past it the tail begins, and a result names it as the k of training.
+    """
+    for name in (*SHAPE_FLAGS, *MODEL_FEATURES, "moe_router_topk"):
+        if name in given and given[name] != shape_value(stored, name):
+            rule = f"the model in {source} has {shape_value(stored, name)}; leave the flag out"
+            asks = " (--k asks for other numbers of active experts)" if name == "moe_router_topk" else ""
+            raise ValueError(f"{flag(name)} {given[name]}: {rule}{asks}")
 
 
 def shape_value(args: Namespace, name: str) -> Any:

@@ -265,14 +265,40 @@ def test_evaluation_takes_the_model_from_the_checkpoint(run, monkeypatch, tmp_pa
     stored = run(**COACTIVATION, num_layers=3, qk_layernorm=True)
     monkeypatch.setattr(arguments, "locate", lambda folder, step: Path(folder))
     monkeypatch.setattr(arguments, "stored_args", lambda path: stored)
-    given = ["--load", str(tmp_path), "--mock-data", "--moe-router-topk", "4", "--micro-batch-size", "1"]
-    local = flags(**dict.fromkeys(flags_of_the_model(), None) | WITHOUT_A_GPU)
-    monkeypatch.setattr(sys, "argv", ["sweep_k.py", *local, *given])
-    args = arguments.parse_evaluation(lambda parser: parser, skip_train=True)
+    args = evaluate(monkeypatch, tmp_path, "--norm-epsilon", "0.5")
     assert (args.num_layers, args.num_experts, args.hidden_size) == (3, 8, 32)
     assert (args.qk_layernorm, args.emoe_selection, args.emoe_pool_k) == (True, "coactivation", 6)
-    assert args.moe_router_topk == 4  # as asked, not as stored
+    assert args.layernorm_epsilon == 0.5  # as asked, not as stored
     assert args.skip_train is True  # fixed by the tool
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--moe-router-topk 4", "--moe-router-topk 4: {} 2; leave the flag out (--k asks for other numbers of active"),
+        ("--hidden-size 64", "--hidden-size 64: {} 32; leave the flag out\n"),
+        ("--qk-layernorm", "--qk-layernorm True: {} False; leave the flag out\n"),
+        ("--moe-shared-expert-intermediate-size 8", "--moe-shared-expert-intermediate-size 8: {} None; leave"),
+        ("--emoe-clip-qkv 3", "--emoe-clip-qkv 3.0: {} None; leave the flag out\n"),
+    ],
+)
+def test_an_evaluation_cannot_ask_for_another_model(run, monkeypatch, capsys, tmp_path, words, message):
+    stored = run(**COACTIVATION, num_layers=3)
+    monkeypatch.setattr(arguments, "locate", lambda folder, step: Path(folder))
+    monkeypatch.setattr(arguments, "stored_args", lambda path: stored)
+    with pytest.raises(SystemExit) as left:
+        evaluate(monkeypatch, tmp_path, *words.split())
+    assert left.value.code == 2
+    assert f"sweep_k.py: error: {message.format(f'the model in --load {tmp_path} has')}" in capsys.readouterr().err
+    same = evaluate(monkeypatch, tmp_path, "--moe-router-topk", "2", "--hidden-size", "32")  # what the model has
+    assert same.moe_router_topk == 2
+
+
+def evaluate(monkeypatch, folder: Path, *words: str) -> Namespace:
+    given = ["--load", str(folder), "--mock-data", "--micro-batch-size", "1", *words]
+    local = flags(**dict.fromkeys(flags_of_the_model(), None) | WITHOUT_A_GPU)
+    monkeypatch.setattr(sys, "argv", ["sweep_k.py", *local, *given])
+    return arguments.parse_evaluation(lambda parser: parser, skip_train=True)
 
 
 def flags_of_the_model() -> tuple[str, ...]:
