@@ -1,9 +1,11 @@
 """tools/fit_tail_scale.py on a tiny model: what it finds, where it puts it, and that sweeps then use it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_emoe import sweep
 from tests import hf_models, sweeps
@@ -32,6 +34,18 @@ def scenario(folder: Path) -> dict[str, Answer]:
     plain = swept | {"emoe_tail_scale": ["1"]}
     answers["plain"] = run_tool("sweep_k", *sweeps.flags(folder / "data", folder / "plain.json", **plain))
     return answers
+
+
+def sweep_with_router(folder: Path, factor: float) -> Answer:
+    """The model's folder with every gate's weight times `factor`, swept at k' = 4 by transformers."""
+    scaled = folder / "hf-scaled"
+    shutil.copytree(folder / "hf", scaled)
+    (file,) = scaled.glob("*.safetensors")
+    weights = load_file(file)
+    gates = {name: weight * factor for name, weight in weights.items() if name.endswith(".mlp.gate.weight")}
+    assert len(gates) == 2
+    save_file(weights | gates, file, metadata={"format": "pt"})
+    return run_tool("sweep_k", *sweeps.flags(folder / "data", folder / "scaled.json", hf=scaled, k=[4]))
 
 
 def fit_elsewhere(folder: Path) -> Answer:
@@ -82,6 +96,15 @@ def test_a_factor_of_the_router_is_fitted_and_leaves_the_rest_as_it_was(done):
     assert 1 <= fold["router_scale"] <= 4
     assert fold["folded"] != fold["plain"]
     assert f"| {fold['router_scale']:.2f} | {fold['folded']:.4f} |" in answers["fold"].out
+
+
+def test_the_folded_loss_is_that_of_a_model_with_such_gates(done):
+    folder, _ = done
+    fold = json.loads((folder / "fold.json").read_text())["fitted"]["4"]
+    (answer,) = run_ranks(sweep_with_router, 1, folder, fold["router_scale"])
+    assert answer.status is None, answer.err
+    assert abs(fold["folded"] - fold["plain"]) > 1e-4  # the factor matters
+    assert losses(folder, "scaled")[4] == pytest.approx(fold["folded"], abs=1e-5)
 
 
 def test_a_given_scale_wins_over_the_table(done):
