@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from megatron_emoe.losses import router_entropy
 from megatron_emoe.metrics import LOADS, load_statistics
+from megatron_emoe.result_file import write_atomically
 from megatron_emoe.router import ElasticRouter
-from megatron_emoe.sweep_result import write_atomically
 
 TRAINING_FILE = "coactivation.safetensors"
 """What training with --emoe-coactivation-interval writes beside its checkpoints (metrics.py)."""

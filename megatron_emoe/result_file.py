@@ -36,6 +36,18 @@ def read_checked[Result](adapter: TypeAdapter[Result], path: str | os.PathLike) 
         raise ValueError(f"{path}: {_describe(error)}") from error
 
 
+def write_checked(adapter: TypeAdapter, result: object, path: str | os.PathLike, *, exclude_none: bool = False) -> None:
+    """Write a result as JSON; the file at `path` is replaced only once the new one is complete."""
+    text = adapter.dump_json(result, indent=2, exclude_none=exclude_none) + b"\n"
+    write_atomically(path, lambda file: file.write(text))
+
+
+def demand_same(path: str | os.PathLike, key: str, stored: object, now: object) -> None:
+    """ValueError with path, key and both values where the file at `path` is not of the run that now goes on."""
+    if stored != now:
+        raise ValueError(f"--out {path}: {key}: {stored!r}; must equal this run's {now!r}, or write to another file")
+
+
 def _describe(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     rule = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]

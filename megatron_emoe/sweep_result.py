@@ -22,7 +22,8 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from megatron_emoe.result_file import STRICT, Date, Number, read_checked, write_atomically
+from megatron_emoe.result_file import STRICT, Date, Number, demand_same, read_checked, write_checked
+from megatron_emoe.result_file import write_atomically as write_atomically
 
 
 def check_k(k: Any) -> int | tuple[int, ...]:
@@ -151,8 +152,7 @@ def load(path: str | os.PathLike) -> SweepResult:
 
 def save(result: SweepResult, path: str | os.PathLike) -> None:
     """Write a sweep file; the file at `path` is replaced only once the new one is complete."""
-    text = _ADAPTER.dump_json(result, indent=2, exclude_none=True) + b"\n"
-    write_atomically(path, lambda file: file.write(text))
+    write_checked(_ADAPTER, result, path, exclude_none=True)
 
 
 _SAME_SWEEP = ("schema", "framework", "checkpoint", "iteration", "k_train", "num_experts", "tail_scale")
@@ -167,10 +167,10 @@ def resume(path: str | os.PathLike, header: SweepResult) -> SweepResult:
         return header
     stored = load(path)
     for key in _SAME_SWEEP:
-        _demand_equal(path, key, getattr(stored, key), getattr(header, key))
-    _demand_equal(path, "data", _asked(stored.data), _asked(header.data))
+        demand_same(path, key, getattr(stored, key), getattr(header, key))
+    demand_same(path, "data", _asked(stored.data), _asked(header.data))
     if None not in (stored.coverage_at_least, header.coverage_at_least):
-        _demand_equal(path, "coverage_at_least", stored.coverage_at_least, header.coverage_at_least)
+        demand_same(path, "coverage_at_least", stored.coverage_at_least, header.coverage_at_least)
     at_least = header.coverage_at_least or stored.coverage_at_least
     resumed = dataclasses.replace(header, cells=stored.cells, coverage_at_least=at_least)
     return resumed if stored.data.digest is None else with_digest(resumed, stored.data.digest)
@@ -178,11 +178,6 @@ def resume(path: str | os.PathLike, header: SweepResult) -> SweepResult:
 
 def _asked(data: SweepData) -> Mapping[str, object]:
     return {"path": list(data.path), "tokens": data.tokens}
-
-
-def _demand_equal(where: object, key: str, old: object, new: object) -> None:
-    if old != new:
-        raise ValueError(f"{where}: {key}: {old!r}; must equal this sweep's {new!r}, or write to another file")
 
 
 def with_digest(result: SweepResult, digest: str) -> SweepResult:

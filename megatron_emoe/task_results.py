@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from megatron_emoe.result_file import STRICT, Date, Number, read_checked, write_atomically
+from megatron_emoe.result_file import STRICT, Date, Number, demand_same, read_checked, write_checked
 
 
 @dataclasses.dataclass
@@ -131,8 +131,7 @@ def load(path: str | os.PathLike) -> TasksResult:
 
 def save(result: TasksResult, path: str | os.PathLike) -> None:
     """Write a result file; the file at `path` is replaced only once the new one is complete."""
-    text = _ADAPTER.dump_json(result, indent=2) + b"\n"
-    write_atomically(path, lambda file: file.write(text))
+    write_checked(_ADAPTER, result, path)
 
 
 _SAME = ("framework", "checkpoint", "iteration", "k_train", "num_experts", "tail_scale", "settings", "versions")
@@ -147,9 +146,7 @@ def resume(path: str | os.PathLike, header: TasksResult) -> TasksResult:
         return header
     stored = load(path)
     for key in _SAME:
-        old, new = getattr(stored, key), getattr(header, key)
-        if old != new:
-            raise ValueError(f"--out {path}: {key}: {old!r}; must equal this run's {new!r}, or write to another file")
+        demand_same(path, key, getattr(stored, key), getattr(header, key))
     return dataclasses.replace(header, cells=stored.cells)
 
 

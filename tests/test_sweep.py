@@ -311,11 +311,11 @@ def test_resume_keeps_the_cells_and_takes_the_new_header(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"checkpoint": "runs/z"}, "checkpoint: 'runs/a'; must equal this sweep's 'runs/z'"),
-        ({"iteration": 2000}, "iteration: 1; must equal this sweep's 2000"),
-        ({"k_train": 4}, "k_train: 2; must equal this sweep's 4"),
-        ({"num_experts": 32}, "num_experts: 16; must equal this sweep's 32"),
-        ({"data": SweepData(path=["held-out"], tokens=8192)}, r"data: .*64.*; must equal this sweep's .*8192"),
+        ({"checkpoint": "runs/z"}, "checkpoint: 'runs/a'; must equal this run's 'runs/z'"),
+        ({"iteration": 2000}, "iteration: 1; must equal this run's 2000"),
+        ({"k_train": 4}, "k_train: 2; must equal this run's 4"),
+        ({"num_experts": 32}, "num_experts: 16; must equal this run's 32"),
+        ({"data": SweepData(path=["held-out"], tokens=8192)}, r"data: .*64.*; must equal this run's .*8192"),
     ],
 )
 def test_resume_refuses_the_file_of_another_sweep(tmp_path, change, message):

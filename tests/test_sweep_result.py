@@ -96,10 +96,10 @@ def test_resume_takes_the_stored_digest_and_rule(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"framework": "transformers"}, "framework: 'megatron'; must equal this sweep's 'transformers'"),
-        ({"tail_scale": {"6": 0.5}}, "tail_scale: None; must equal this sweep's {'6': 0.5}"),
-        ({"coverage_at_least": 2}, "coverage_at_least: 3; must equal this sweep's 2"),
-        ({"schema": 1, "num_moe_layers": None}, "schema: 2; must equal this sweep's 1"),
+        ({"framework": "transformers"}, "framework: 'megatron'; must equal this run's 'transformers'"),
+        ({"tail_scale": {"6": 0.5}}, "tail_scale: None; must equal this run's {'6': 0.5}"),
+        ({"coverage_at_least": 2}, "coverage_at_least: 3; must equal this run's 2"),
+        ({"schema": 1, "num_moe_layers": None}, "schema: 2; must equal this run's 1"),
     ],
 )
 def test_resume_refuses_another_sweep(tmp_path, change, message):
