@@ -100,7 +100,8 @@ class SweepResult:
 
     framework: what ran the model. num_moe_layers: entries of a k' per layer. tail_scale: a(k') by k' as
     --emoe-tail-scale has it, the key 0 alone for one number at every k'; None for plain top-k'. coverage_at_least:
-    how many training tokens must have used a pair for it to count as covered.
+    how many training tokens must have used a pair for it to count as covered. dtype: of the parameters, as torch names
+    it. selection, combine: --emoe-selection and --emoe-combine. None where the file is older than the field.
 
     Constructing one checks every field and raises a `ValueError` that names the key and the rule.
     """
@@ -119,6 +120,9 @@ class SweepResult:
     num_moe_layers: PositiveInt | None = None
     tail_scale: dict[Number, NonNegativeFloat] | None = None
     coverage_at_least: PositiveInt | None = None
+    dtype: str | None = None
+    selection: str | None = None
+    combine: str | None = None
 
     @model_validator(mode="after")
     def _check_cells(self) -> "SweepResult":
@@ -156,23 +160,29 @@ def save(result: SweepResult, path: str | os.PathLike) -> None:
 
 
 _SAME_SWEEP = ("schema", "framework", "checkpoint", "iteration", "k_train", "num_experts", "tail_scale")
+_SAME_WHERE_STORED = ("dtype", "selection", "combine")
 
 
 def resume(path: str | os.PathLike, header: SweepResult) -> SweepResult:
     """`header` with the cells and the digest stored at `path`, or `header` itself where there is no file yet.
 
-    Raises `ValueError` where the file belongs to another checkpoint, model, data set or tail scale.
+    What an older file does not say about its cells is not compared, and stays unsaid. Raises `ValueError` where the
+    file belongs to another checkpoint, model, data set or tail scale, or was measured in another way.
     """
     if not Path(path).exists():
         return header
     stored = load(path)
     for key in _SAME_SWEEP:
         demand_same(path, key, getattr(stored, key), getattr(header, key))
+    how = {key: getattr(stored, key) for key in _SAME_WHERE_STORED}
+    for key, value in how.items():
+        if value is not None:
+            demand_same(path, key, value, getattr(header, key))
     demand_same(path, "data", _asked(stored.data), _asked(header.data))
     if None not in (stored.coverage_at_least, header.coverage_at_least):
         demand_same(path, "coverage_at_least", stored.coverage_at_least, header.coverage_at_least)
     at_least = header.coverage_at_least or stored.coverage_at_least
-    resumed = dataclasses.replace(header, cells=stored.cells, coverage_at_least=at_least)
+    resumed = dataclasses.replace(header, cells=stored.cells, coverage_at_least=at_least, **how)
     return resumed if stored.data.digest is None else with_digest(resumed, stored.data.digest)
 
 

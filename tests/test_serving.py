@@ -248,3 +248,8 @@ def test_the_measuring_command_measures(tmp_path):
     assert [cell.k for cell in first.cells] == [1, 2, 4, (1, 2), (2, 1), (2, 4), (4, 2)]
     assert {cell.k for cell in now.cells} - {cell.k for cell in first.cells} == {(1, 4), (4, 1)}
     assert [cell for cell in now.cells if cell.k not in ((1, 4), (4, 1))] == list(first.cells)
+
+    assert (now.dtype, now.selection, now.combine) == ("float32", "topk", "model")
+    (answer,) = run_ranks(sweeps.run_tool, 1, "sweep_k", *shlex.split(words), "--bf16")
+    assert answer.status == 2
+    assert "moved.json: dtype: 'float32'; must equal this run's 'bfloat16', or write to another file" in answer.err

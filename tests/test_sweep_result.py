@@ -7,6 +7,7 @@ import pytest
 
 from megatron_emoe import sweep
 from megatron_emoe.sweep import SweepData
+from tests.distributed import REPO
 from tests.sweep_results import make_cell
 from tests.test_sweep import document, make_result
 
@@ -107,6 +108,41 @@ def test_resume_refuses_another_sweep(tmp_path, change, message):
     with pytest.raises(ValueError) as error:
         sweep.resume(tmp_path / "a.json", header(**change))
     assert f"a.json: {message}" in str(error.value)
+
+
+HOW = {"dtype": "bfloat16", "selection": "top-p", "combine": "renormalize"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float32"}, "dtype: 'bfloat16'; must equal this run's 'float32', or write to another file"),
+        ({"selection": "topk"}, "selection: 'top-p'; must equal this run's 'topk'"),
+        ({"combine": "model"}, "combine: 'renormalize'; must equal this run's 'model'"),
+    ],
+)
+def test_cells_measured_in_another_way_are_not_mixed(tmp_path, change, message):
+    path = tmp_path / "a.json"
+    sweep.save(header(cells=[make_cell(2, 1.5)], **HOW), path)
+    assert sweep.resume(path, header(**HOW)).dtype == "bfloat16"
+    with pytest.raises(ValueError) as error:
+        sweep.resume(path, header(**(HOW | change)))
+    assert f"a.json: {message}" in str(error.value)
+
+
+def test_an_older_file_goes_on_and_says_nothing_it_does_not_know(tmp_path):
+    path = tmp_path / "a.json"
+    sweep.save(header(cells=[make_cell(2, 1.5)]), path)
+    resumed = sweep.resume(path, header(**HOW))
+    assert len(resumed.cells) == 1 and (resumed.dtype, resumed.selection, resumed.combine) == (None, None, None)
+
+
+def test_the_sweeps_of_the_study_can_be_read(tmp_path):
+    files = sorted((REPO / "docs" / "study").glob("*.json"))
+    for file in files:
+        (tmp_path / "a.json").write_text(json.dumps(json.loads(file.read_text())["sweep"]))
+        assert sweep.load(tmp_path / "a.json").cells
+    assert len(files) > 30
 
 
 def test_comparison_goes_by_digest_where_both_are_known():
