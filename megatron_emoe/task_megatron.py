@@ -24,7 +24,15 @@ from megatron_emoe.lm_eval_model import MegatronLM, Text
 from megatron_emoe.sweep_run import load_model
 from megatron_emoe.tail_scale import parse_tail_scale
 from megatron_emoe.task_results import Passage, TaskSettings, TasksResult, missing, resume
-from megatron_emoe.task_run import add_arguments, check, find_tasks, load_tasks, report_table, run_cells
+from megatron_emoe.task_run import (
+    add_arguments,
+    check,
+    check_selection,
+    find_tasks,
+    load_tasks,
+    report_table,
+    run_cells,
+)
 from megatron_emoe.transformer_config import elastic_config_from_args
 
 _FIXED: dict[str, Any] = {
@@ -148,6 +156,7 @@ def choose_tokenizer(source: tuple[str | None, int | None]) -> dict[str, Any]:
 def _header(args: Namespace, header: Callable[..., TasksResult]) -> TasksResult:
     """The result so far. Nothing is built yet (ValueError: refused)."""
     check_layout(args)
+    check_selection(args)
     max_length = check(args, args.num_experts, args.max_position_embeddings)
     args.emoe_eval_k = list(dict.fromkeys(args.k))
     try:

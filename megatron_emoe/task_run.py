@@ -93,6 +93,15 @@ def check(args: Namespace, num_experts: int, longest: int) -> int:
     return args.max_length or longest
 
 
+def check_selection(args: Namespace) -> None:
+    """ValueError for a Megatron model in which k' does not say how many experts a token reaches."""
+    if args.emoe_selection == "null-experts":
+        raise ValueError(
+            f"--emoe-selection null-experts, as --load {args.load} was trained: a token reaches fewer experts than k' "
+            "where null experts are among its choices, so no score can be had at a k'; tools/sweep_k.py sweeps it"
+        )
+
+
 def find_tasks(args: Namespace) -> tuple[TaskManager, list[str]]:
     """Where the tasks are, and their names, tags replaced by the tasks they stand for. No data are read.
 

@@ -237,6 +237,8 @@ def refusals(folder: Path) -> dict[str, tuple[int, str, str]]:
     ask("no tokenizer", "--k", 2, "--tasks", "tiny_choice", load=folder / "no-text")
     ask("tail", "--k", 2, "--tasks", "tiny_choice", "--emoe-tail-scale", "4:x")
     ask("mute", "--k", 2, "--tasks", "tiny_choice", load=folder / "mute", model="megatron")
+    words = ["--emoe-selection", "null-experts", "--emoe-null-experts", 4, "--tokenizer-type", "NullTokenizer"]
+    ask("null experts", "--k", 2, "--tasks", "tiny_choice", *words, load=folder / "mute", model="megatron")
     ask("unknown to Megatron", "--k", 2, "--tasks", "arc_chalenge", load=folder / "speaking", model="megatron")
     task_model.load_model = load_model
     ask("first", "--k", 2, "--tasks", "tiny_group", "tiny_all", "--limit", 3)
@@ -267,6 +269,7 @@ def refused(tmp_path_factory):
         ("no tokenizer", "no-text: no tokenizer in it"),
         ("tail", "--emoe-tail-scale 4:x"),
         ("mute", "mute: no tokenizer for text (it was saved with NullTokenizer"),
+        ("null experts", "mute was trained: a token reaches fewer experts than k' where null experts are among its"),
         ("unknown to Megatron", "speaking: no such folder"),
         ("other settings", "settings: TaskSettings(shots=None, limit=3"),
         ("scaled", "tail_scale: {}; must equal this run's {'0': 0.5}"),
