@@ -41,7 +41,7 @@ def validate_elastic(
     _check_schedule(elastic, model_k, num_experts)
     _check_selection(elastic, model_k, num_experts)
     _check_eval_k(elastic, num_experts)
-    _check_tail_scale(elastic, model_k, num_experts)
+    check_tail_scale(elastic.emoe_tail_scale, model_k, num_experts)
     _check_numbers(elastic)
     _check_distillation(elastic, model_k)
     if group_topk:
@@ -123,11 +123,12 @@ def _check_pool_numbers(elastic: ElasticConfig, low: int) -> None:
         _refuse("emoe_pool_prob", elastic.emoe_pool_prob, "has no meaning with --emoe-pool-fixed")
 
 
-def _check_tail_scale(elastic: ElasticConfig, model_k: int, num_experts: int) -> None:
-    if elastic.emoe_tail_scale is None:
+def check_tail_scale(words: list[str] | None, model_k: int, num_experts: int) -> None:
+    """ValueError for words of --emoe-tail-scale that are none, or name a k' that has no tail in this model."""
+    if words is None:
         return
     try:
-        table = parse_tail_scale(elastic.emoe_tail_scale).table
+        table = parse_tail_scale(words).table
     except ValueError as error:
         raise ValueError(f"{flag('emoe_tail_scale')} {error}") from error
     for k, scale in table:

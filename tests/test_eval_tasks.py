@@ -236,6 +236,7 @@ def refusals(folder: Path) -> dict[str, tuple[int, str, str]]:
     ask("folder", "--k", 2, "--tasks", "tiny_choice", load=folder / "nowhere")
     ask("no tokenizer", "--k", 2, "--tasks", "tiny_choice", load=folder / "no-text")
     ask("tail", "--k", 2, "--tasks", "tiny_choice", "--emoe-tail-scale", "4:x")
+    ask("range", "--k", 2, "--tasks", "tiny_choice", "--emoe-tail-scale", "3:0.5", "2:0.1")
     ask("mute", "--k", 2, "--tasks", "tiny_choice", load=folder / "mute", model="megatron")
     words = ["--emoe-selection", "null-experts", "--emoe-null-experts", 4, "--tokenizer-type", "NullTokenizer"]
     ask("null experts", "--k", 2, "--tasks", "tiny_choice", *words, load=folder / "mute", model="megatron")
@@ -268,6 +269,7 @@ def refused(tmp_path_factory):
         ("folder", "nowhere/config.json: no such file"),
         ("no tokenizer", "no-text: no tokenizer in it"),
         ("tail", "--emoe-tail-scale 4:x"),
+        ("range", "--emoe-tail-scale 2:0.1: k' must lie in [3, 8], above k"),
         ("mute", "mute: no tokenizer for text (it was saved with NullTokenizer"),
         ("null experts", "mute was trained: a token reaches fewer experts than k' where null experts are among its"),
         ("unknown to Megatron", "speaking: no such folder"),

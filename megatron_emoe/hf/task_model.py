@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from megatron_emoe.elastic_rules import check_tail_scale
 from megatron_emoe.hf.active_experts import counting_rows, set_active_experts, trained_k
 from megatron_emoe.hf.architecture import read_config
 from megatron_emoe.hf.import_model import tokenizer_flags
@@ -85,7 +86,9 @@ def run(args: Namespace, header: Callable[..., TasksResult]) -> None:
     if args.micro_batch_size < 1:
         raise ValueError(f"--micro-batch-size {args.micro_batch_size}: must be at least 1")
     stored = getattr(config, "emoe", None) or {}  # what an export says of its training
-    tail = _tail_scale(args.emoe_tail_scale or stored.get("tail_scale"))
+    words = args.emoe_tail_scale or stored.get("tail_scale")
+    check_tail_scale(words, trained_k(config), config.num_experts)
+    tail = dict(parse_tail_scale(words).table) if words else {}
     dtype = str(config.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype
     settings = TaskSettings(shots=args.num_fewshot, limit=args.limit, max_length=max_length, dtype=dtype)
     fresh = header(
@@ -108,10 +111,3 @@ def run(args: Namespace, header: Callable[..., TasksResult]) -> None:
     model = load_model(args.load, args.dtype, device)
     lm = HFLM(model, tokenizer=tokenizer, batch_size=args.micro_batch_size, max_length=max_length)
     report_table(run_cells(args, result, HfTaskModel(lm, tail), tasks))
-
-
-def _tail_scale(words: list[str] | None) -> dict[int, float]:
-    try:
-        return dict(parse_tail_scale(words).table) if words else {}
-    except ValueError as error:
-        raise ValueError(f"--emoe-tail-scale {error}") from error
