@@ -30,7 +30,7 @@ from megatron_emoe.hf.verify import load_hf
 from megatron_emoe.latency import ALONE_RUNS, LARGE_RUNS, median_seconds
 from megatron_emoe.sweep_plan import Budget, fill, unfinished
 from megatron_emoe.sweep_result import SweepCell, SweepResult
-from megatron_emoe.sweep_run import check_enough, costed_cell
+from megatron_emoe.sweep_run import check_enough, costed_cell, wanted_sequences
 from megatron_emoe.tail_scale import parse_tail_scale
 
 
@@ -108,10 +108,9 @@ def read_batches(args: Namespace) -> tuple[list[dict[str, Tensor]], str]:
 
     Inside `alone`. SystemExit where the data do not fill one batch.
     """
-    wanted = args.max_eval_tokens // args.seq_length
     with quiet():
-        dataset = build_datasets([0, wanted if args.mock_data else None, 0])[1]
-    count = check_enough(min(wanted, len(dataset)), args.seq_length, args.eval_global_batch_size)
+        dataset = build_datasets([0, wanted_sequences(args) if args.mock_data else None, 0])[1]
+    count = check_enough(args, len(dataset))
     device, size = current_device(), args.eval_micro_batch_size
     batches = []
     for first in range(0, count, size):

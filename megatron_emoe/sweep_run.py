@@ -115,14 +115,14 @@ def read_batches(args: Namespace) -> tuple[dict[int, list[Any]], int, str]:
 
     Collective. SystemExit where the data do not fill one global batch.
     """
-    wanted = args.max_eval_tokens // args.seq_length
+    wanted = wanted_sequences(args)
     datasets: dict[int, Any] = {}
     for chunk in range(args.virtual_pipeline_model_parallel_size or 1):
         stage = chunk if args.virtual_pipeline_model_parallel_size else None
         dataset = build_datasets([0, wanted if args.mock_data else None, 0], vp_stage=stage)[1]
         if dataset is not None:
             datasets[chunk] = dataset
-    steps = _steps(args, wanted, max(map(len, datasets.values()), default=0))
+    steps = _steps(args, max(map(len, datasets.values()), default=0))
     batches = {}
     for chunk, dataset in datasets.items():
         loader = iter(build_pretraining_data_loader(dataset, 0))
@@ -130,18 +130,25 @@ def read_batches(args: Namespace) -> tuple[dict[int, list[Any]], int, str]:
     return batches, steps, _digest(datasets, steps * args.eval_global_batch_size)
 
 
-def _steps(args: Namespace, wanted: int, length: int) -> int:
+def wanted_sequences(args: Namespace) -> int:
+    """How many sequences --max-eval-tokens stands for."""
+    return args.max_eval_tokens // args.seq_length
+
+
+def _steps(args: Namespace, length: int) -> int:
     """Global batches to evaluate; ranks that read no data learn it from those that do."""
     known = torch.tensor(length, device=current_device())
     torch.distributed.all_reduce(known, op=torch.distributed.ReduceOp.MAX)
-    available, batch = min(wanted, int(known.item())), args.eval_global_batch_size
-    return check_enough(available, args.seq_length, batch) // batch
+    return check_enough(args, int(known.item())) // args.eval_global_batch_size
 
 
-def check_enough(available: int, seq_length: int, batch: int) -> int:
-    """`sequences_to_evaluate`; SystemExit where there are none."""
+def check_enough(args: Namespace, held: int) -> int:
+    """How many of the `held` sequences of the data are evaluated; SystemExit where they do not fill one batch."""
+    wanted, batch = wanted_sequences(args), args.eval_global_batch_size
+    available = min(wanted, held)
     if available < batch:
-        fail(f"--data-path: {available} sequences of {seq_length} tokens, fewer than one batch of {batch}")
+        cause = "--data-path" if held < wanted else f"--max-eval-tokens {args.max_eval_tokens}"
+        fail(f"{cause}: {available} sequences of {args.seq_length} tokens, fewer than one batch of {batch}")
     return sequences_to_evaluate(available, batch)
 
 

@@ -165,6 +165,7 @@ def refuse(folder: Path) -> dict[str, Answer]:
         "coverage": call(coverage_at_least=0),
         "out": call(out=folder / "none/a.json"),
         "batch": call(micro_batch_size=128),
+        "data": call(micro_batch_size=128, max_eval_tokens=128 * 16),
         "combine": call(emoe_combine="raw"),
         "tail": call(emoe_tail_scale=["9:0.5"]),
     }
@@ -185,7 +186,8 @@ def refused(tmp_path_factory) -> tuple[Path, dict[str, Answer]]:
         ("list", "--k-per-layer 2,2,2: 3 numbers; the model has 2 MoE layers"),  # of three layers, the first is dense
         ("coverage", "--coverage-at-least 0: must be at least 1"),
         ("out", "--out FOLDER/none/a.json: the folder FOLDER/none does not exist"),
-        ("batch", "--data-path: 64 sequences of 16 tokens, fewer than one batch of 128"),
+        ("batch", "--max-eval-tokens 1024: 64 sequences of 16 tokens, fewer than one batch of 128"),
+        ("data", "--data-path: 109 sequences of 16 tokens, fewer than one batch of 128"),
         ("combine", "--emoe-combine has no meaning with --hf: transformers runs the model by its own code"),
         ("tail", "--emoe-tail-scale 9:0.5: k' must lie in [3, 8], above k"),
     ],
