@@ -30,7 +30,7 @@ from megatron_emoe.sweep_result import (
     with_digest,
 )
 from megatron_emoe.tail_scale import parse_tail_scale
-from megatron_emoe.transformer_config import elastic_config_from_args
+from megatron_emoe.transformer_config import check_ks
 
 Budget = int | tuple[int, ...]
 """k' everywhere, or one per MoE layer in layer order."""
@@ -83,7 +83,7 @@ def check_sweep(args: Namespace) -> SweepResult:
 
 
 def _check_ks(args: Namespace, num_moe_layers: int) -> None:
-    """The rules of --emoe-eval-k for every k': range, groups, and what in the core cannot follow another k."""
+    """Every k' can run, and there is one for each layer where there should be."""
     if not args.k and not args.k_per_layer:
         raise ValueError("--k is not given, nor --k-per-layer: which numbers of active experts?")
     if args.layer_sensitivity and not args.k:
@@ -92,16 +92,8 @@ def _check_ks(args: Namespace, num_moe_layers: int) -> None:
         if len(ks) != num_moe_layers:
             text = ",".join(map(str, ks))
             raise ValueError(f"--k-per-layer {text}: {len(ks)} numbers; the model has {num_moe_layers} MoE layers")
-    _check_range(args, "--k", args.k)
-    _check_range(args, "--k-per-layer", [k for ks in args.k_per_layer for k in ks])
-
-
-def _check_range(args: Namespace, name: str, ks: Sequence[int]) -> None:
-    args.emoe_eval_k = list(dict.fromkeys(ks))
-    try:
-        elastic_config_from_args(args)
-    except ValueError as error:
-        raise ValueError(str(error).replace(flag("emoe_eval_k"), name)) from error
+    check_ks(args, "--k", dict.fromkeys(args.k))
+    check_ks(args, "--k-per-layer", dict.fromkeys(k for ks in args.k_per_layer for k in ks))
 
 
 def _megatron(args: Namespace) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from megatron.training.initialize import initialize_megatron
 
 from megatron_emoe.arguments import fail, parse_evaluation
 from megatron_emoe.checkpoint import iteration_of, locate, stored_args
-from megatron_emoe.elastic_config import flag
 from megatron_emoe.forward_server import ForwardServer, check_layout, control_group, from_rank_0
 from megatron_emoe.hf.companions import HF_FOLDER
 from megatron_emoe.hf.import_model import tokenizer_flags
@@ -33,7 +32,7 @@ from megatron_emoe.task_run import (
     report_table,
     run_cells,
 )
-from megatron_emoe.transformer_config import elastic_config_from_args
+from megatron_emoe.transformer_config import check_ks
 
 _FIXED: dict[str, Any] = {
     "skip_train": True,
@@ -158,11 +157,7 @@ def _header(args: Namespace, header: Callable[..., TasksResult]) -> TasksResult:
     check_layout(args)
     check_selection(args)
     max_length = check(args, args.num_experts, args.max_position_embeddings)
-    args.emoe_eval_k = list(dict.fromkeys(args.k))
-    try:
-        elastic_config_from_args(args)  # the rules of --emoe-eval-k: groups, and what in the core cannot follow k
-    except ValueError as error:
-        raise ValueError(str(error).replace(flag("emoe_eval_k"), "--k")) from error
+    check_ks(args, "--k", dict.fromkeys(args.k))
     checkpoint = locate(args.load, args.ckpt_step)
     table = parse_tail_scale(args.emoe_tail_scale).table if args.emoe_tail_scale else ()
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"

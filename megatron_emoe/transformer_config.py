@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, fields
 
@@ -73,6 +74,19 @@ def elastic_config_from_args(args: Namespace) -> ElasticTransformerConfig:
     config.use_te_rng_tracker = args.te_rng_tracker  # the core leaves its own field at the default
     check_elastic(config)
     return config
+
+
+def check_ks(args: Namespace, name: str, ks: Iterable[int]) -> None:
+    """ValueError unless the model of `args` can run at every k' in `ks`, given with the flag `name`.
+
+    The rules are those of --emoe-eval-k: range, groups, what in the core cannot follow another k, none given twice.
+    """
+    asked = copy(args)
+    asked.emoe_eval_k = list(ks)
+    try:
+        elastic_config_from_args(asked)
+    except ValueError as error:
+        raise ValueError(str(error).replace(flag("emoe_eval_k"), name)) from error
 
 
 def check_elastic(config: ElasticTransformerConfig) -> None:

@@ -143,6 +143,10 @@ def refusals(folder: Path) -> list[Answer]:
         {"k": [9]},
         {"k": [4, 4]},
         {"max_scale": 0},
+        {"max_scale": "inf"},
+        {"max_scale": "nan"},
+        {"moe_router_num_groups": 4, "moe_router_group_topk": 2, "k": [5]},
+        {"moe_router_topk": 3},
         {"max_eval_tokens": 16 * 16},
         {"out": "/nowhere/a.json"},
     )
@@ -155,7 +159,11 @@ def test_bad_input_is_refused_before_work_starts(done):
         "--k 2: must lie in [3, 8], above the k of the checkpoint",
         "--k 9: must lie in [3, 8]",
         "--k 4 4: must not name a k' twice",
-        "--max-scale 0.0: must be above 0",
+        "--max-scale 0.0: must be above 0 and finite",
+        "--max-scale inf: must be above 0 and finite",
+        "--max-scale nan: must be above 0 and finite",
+        "--k 5: 2 groups of 2 experts hold only 4",
+        "--moe-router-topk 3: the model in --load",
         "--max-eval-tokens 256: too few for two batches, one for each half",
         "--out /nowhere/a.json: the folder /nowhere does not exist",
     )

@@ -11,6 +11,7 @@ from megatron_emoe import host_mode
 
 host_mode.start()
 
+import math  # noqa: E402
 from argparse import ArgumentParser, Namespace  # noqa: E402
 from datetime import UTC, datetime  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -21,6 +22,7 @@ from megatron_emoe.arguments import fail, parse_evaluation  # noqa: E402
 from megatron_emoe.checkpoint import locate  # noqa: E402
 from megatron_emoe.flag_files import own_command  # noqa: E402
 from megatron_emoe.tail_fit import Fitted, run_fit, tail_scale_path  # noqa: E402
+from megatron_emoe.transformer_config import check_ks  # noqa: E402
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -44,14 +46,13 @@ def check(args: Namespace) -> Path:
         if not args.moe_router_topk < k <= args.num_experts:
             rule = f"must lie in [{args.moe_router_topk + 1}, {args.num_experts}], above the k of the checkpoint"
             raise ValueError(f"--k {k}: {rule}")
-    if len(set(args.k)) != len(args.k):
-        raise ValueError(f"--k {' '.join(map(str, args.k))}: must not name a k' twice")
+    check_ks(args, "--k", args.k)
     if args.emoe_selection in ("top-p", "null-experts"):
         raise ValueError(
             f"--load {args.load}: was trained with --emoe-selection {args.emoe_selection}: no tail to scale"
         )
-    if args.max_scale <= 0:
-        raise ValueError(f"--max-scale {args.max_scale}: must be above 0")
+    if not 0 < args.max_scale < math.inf:
+        raise ValueError(f"--max-scale {args.max_scale}: must be above 0 and finite")
     target = Path(args.out) if args.out else tail_scale_path(locate(args.load, args.ckpt_step))
     if not target.parent.is_dir():
         raise ValueError(f"--out {target}: the folder {target.parent} does not exist")
