@@ -1,0 +1,150 @@
+"""A parallel layout: how a model, its experts and its batch are spread over GPUs, and the rules that it must obey."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Recompute = Literal["none", "moe", "full"]
+
+RECOMPUTE: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "moe": ("--recompute-granularity", "selective", "--recompute-modules", "moe"),
+    "full": ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
+}
+"""What is computed a second time in the backward pass instead of being kept -> Megatron's flags for it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """tp, pp, ep: ranks that share a tensor, the layers, the experts. etp: ranks that share one expert. micro_batch,
+    global_batch: sequences. seq: tokens of a sequence. Ranks are numbered as Megatron does: tensor, then expert (or
+    data), then pipeline ranks, so the first are the closest."""
+
+    gpus: int
+    gpus_per_node: int
+    tp: int
+    pp: int
+    ep: int
+    etp: int
+    micro_batch: int
+    global_batch: int
+    seq: int
+    recompute: Recompute = "none"
+    fp8: bool = False
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks: copies of the weights outside the experts."""
+        return self.gpus // (self.tp * self.pp)
+
+    @property
+    def edp(self) -> int:
+        """Copies of each expert."""
+        return self.gpus // (self.etp * self.ep * self.pp)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one rank in one step."""
+        return self.global_batch // (self.micro_batch * self.dp)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch that one rank holds: with tensor parallelism its part of the sequences."""
+        return self.micro_batch * self.seq // self.tp
+
+    def crosses_nodes(self, ranks: int) -> bool:
+        """Whether a group that spans `ranks` neighbouring ranks leaves a node."""
+        return ranks > self.gpus_per_node
+
+    def name(self) -> str:
+        """As a person writes it."""
+        experts = f" ETP{self.etp}" if self.tp > 1 else ""
+        return f"TP{self.tp} PP{self.pp} EP{self.ep}{experts} DP{self.dp}"
+
+
+def stage_layers(num_layers: int, pp: int) -> list[range]:
+    """Numbers (from 1) of the layers of each pipeline stage.
+
+    Where the stages cannot be equal the first differs, as Megatron allows: the split with the shortest longest stage,
+    and of those the one with the shorter first stage, which holds the embedding and most micro-batches.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if pp > num_layers:
+        raise ValueError(f"--pp {pp}: more stages than the model's {num_layers} layers")
+    if pp == 1:
+        return [range(1, num_layers + 1)]
+    sizes = [(num_layers - (pp - 1) * rest, rest) for rest in range(1, num_layers // (pp - 1) + 1)]
+    first, rest = min((pair for pair in sizes if pair[0] > 0), key=lambda pair: (max(pair), pair[0]))
+    starts = [1, *(1 + first + stage * rest for stage in range(pp))]
+    return [range(begin, end) for begin, end in zip(starts, starts[1:], strict=False)]
+
+
+def layout_flags(args: Namespace, layout: Layout) -> list[str]:
+    """Megatron's flags for the layout, as words of a command line; args: the model's."""
+    words = ["--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp]
+    words += ["--expert-model-parallel-size", layout.ep, "--moe-token-dispatcher-type", "alltoall"]
+    if layout.tp > 1:
+        words += ["--expert-tensor-parallel-size", layout.etp, "--sequence-parallel"]
+    first, *rest = stage_layers(args.num_layers, layout.pp)
+    if rest and len(first) != len(rest[0]):
+        words += ["--decoder-first-pipeline-num-layers", len(first)]
+    words += ["--micro-batch-size", layout.micro_batch, "--global-batch-size", layout.global_batch]
+    words += ["--seq-length", layout.seq, "--use-distributed-optimizer", *RECOMPUTE[layout.recompute]]
+    if layout.fp8:
+        words += ["--fp8-format", "hybrid"]
+    return [str(word) for word in words]
+
+
+def broken_rules(args: Namespace, layout: Layout) -> Iterator[str]:
+    """What makes the layout impossible for the model: flag, value, rule. Nothing where it is possible."""
+    yield from _broken_sizes(layout)
+    world, model, experts = layout.gpus, layout.tp * layout.pp, layout.etp * layout.ep * layout.pp
+    if world % model:
+        yield f"--tp {layout.tp} x --pp {layout.pp} = {model}: must divide --gpus {world}"
+    if world % experts:
+        shape = f"--ep {layout.ep} x --etp {layout.etp} x --pp {layout.pp} = {experts}"
+        yield f"{shape}: must divide --gpus {world}"
+    if layout.ep > 1 and args.num_experts % layout.ep:
+        yield f"--ep {layout.ep}: must divide the model's {args.num_experts} experts (--num-experts)"
+    if layout.pp > args.num_layers:
+        yield f"--pp {layout.pp}: more stages than the model's {args.num_layers} layers (--num-layers)"
+    yield from _broken_tensor_rules(args, layout)
+    yield from _broken_batch_rules(args, layout)
+
+
+def _broken_sizes(layout: Layout) -> Iterator[str]:
+    if layout.gpus > layout.gpus_per_node and layout.gpus % layout.gpus_per_node:
+        yield f"--gpus {layout.gpus}: must be a multiple of --gpus-per-node {layout.gpus_per_node}, or fit on one node"
+
+
+def _broken_tensor_rules(args: Namespace, layout: Layout) -> Iterator[str]:
+    """Everything that tensor-parallel ranks share must split evenly."""
+    shared = {
+        "attention heads (--num-attention-heads)": args.num_attention_heads,
+        "groups of keys and values (--num-query-groups)": args.num_query_groups if args.group_query_attention else 0,
+        "columns of a dense layer (--ffn-hidden-size)": args.ffn_hidden_size,
+        "columns of the shared experts (--moe-shared-expert-intermediate-size)": (
+            args.moe_shared_expert_intermediate_size or 0
+        ),
+    }
+    for what, count in shared.items():
+        if count % layout.tp:
+            yield f"--tp {layout.tp}: must divide the model's {count} {what}"
+    if layout.seq % layout.tp:
+        yield f"--tp {layout.tp}: must divide --seq {layout.seq}, which its ranks share (--sequence-parallel)"
+    if args.moe_ffn_hidden_size % layout.etp:
+        yield f"--etp {layout.etp}: must divide the model's {args.moe_ffn_hidden_size} columns (--moe-ffn-hidden-size)"
+
+
+def _broken_batch_rules(args: Namespace, layout: Layout) -> Iterator[str]:
+    if layout.seq > args.max_position_embeddings:
+        longest = f"the model's --max-position-embeddings {args.max_position_embeddings}"
+        yield f"--seq {layout.seq}: must not exceed {longest}"
+    if layout.gpus % (layout.tp * layout.pp) == 0 and layout.global_batch % (layout.micro_batch * layout.dp):
+        share = f"--micro-batch {layout.micro_batch} x {layout.dp} data-parallel ranks"
+        yield f"--global-batch {layout.global_batch}: must be a multiple of {share}"
