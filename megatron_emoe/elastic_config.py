@@ -125,8 +125,9 @@ class ElasticConfig:
 
     emoe_tail_scale: list[str] | None = None
     """At k' > --moe-router-topk, multiply the weights of the selected experts past the best k by a, before
-    renormalisation: one number, or pairs k':a such as 6:0.25 8:0.1 (linear between them). 0 equals plain top-k, 1 and
-    unset plain top-k'. In training and in evaluation; tools/fit_tail_scale.py finds a table."""
+    renormalisation: one number, or pairs k':a such as 6:0.25 8:0.1 (linear between them). 1 and unset equal plain
+    top-k', 0 plain top-k (not with group limits, a capacity factor, or k = 1 and other scores than softmax). In
+    training and in evaluation; tools/fit_tail_scale.py finds a table."""
 
     emoe_distill_coeff: float = 0.0
     """Weight of self-distillation: where a layer draws k' > --moe-router-topk, the divergence from the same weights'

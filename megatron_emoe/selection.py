@@ -32,8 +32,9 @@ def expert_scores(logits_TE: Tensor, score_function: str) -> Tensor:
 def mask_groups(selection_TE: Tensor, k: int, num_groups: int, group_topk: int) -> Tensor:
     """Group-limited routing (DeepSeek-V2, arXiv 2405.04434): -inf outside the `group_topk` best of `num_groups` groups.
 
-    A group's score is the sum of its best k // group_topk experts, Megatron-Core's rule, with the model's k and not the
-    pool's size, so a pool never reaches an expert that plain top-k could not.
+    A group's score is the sum of its best k // group_topk experts, Megatron-Core's rule, with the active k and not the
+    pool's size, so a pool never reaches an expert that plain top-k could not. Another active k may choose other groups:
+    the experts at k' > k then need not include those at k.
     """
     grouped_TGe = selection_TE.unflatten(1, (num_groups, -1))
     scores_TG = grouped_TGe.topk(k // group_topk, dim=-1).values.sum(dim=-1)

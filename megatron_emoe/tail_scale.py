@@ -1,8 +1,11 @@
 """The tail scale a(k'): how much the experts beyond the trained k weigh at a larger k'. Pure, no tensors.
 
 At k' > k the weights of the selected experts past the best k are multiplied by a(k') before they are renormalised:
-a = 0 gives the output of plain top-k, a = 1 that of plain top-k'. A model that renormalises otherwise lets every added
-expert take weight from the k it was trained with, which is most of the loss past the wall.
+a = 1 gives the output of plain top-k', a = 0 that of plain top-k, except where k' changes more than which experts are
+added: with group-limited routing (a group's score is the sum of its best k' / groups experts), with a capacity factor
+(places are reckoned with k'), and at k = 1 with sigmoid or sqrtsoftplus scores (the core normalises above 1 only). A
+model that renormalises otherwise lets every added expert take weight from the k it was trained with, which is most of
+the loss past the wall.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from megatron_emoe.checkpoint import fitted_tail_scale
 from megatron_emoe.elastic_config import ElasticConfig
 from megatron_emoe.elastic_rules import validate_elastic
 from megatron_emoe.tail_scale import TAIL_SCALE_FILE, parse_tail_scale, tail_scale_words
+from tests.distributed import run_ranks
+from tests.tiny import build_layer, hidden_states, layer_config, start
 
 MODES = [("softmax", True), ("softmax", False), ("sigmoid", True), ("sigmoid", False), ("sqrtsoftplus", True)]
 
@@ -211,3 +213,32 @@ def test_the_pool_grows_while_it_is_annealed_in():
 def test_refused_pools(settings, message):
     with pytest.raises(ValueError, match=message):
         validate_elastic(elastic_pool(**settings), model_k=2, num_experts=8)
+
+
+SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False}
+ZERO_IS_TOP_K = {
+    "softmax": ({}, True),
+    "sigmoid": (SIGMOID, True),
+    "sigmoid at k = 1": (SIGMOID | {"moe_router_topk": 1}, False),
+    "group limits": ({"moe_router_num_groups": 4, "moe_router_group_topk": 2}, False),
+    "capacity": ({"moe_expert_capacity_factor": 0.5}, False),
+}
+
+
+def zero_beside_top_k() -> dict[str, bool]:
+    """Whether a router at k' = 4 and a = 0 gives the weights of plain top-k, for every case."""
+    from megatron_emoe.active_k import get_active_k
+
+    start()
+    found, owner = {}, get_active_k()
+    for name, (settings, _) in ZERO_IS_TOP_K.items():
+        router, x = build_layer(layer_config(**settings)).router.eval(), hidden_states(sequence=32)
+        with torch.no_grad(), owner.scaling_tail(0.0):
+            plain = router(x)[0]
+            with owner.evaluating(4):
+                found[name] = torch.allclose(router(x)[0], plain, atol=1e-6)
+    return found
+
+
+def test_where_zero_is_plain_top_k():
+    assert run_ranks(zero_beside_top_k, 1)[0] == {name: same for name, (_, same) in ZERO_IS_TOP_K.items()}
