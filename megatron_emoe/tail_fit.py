@@ -1,8 +1,8 @@
 """Fits the tail scale a(k') on held-out data without touching a weight, and stores it with the checkpoint.
 
 For each k' the loss is a function of one number. It is minimised on one half of the data (Brent's method, SciPy) and
-judged on the other half, which it never saw. a = 0 is plain top-k, so the fitted scale cannot do worse than that on the
-half it was fitted on.
+judged on the other half, which it never saw. Both ends are tried too: a = 1 is plain top-k', and a = 0 plain top-k but
+for the exceptions in tail_scale.py, so the fitted scale cannot do worse than these on the half it was fitted on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_emoe.evaluation import Evaluator
 from megatron_emoe.layer_spec import elastic_model_config
 from megatron_emoe.router import ElasticRouter
 from megatron_emoe.sweep_result import write_atomically
-from megatron_emoe.sweep_run import load_model, read_batches
+from megatron_emoe.sweep_run import load_model, read_batches, wanted_sequences
 from megatron_emoe.tail_scale import TAIL_SCALE_FILE
 from megatron_emoe.training import ElasticLoop
 
@@ -48,16 +48,18 @@ class Fitted:
     folded: float | None = None
 
 
-def minimise(loss: Callable[[float], float], highest: float, at_zero: float) -> tuple[float, float]:
-    """The scale in [0, highest] with the smallest loss, and that loss; the ends are tried too. at_zero: loss(0)."""
+def minimise(loss: Callable[[float], float], highest: float) -> tuple[float, float]:
+    """The scale in [0, highest] with the smallest loss, and that loss; the ends are tried too."""
     found = minimize_scalar(loss, bounds=(0.0, highest), method="bounded", options={"xatol": _RESOLUTION})
-    tried = {float(found.x): float(found.fun), 0.0: at_zero, highest: loss(highest)}
+    tried = {float(found.x): float(found.fun), 0.0: loss(0.0), highest: loss(highest)}
     best = min(tried, key=lambda scale: tried[scale])
     return best, tried[best]
 
 
 class TailFit:
     """A Megatron model, and its held-out data in two halves. Collective to construct and to use.
+
+    tokens_before: of the data, before the half that is fitted on; a sweep of no more has none of it.
 
     Raises:
         ValueError: too little data for two halves.
@@ -70,9 +72,13 @@ class TailFit:
         self.evaluator = Evaluator(args, ElasticLoop(args, config.transformer).forward)
         batches, self.steps, self.digest = read_batches(args)
         if self.steps < 2:
-            raise ValueError(f"--max-eval-tokens {args.max_eval_tokens}: too few for two batches, one for each half")
+            enough = wanted_sequences(args) >= 2 * args.eval_global_batch_size
+            cause = "--data-path" if enough else f"--max-eval-tokens {args.max_eval_tokens}"
+            raise ValueError(f"{cause}: too few for two batches, one for each half")
         self.judging, self.fitting = _halves(batches, self.steps)
-        self.at_k = [self.loss(half, args.moe_router_topk, 1.0) for half in (self.fitting, self.judging)]
+        before = self.steps - self.steps // 2
+        self.tokens_before = before * args.eval_global_batch_size * args.seq_length
+        self.at_k = self.loss(self.judging, args.moe_router_topk, 1.0)
 
     def loss(self, batches: Mapping[int, list[Any]], k: int, scale: float) -> float:
         """Mean loss at k' = `k` with a = `scale`, nats per token."""
@@ -81,10 +87,10 @@ class TailFit:
 
     def fit(self, k: int, highest: float, fold: bool = False) -> Fitted:
         """a(k) within [0, highest]; with `fold` the best factor of the router's weight too."""
-        scale, loss = minimise(lambda a: self.loss(self.fitting, k, a), highest, self.at_k[0])  # a = 0 is plain top-k
+        scale, loss = minimise(lambda a: self.loss(self.fitting, k, a), highest)
         judged, plain = (self.loss(self.judging, k, a) for a in (scale, 1.0))
         folded = self._fold(k) if fold else (None, None)
-        return Fitted(scale, loss, judged, plain, self.at_k[1], *folded)
+        return Fitted(scale, loss, judged, plain, self.at_k, *folded)
 
     def _fold(self, k: int) -> tuple[float, float]:
         """The factor in [1, 4] of every router's weight with the smallest loss at plain top-k', and that loss on the
@@ -110,14 +116,21 @@ class TailFit:
 
 
 def _halves(batches: Mapping[int, list[Any]], steps: int) -> tuple[dict[int, list[Any]], dict[int, list[Any]]]:
-    """The first and the second half of the global batches, as micro-batches by pipeline chunk."""
-    first = {i: part[: len(part) // steps * (steps // 2)] for i, part in batches.items()}
-    rest = {i: part[len(first[i]) :] for i, part in batches.items()}
-    return first, rest
+    """The first and the last half of the global batches, as micro-batches by pipeline chunk.
+
+    Of an odd number the middle one is in neither: a sweep of half of the tokens may read a part of it.
+    """
+    sizes = {i: len(part) // steps * (steps // 2) for i, part in batches.items()}
+    first = {i: part[: sizes[i]] for i, part in batches.items()}
+    last = {i: part[len(part) - sizes[i] :] for i, part in batches.items()}
+    return first, last
 
 
-def run_fit(args: Namespace, target: Path, header: dict[str, Any]) -> dict[int, Fitted]:
-    """Fit a(k') at every --k and write `target` from rank 0. Collective; raises `ValueError` as TailFit does."""
+def run_fit(args: Namespace, target: Path, header: dict[str, Any]) -> tuple[dict[int, Fitted], int]:
+    """Fit a(k') at every --k and write `target` from rank 0. Collective; raises `ValueError` as TailFit does.
+
+    Returns what was found, by k', and TailFit's tokens_before.
+    """
     fit = TailFit(args)
     writes = torch.distributed.get_rank() == 0
     ks = tqdm(args.k, desc="a(k')", unit="k", disable=not writes)
@@ -128,7 +141,7 @@ def run_fit(args: Namespace, target: Path, header: dict[str, Any]) -> dict[int, 
         text = json.dumps(header | {"digest": fit.digest, "tail_scale": table, "fitted": cells}, indent=2) + "\n"
         write_atomically(target, lambda file: file.write(text.encode()))
     torch.distributed.barrier()
-    return found
+    return found, fit.tokens_before
 
 
 def tail_scale_path(checkpoint: Path) -> Path:

@@ -78,6 +78,7 @@ def test_the_table_is_judged_on_the_tokens_that_a_sweep_reads(done):
         assert fitted[str(k)]["plain"] == pytest.approx(before[k], abs=1e-6)
         assert fitted[str(k)]["at_k"] == pytest.approx(before[2], abs=1e-6)
         assert f"| {k} | {fitted[str(k)]['scale']:.3f} |" in answers["fit"].out
+    assert f"--max-eval-tokens {TOKENS // 2} or fewer reads nothing that was fitted on\n" in answers["fit"].out
 
 
 def test_sweeps_use_the_table_and_say_so(done):
@@ -121,20 +122,6 @@ def test_expert_parallel_ranks_find_the_same(done):
     for k in ("4", "8"):
         assert two["tail_scale"][k] == pytest.approx(one["tail_scale"][k], abs=0.03)
         assert two["fitted"][k]["judged"] == pytest.approx(one["fitted"][k]["judged"], abs=1e-4)
-
-
-def minima() -> list[tuple[float, float]]:
-    from megatron_emoe.tail_fit import minimise
-
-    inside = minimise(lambda a: 2 + (a - 0.3) ** 2, 1.0, 2.09)  # minimum 2 at 0.3
-    return [inside, minimise(lambda a: 1 + a, 1.0, 1.0), minimise(lambda a: 3 - a, 1.0, 3.0)]
-
-
-def test_the_minimum_may_lie_inside_or_at_either_end():
-    inside, zero, one = run_ranks(minima, 1)[0]
-    assert inside == (pytest.approx(0.3, abs=0.05), pytest.approx(2, abs=0.0025))
-    assert zero == (0.0, 1.0)
-    assert one == (1.0, 2.0)
 
 
 def refusals(folder: Path) -> list[Answer]:

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 tools/fit_tail_scale.py --load CKPT --k 6 8 12 16 --data-path HELDOUT
 
 No weight is touched. Sweeps and tasks then use the table unless --emoe-tail-scale is given (1 is plain top-k'). The
-second half of the tokens is fitted on and the first half judged, so a sweep with at most half of --max-eval-tokens
-sees only data that the fit did not.
+second half of the tokens is fitted on and the first half judged; what is printed at the end includes how many tokens a
+sweep may read without one that was fitted on.
 """
 
 from megatron_emoe import host_mode
@@ -28,7 +28,13 @@ from megatron_emoe.transformer_config import check_ks  # noqa: E402
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group("tail scale")
     group.add_argument("--k", type=int, nargs="+", required=True, help="The k' to fit, each above --moe-router-topk.")
-    group.add_argument("--max-eval-tokens", type=int, default=1_000_000, help="Held-out tokens to use, in two halves.")
+    group.add_argument(
+        "--max-eval-tokens",
+        type=int,
+        default=2_000_000,
+        help="Held-out tokens to use: the second half is fitted on, the first judged. Twice the default of "
+        "tools/sweep_k.py, which then reads none that were fitted on, where the data hold as many.",
+    )
     group.add_argument("--max-scale", type=float, default=1.0, help="The largest a to consider.")
     group.add_argument(
         "--fold",
@@ -86,13 +92,12 @@ def main() -> None:
     }
     try:
         target = check(args)
-        found = run_fit(args, target, header)
+        found, before = run_fit(args, target, header)
     except ValueError as error:
         fail(error)
     if torch.distributed.get_rank() == 0:
-        print(
-            f"Held-out loss, nats per token, on the half that was not fitted on:\n\n{table(found)}\n\nstored: {target}"
-        )
+        print(f"Held-out loss, nats per token, on the half that was not fitted on:\n\n{table(found)}\n")
+        print(f"a sweep with --max-eval-tokens {before} or fewer reads nothing that was fitted on\nstored: {target}")
 
 
 if __name__ == "__main__":
