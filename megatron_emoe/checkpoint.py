@@ -73,8 +73,8 @@ def locate(folder: str, step: int | None = None, source: str = "--load") -> Path
 
 
 def iteration_of(checkpoint: Path) -> int:
-    """The iteration after which the checkpoint in this iter_ folder was saved; 0 for a release."""
-    return 0 if checkpoint.name == "release" else int(checkpoint.name.removeprefix("iter_"))
+    """The iteration after which the checkpoint in this iter_ folder was saved; 0 for a release or another folder."""
+    return int(checkpoint.name.removeprefix("iter_")) if checkpoint.name.startswith("iter_") else 0
 
 
 def stored_args(checkpoint: Path, source: str = "--load") -> Namespace:
