@@ -58,7 +58,9 @@ def _ends(args: Namespace, layout: Layout, stage: int) -> Parameters:
     table = padded_vocabulary(args, layout.tp) // layout.tp * args.hidden_size
     tied = not args.untie_embeddings_and_output_weights
     tables = first + (last and not (tied and first))
-    learned = args.max_position_embeddings * args.hidden_size if args.position_embedding_type == "learned_absolute" else 0
+    learned = (
+        args.max_position_embeddings * args.hidden_size if args.position_embedding_type == "learned_absolute" else 0
+    )
     norm = _norm(args, args.hidden_size) if last else 0
     return Parameters(tables * table + (learned if first else 0) + norm, whole=norm)
 
@@ -88,17 +90,13 @@ def _grouped_attention(args: Namespace, tp: int) -> Parameters:
 
 
 def _latent_attention(args: Namespace, tp: int, local: bool) -> Parameters:
-    """Multi-latent attention (DeepSeek-V2, arXiv 2405.04434), without biases as Megatron builds it."""
+    """Multi-latent attention with queries that are not compressed (DeepSeek-V2, arXiv 2405.04434, appendix B)."""
     hidden, heads, rope = args.hidden_size, args.num_attention_heads, args.qk_pos_emb_head_dim
-    query_width, rank = heads * (args.qk_head_dim + rope), args.kv_lora_rank
-    down = hidden * (rank + rope + (args.q_lora_rank or 0))
-    split = query_width * (args.q_lora_rank or hidden) + rank * heads * (args.qk_head_dim + args.v_head_dim)
-    split += heads * args.v_head_dim * hidden
-    norms = 0
-    if args.qk_layernorm:
-        norms = _norm(args, rank) + (_norm(args, args.q_lora_rank) if args.q_lora_rank else 0)
-    whole = norms + (0 if local else down)
-    return Parameters(split // tp + (down // tp if local else down) + norms, whole=whole)
+    rank, value = args.kv_lora_rank, args.v_head_dim
+    down = hidden * (rank + rope)
+    split = heads * (hidden * (args.qk_head_dim + rope) + rank * (args.qk_head_dim + value) + value * hidden)
+    norm = _norm(args, rank) if args.qk_layernorm else 0
+    return Parameters(split // tp + (down // tp if local else down) + norm, whole=norm + (0 if local else down))
 
 
 def _dense(args: Namespace, tp: int) -> Parameters:

@@ -1,0 +1,187 @@
+"""Planned bytes equal those of every collective of a host-mode run; hand-worked numbers for what host mode has not."""
+
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from megatron_emoe.plan_layout import Layout
+from megatron_emoe.plan_traffic import KINDS, Transfer, sent_by_kind, stage_transfers
+from tests.distributed import run_ranks
+from tests.tiny import flags, train
+
+# Every tensor is a multiple of 64 elements, where Megatron's buffers begin one: nothing is padded between them.
+TINY = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "moe_ffn_hidden_size": 32,
+    "moe_router_topk": 3,
+    "moe_router_dtype": "fp32",
+    "bf16": True,
+    "use_distributed_optimizer": True,
+    "train_iters": 2,
+    "vocab_size": 128,
+}
+MLA = {
+    "multi_latent_attention": True,
+    "kv_lora_rank": 64,
+    "qk_head_dim": 16,
+    "qk_pos_emb_head_dim": 16,
+    "v_head_dim": 16,
+    "qk_layernorm": True,
+    "emoe_qk_norm": "latent",
+    "rope_type": "rope",
+}
+SPLIT = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+APART = SPLIT | {"expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2}
+STAGES = {"pipeline_model_parallel_size": 2}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+MOE = {"recompute_granularity": "selective", "recompute_modules": "moe"}
+SHARED = {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True}
+
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "EP": (2, {"expert_model_parallel_size": 2}),
+    "DP": (2, {}),
+    "TP with split experts": (2, SPLIT | SHARED),
+    "TP and EP, one dense layer": (2, APART | SHARED | {"moe_layer_freq": "[0,1]"}),
+    "TP and EP, recomputed": (2, APART | SHARED | FULL),
+    "TP and EP, experts recomputed": (2, APART | SHARED | MOE),
+    "TP, norm of whole queries": (2, APART | {"qk_layernorm": True, "emoe_qk_norm": "full"}),
+    "TP, latent attention": (2, APART | MLA),
+    "PP, tied head": (2, STAGES | {"untie_embeddings_and_output_weights": None}),
+    "PP and EP": (4, STAGES | {"expert_model_parallel_size": 2}),
+    "PP of uneven stages": (2, STAGES | {"num_layers": 3, "decoder_first_pipeline_num_layers": 1}),
+    "TP and EP and DP": (4, APART),
+}
+
+
+class Counted:
+    """Bytes that the collectives of the second step handed over, by kind, on this rank."""
+
+    def __init__(self) -> None:
+        self.payloads: Counter[tuple[str, str]] = Counter()
+        self.step, self.inside = 0, False
+
+    def add(self, operation: str, group: Any, payload: int) -> None:
+        kind = self._kind(operation, group)
+        if kind is not None and self.step == 2:
+            self.payloads[kind, operation] += payload
+
+    @staticmethod
+    def _kind(operation: str, group: Any) -> str | None:
+        """By who takes part; groups of one rank send nothing."""
+        from megatron.core import parallel_state as state
+
+        if group is None or group.size() == 1:
+            return None
+        if group is state.get_tensor_model_parallel_group() or group is state.get_expert_tensor_parallel_group():
+            return "tensor parallel"
+        if operation == "all-to-all" or group is state.get_expert_tensor_and_model_parallel_group():
+            return "all-to-all"
+        if operation in ("reduce-scatter", "all-gather"):
+            return "data parallel"
+        return "pipeline" if group is state.get_embedding_group(check_initialized=False) else None
+
+
+def size(tensors: Any) -> int:
+    tensors = tensors if isinstance(tensors, list) else [tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+WHOLE = {  # function of torch.distributed -> operation, which argument is the whole tensor
+    "all_to_all_single": ("all-to-all", 1),
+    "all_gather_into_tensor": ("all-gather", 0),
+    "all_gather": ("all-gather", 0),
+    "reduce_scatter_tensor": ("reduce-scatter", 1),
+    "reduce_scatter": ("reduce-scatter", 1),
+    "all_reduce": ("all-reduce", 0),
+}
+
+
+def watch(counted: Counted) -> None:
+    """Count what Megatron hands to torch.distributed, wherever it keeps a reference to its functions."""
+    import torch.distributed as dist
+    from megatron.training import training
+
+    def counting(original: Any, operation: str, place: int) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not counted.inside and not (operation == "all-reduce" and args[0].numel() < 8):  # logged values, norms
+                group = kwargs.get("group") or next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
+                counted.add(operation, group, size(args[place]))
+            before, counted.inside = counted.inside, True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                counted.inside = before
+
+        return call
+
+    def sends(operations: list[Any]) -> Any:
+        if counted.step == 2:
+            sent = sum(size(each.tensor) for each in operations if each.op is dist.isend)
+            counted.payloads["pipeline", "send"] += sent
+        return batch(operations)
+
+    batch, step = dist.batch_isend_irecv, training.train_step
+    for name, (operation, place) in WHOLE.items():
+        replace(getattr(dist, name), counting(getattr(dist, name), operation, place))
+    replace(batch, sends)
+
+    def counted_step(*args: Any, **kwargs: Any) -> Any:
+        counted.step += 1
+        return step(*args, **kwargs)
+
+    training.train_step = counted_step
+
+
+def replace(original: Any, new: Any) -> None:
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith(("megatron", "torch.distributed")):
+            for name, value in list(vars(module).items()):
+                if value is original:
+                    setattr(module, name, new)
+
+
+def counted_run(words: list[str]) -> tuple[dict, Any]:
+    """Payloads of this rank, and the arguments that the model ran with."""
+    from megatron.training import get_args
+
+    counted = Counted()
+    train(words, False, lambda: watch(counted))
+    args = get_args()
+    return dict(counted.payloads), args
+
+
+def layout_of(ranks: int, args: Any) -> Layout:
+    recompute = {None: "none", "full": "full", "selective": "moe"}[args.recompute_granularity]
+    return Layout(
+        gpus=ranks,
+        gpus_per_node=ranks,
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size,
+        micro_batch=args.micro_batch_size,
+        global_batch=args.global_batch_size,
+        seq=args.seq_length,
+        recompute=recompute,
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_planned_bytes_equal_those_of_every_collective(case):
+    ranks, changes = CASES[case]
+    runs = run_ranks(counted_run, ranks, flags(**TINY | changes))
+    args = runs[0][1]
+    layout = layout_of(ranks, args)
+    counted: Counter = Counter()
+    for payloads, _ in runs:
+        counted.update(payloads)
+    planned: Counter = Counter()
+    for stage in range(layout.pp):
+        for transfer in stage_transfers(args, layout, stage, args.moe_router_topk, local=True):
+            planned[transfer.kind, transfer.operation] += transfer.payload * ranks // layout.pp
+    assert {key: value for key, value in counted.items() if value} == dict(planned)
+    assert planned
