@@ -1,0 +1,150 @@
+# The training job behind emoe_7b.sh ... emoe_21b.sh, which source this. Started by hand it checks and submits, started
+# by Slurm it runs: one srun over all nodes, signals passed on to it, requeued where there is work left (docs/slurm.md).
+set -euo pipefail
+source "$EMOE_HOME/slurm/settings.sh"
+
+submit() {
+  local site=()
+  [ "$EMOE_ACCOUNT" = none ] || site+=(--account="$EMOE_ACCOUNT")
+  [ "$EMOE_PARTITION" = none ] || site+=(--partition="$EMOE_PARTITION")
+  [ "$EMOE_GPUS_PER_NODE" = 0 ] || site+=(--gpus-per-node="$EMOE_GPUS_PER_NODE")
+  submission=(sbatch "${site[@]}" ${options[@]+"${options[@]}"} --nodes="$nodes" --export=ALL
+    "$EMOE_HOME/slurm/$EMOE_SCRIPT" ${flags[@]+-- "${flags[@]}"})
+  [ -z "$dry_run" ] || return 0
+  type -P sbatch >/dev/null || die "sbatch: not found; this machine has no Slurm (--dry-run needs none)"
+  check_job
+  exec "${submission[@]}"
+}
+
+show_plan() {
+  data_words
+  [ "$EMOE_CHECK_PYTHON" = none ] || plan || die "no plan (the rule is above)"
+  submit
+  printf '\nsubmission:\n%s\n\non each of %d nodes, %d processes:\n%s\n' "$(shown "${submission[@]}")" "$nodes" \
+    "$EMOE_PROCS_PER_NODE" "$(shown pretrain_emoe.py ${data[@]+"${data[@]}"} "${words[@]}")"
+}
+
+# Words as a shell takes them, without quotes where none are needed.
+shown() {
+  local word
+  for word in "$@"; do [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] && printf '%s ' "$word" || printf '%q ' "$word"; done
+}
+
+newest_checkpoint() { cat "$EMOE_SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || echo none; }
+
+# Two jobs that write into one folder destroy each other's checkpoints.
+claim_folder() {
+  local owner=""
+  mkdir -p "$logs" || die "EMOE_SAVE $EMOE_SAVE: cannot be written"
+  owner=$(cat "$EMOE_SAVE/running_job" 2>/dev/null) || true
+  if [ -n "$owner" ] && [ "$owner" != "$SLURM_JOB_ID" ] && [ "$(squeue -h -j "$owner" -o %T 2>/dev/null)" = RUNNING ]; then
+    die "EMOE_SAVE $EMOE_SAVE: job $owner, which is running, writes there; wait for it or take another folder"
+  fi
+  echo "$SLURM_JOB_ID" >"$EMOE_SAVE/running_job"
+}
+
+check_allocation() {
+  [ "$EMOE_GPUS_PER_NODE" = 0 ] || [ -z "${SLURM_GPUS_ON_NODE:-}" ] || [ "$SLURM_GPUS_ON_NODE" -ge "$EMOE_PROCS_PER_NODE" ] ||
+    die "SLURM_GPUS_ON_NODE $SLURM_GPUS_ON_NODE: EMOE_PROCS_PER_NODE $EMOE_PROCS_PER_NODE processes need as many GPUs on each node"
+}
+
+# The address that the nodes meet at. A name need not resolve; Slurm itself knows an address that works.
+first_address() {
+  local name
+  name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  scontrol show node "$name" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
+}
+
+# --kill-on-bad-exit: a node that fails ends the others at once, which would wait for it for minutes.
+start_step() {
+  local container=()
+  if [ -n "$EMOE_CONTAINER" ] && [ "$EMOE_CONTAINER_KIND" = pyxis ]; then
+    container=(--container-image="$EMOE_CONTAINER" --container-mounts="$EMOE_HOME,$EMOE_SAVE${EMOE_MOUNTS:+,$EMOE_MOUNTS}")
+  fi
+  export EMOE_RDZV_ADDRESS EMOE_RDZV_PORT=$((20000 + SLURM_JOB_ID % 10000)) EMOE_RUN_ID=$SLURM_JOB_ID.$restarts
+  EMOE_RDZV_ADDRESS=$(first_address)
+  export EMOE_LOGS=$logs EMOE_PYTHON EMOE_PROCS_PER_NODE EMOE_GPUS_PER_NODE EMOE_DATA EMOE_STAGE EMOE_CONTAINER
+  export EMOE_CONTAINER_KIND EMOE_MOUNTS EMOE_SAVE
+  srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpu-bind=none --export=ALL ${container[@]+"${container[@]}"} \
+    bash "$EMOE_HOME/slurm/node.sh" "${words[@]}" &
+  step=$!
+}
+
+# Waits for the step; sets status. Once this script was signalled, the ranks are, again and again: one that was still
+# starting has not heard it. (srun hands SIGUSR1 to every process of the step; SIGTERM would make it kill them.)
+await_step() {
+  local deadline=""
+  while kill -0 "$step" 2>/dev/null; do
+    if [ -n "$asked" ]; then
+      : "${deadline:=$((SECONDS + EMOE_SAVE_SECONDS))}"
+      [ "$asked" = USR1 ] && [ $SECONDS -ge $deadline ] && { status=late; return; }
+      kill -USR1 "$step" 2>/dev/null || true
+    fi
+    sleep "$EMOE_REMIND_SECONDS" &
+    wait -n "$step" $! 2>/dev/null || true
+  done
+  wait "$step" && status=0 || status=$?
+}
+
+requeue() {
+  say "$1; job $SLURM_JOB_ID goes back into the queue"
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  say "it cannot be requeued (the reason is above): submit it again, it goes on from checkpoint $(newest_checkpoint)"
+  exit 1
+}
+
+# Counts deaths without a new checkpoint between them: in EMOE_SAVE/deaths, the checkpoint and the count.
+count_death() {
+  local checkpoint=none count=0 newest
+  newest=$(newest_checkpoint)
+  read -r checkpoint count 2>/dev/null <"$EMOE_SAVE/deaths" || true
+  [ "$checkpoint" = "$newest" ] || count=0
+  deaths=$((count + 1))
+  echo "$newest $deaths" >"$EMOE_SAVE/deaths"
+}
+
+after_death() {
+  count_death
+  [ "$deaths" -ge "$EMOE_DEATHS" ] || requeue "the run died with status $status ($deaths of $EMOE_DEATHS since checkpoint $(newest_checkpoint))"
+  say "stopped: the run died $deaths times in a row without a new checkpoint (newest: $(newest_checkpoint)). The last time:"
+  cat "$logs/first_failure" >&2 2>/dev/null || say "no rank left a message; logs: $logs"
+  exit 1
+}
+
+# Why the step ended decides what comes next. A rank that was signalled saves and ends with status 0 like one that is
+# done, so node.sh leaves a mark; a preemption with a grace time signals the ranks alone.
+decide() {
+  local newest
+  newest=$(newest_checkpoint)
+  if [ "$status" = late ]; then requeue "no checkpoint within EMOE_SAVE_SECONDS $EMOE_SAVE_SECONDS of the signal (newest: $newest)"; fi
+  if [ "$asked" = TERM ]; then say "ended by SIGTERM at checkpoint $newest; submit again to go on"; exit "$status"; fi
+  if [ "$status" != 0 ]; then after_death; fi
+  if [ -n "$asked" ] || [ -e "$logs/signalled" ]; then requeue "saved checkpoint $newest on a signal"; fi
+  rm -f "$EMOE_SAVE/deaths"
+  say "finished"
+}
+
+run() {
+  restarts=${SLURM_RESTART_COUNT:-0}
+  logs=${EMOE_LOGS:-$EMOE_SAVE/logs}/$SLURM_JOB_ID.$restarts
+  claim_folder
+  if [ "$restarts" = 0 ]; then
+    rm -f "$EMOE_SAVE/deaths"
+    check_allocation
+    check_job
+  fi
+  asked=""
+  trap 'asked=USR1' USR1
+  trap 'asked=TERM' TERM
+  start_step
+  await_step
+  decide
+}
+
+read_words "$@"
+load_settings
+[ -n "$dry_run" ] || check_settings
+count_nodes
+find_layout
+make_command
+if in_batch_job; then run; elif [ -n "$dry_run" ]; then show_plan; else submit; fi

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# What srun starts once on every node: the site's data staging, then torchrun with this node's ranks.
+# Arguments: the flags of pretrain_emoe.py. Settings come exported from job.sh.
+set -uo pipefail
+
+# Slurm signals every process of a step. This shell remembers it (job.sh must tell a run that was told to stop from one
+# that is done); torchrun and all that it starts begin with the signals ignored, so that nothing dies of them, and the
+# ranks put their own handlers in place.
+mark=$EMOE_LOGS/signalled
+trap ': >"$mark"' USR1 TERM
+
+say() { echo "node.sh on ${SLURMD_NODENAME:-$(hostname)}: $*" >&2; }
+
+here=$EMOE_LOGS/node$SLURM_NODEID
+mkdir -p "$here" || { say "error: EMOE_LOGS $EMOE_LOGS: cannot be written"; exit 1; }
+
+environment() {
+  export PYTHONPATH=$EMOE_HOME${PYTHONPATH:+:$PYTHONPATH}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # the ranks of a node share its cores
+  export PYTHONFAULTHANDLER=1                    # a crash in compiled code says where, in the rank's log
+  [ "$EMOE_GPUS_PER_NODE" != 0 ] || return 0
+  # Kernels start in the order they are issued: Megatron's overlap of tensor-parallel communication counts on it.
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+  # With a drawn k the buffers of experts change size from step to step; fixed segments would fragment.
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+  # A rank whose peer is gone ends itself instead of waiting in a collective.
+  export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+  # Errors of the network, and nothing else, in the log.
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+}
+
+# Sets launcher. Its own handler of SIGTERM would end the ranks, and kill them 30 seconds later in the midst of a save.
+make_launcher() {
+  local last=$((EMOE_PROCS_PER_NODE - 1)) address
+  address=$(scontrol show node "$SLURMD_NODENAME" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+  launcher=("$EMOE_PYTHON" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$EMOE_PROCS_PER_NODE"
+    --rdzv-backend=c10d --rdzv-endpoint="$EMOE_RDZV_ADDRESS:$EMOE_RDZV_PORT" --rdzv-id="$EMOE_RUN_ID"
+    --rdzv-conf="is_host=$((SLURM_NODEID == 0))" --max-restarts=0 ${address:+--local-addr="$address"}
+    --log-dir="$here" --redirects=3 --tee="$([ $last = 0 ] || echo 0:3,)$last:3")
+  export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
+  ! takes_flag signals.to.handle || launcher+=(--signals-to-handle=$TORCHELASTIC_SIGNALS_TO_HANDLE)
+  ! takes_flag shutdown.timeout || launcher+=(--shutdown-timeout=10)
+  [ -z "$EMOE_CONTAINER" ] || [ "$EMOE_CONTAINER_KIND" != apptainer ] ||
+    launcher=(apptainer exec --nv --bind "$EMOE_HOME,$EMOE_SAVE${EMOE_MOUNTS:+,$EMOE_MOUNTS}" "$EMOE_CONTAINER" "${launcher[@]}")
+}
+
+# Newer versions of torchrun have flags for what older ones read from the environment, and overwrite that.
+takes_flag() {
+  [ -z "$EMOE_CONTAINER" ] || return 0  # containers bring a new torch
+  grep -q -- "$1" "$("$EMOE_PYTHON" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/distributed/run.py"
+}
+
+# Runs torchrun with the signals ignored; its messages also go to a file, from which the first failed rank is read.
+launch() {
+  local data=()
+  [ "$EMOE_DATA" = none ] || read -r -a data <<<"--data-path $EMOE_DATA"
+  (
+    trap '' USR1 TERM
+    "${launcher[@]}" "$EMOE_HOME/pretrain_emoe.py" ${data[@]+"${data[@]}"} "$@" 2> >(tee -a "$here/torchrun.log" >&2)
+  ) &
+  torchrun=$!
+  while kill -0 $torchrun 2>/dev/null; do wait $torchrun; done
+  wait $torchrun
+}
+
+# The first of all nodes to get here says which rank failed first and how its log ends.
+report_failure() {
+  local rank local_rank log
+  read -r rank local_rank < <(awk '/Root Cause/ {seen = 1} seen && $1 == "rank" {gsub(/[^0-9 ]/, ""); print $1, $2; exit}' "$here/torchrun.log")
+  log=$(ls -t "$here"/*/attempt_0/"${local_rank:-x}"/stderr.log 2>/dev/null | head -n 1)
+  set -o noclobber
+  {
+    echo "rank ${rank:-unknown} on node ${SLURMD_NODENAME:-$SLURM_NODEID}, log ${log:-$here/torchrun.log}; its end:"
+    tail -n 25 "${log:-$here/torchrun.log}"
+    [ -z "$log" ] || [ -s "$log" ] || { echo "(nothing on stderr; torchrun says:)"; grep -A 8 'Root Cause' "$here/torchrun.log"; }
+  } 2>/dev/null >"$EMOE_LOGS/first_failure" || true
+}
+
+environment
+if [ -n "$EMOE_STAGE" ]; then
+  source "$EMOE_STAGE" || { say "error: EMOE_STAGE $EMOE_STAGE ended with status $?"; exit 1; }
+  [ ! -e "$mark" ] || exit 0
+fi
+make_launcher
+launch "$@"
+status=$?
+[ $status = 0 ] || report_failure
+exit $status
