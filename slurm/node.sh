@@ -72,7 +72,7 @@ report_failure() {
   {
     echo "rank ${rank:-unknown} on node ${SLURMD_NODENAME:-$SLURM_NODEID}, log ${log:-$here/torchrun.log}; its end:"
     tail -n 25 "${log:-$here/torchrun.log}"
-    [ -z "$log" ] || [ -s "$log" ] || { echo "(nothing on stderr; torchrun says:)"; grep -A 8 'Root Cause' "$here/torchrun.log"; }
+    grep -A 7 'Root Cause' "$here/torchrun.log"
   } 2>/dev/null >"$EMOE_LOGS/first_failure" || true
 }
 

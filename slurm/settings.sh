@@ -101,7 +101,8 @@ count_nodes() {
 plan() {
   local memory=(--gpus-per-node "$EMOE_PROCS_PER_NODE" --gpu-memory "$EMOE_GPU_MEMORY") more=()
   read -r -a more <<<"$EMOE_PLAN_FLAGS"
-  "$EMOE_CHECK_PYTHON" "$EMOE_HOME/tools/plan_job.py" --model "$EMOE_MODEL" --gpus "$world_size" "${memory[@]}" \
+  [[ ! $EMOE_RECIPE =~ ^@[^\ ]+$ ]] || memory+=(--recipe "${EMOE_RECIPE#@}")
+  PYTHONWARNINGS=ignore PYTHONPATH=$EMOE_HOME "$EMOE_CHECK_PYTHON" "$EMOE_HOME/tools/plan_job.py" --model "$EMOE_MODEL" --gpus "$world_size" "${memory[@]}" \
     ${more[@]+"${more[@]}"} "$@"
 }
 
@@ -137,6 +138,7 @@ check_job() {
     return
   fi
   data_words
-  "$EMOE_CHECK_PYTHON" "$EMOE_HOME/tools/check_job.py" --nodes "$nodes" --processes "$EMOE_PROCS_PER_NODE" \
+  PYTHONWARNINGS=ignore PYTHONPATH=$EMOE_HOME CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} \
+    "$EMOE_CHECK_PYTHON" "$EMOE_HOME/tools/check_job.py" --nodes "$nodes" --processes "$EMOE_PROCS_PER_NODE" \
     --gpus "$EMOE_GPUS_PER_NODE" --save "$EMOE_SAVE" -- ${data[@]+"${data[@]}"} "${words[@]}" || exit 2
 }

@@ -1,0 +1,164 @@
+"""What a job's command line must satisfy before it waits in a queue: Megatron's and this package's own rules at the job's
+world size, the rules of a job that is requeued, and room for its checkpoints. Nothing is built or started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+from megatron_emoe import flag_files, host_mode
+from megatron_emoe.arguments import parse
+from megatron_emoe.plan_layout import Layout, broken_rules
+from megatron_emoe.plan_model import OF_THE_LAYOUT
+from megatron_emoe.plan_parameters import stage_parameters
+
+WRITERS = {"tensorboard_dir": None, "wandb_project": "", "exit_signal_handler": False}
+"""Set for the check alone: it opens no log and leaves signals as they are."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """nodes: of the job. processes: ranks on each node. gpus: on each node; 0: the run is one in host mode. save: the
+    folder in which the job looks for the newest checkpoint, and counts how often the run died."""
+
+    nodes: int
+    processes: int
+    gpus: int
+    save: Path
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.nodes * self.processes
+
+
+def check(job: Job, words: list[str]) -> Namespace:
+    """Megatron's arguments of a run with these flags, checked for this job; words: as pretrain_emoe.py gets them.
+
+    Raises:
+        ValueError: with flag or path, value and rule.
+        SystemExit: status 2 after a message of the same kind, for what pretrain_emoe.py itself refuses.
+    """
+    words = flag_files.expand(words)
+    os.environ |= {"WORLD_SIZE": str(job.world_size), "RANK": "0", "LOCAL_RANK": "0"}
+    signals = "--exit-signal-handler" in words
+    with contextlib.redirect_stdout(io.StringIO()), _device(job):  # Megatron prints every argument
+        sys.argv[1:] = _on_device(job, words)
+        args = parse(**WRITERS)
+    for rule in (*_job_rules(job, args, signals), *_layout_rules(job, args)):
+        raise ValueError(rule)
+    check_writable(Path(args.save))
+    check_room(Path(args.save), checkpoint_bytes(args))
+    return args
+
+
+def _on_device(job: Job, words: list[str]) -> list[str]:
+    """A machine for submitting need not have the GPUs that the flags are for; host mode would refuse them there."""
+    if job.gpus and "--host-mode" not in words:
+        host_mode.skip_dataset_helper_build()
+        return words
+    return host_mode.setup(words)
+
+
+@contextlib.contextmanager
+def _device(job: Job) -> Iterator[None]:
+    """Megatron asks which GPU it has before it checks flags: where there is none, one of the H100's kind is assumed."""
+    if job.gpus == 0 or torch.cuda.is_available():
+        yield
+        return
+    hopper = SimpleNamespace(major=9, minor=0)
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda *_: hopper),
+    ):
+        yield
+
+
+def _job_rules(job: Job, args: Namespace, signals: bool) -> Iterator[str]:
+    """What makes a job that is stopped and requeued lose its work."""
+    if args.save is None or Path(args.save).resolve() != job.save.resolve():
+        yield f"--save {args.save}: must be the job's folder {job.save} (EMOE_SAVE), where it looks for checkpoints"
+    if args.load is None or Path(args.load).resolve() != job.save.resolve():
+        rule = "a requeued job goes on from there; weights to start from are EMOE_BASE (--pretrained-checkpoint)"
+        yield f"--load {args.load}: must be the job's folder {job.save} (EMOE_SAVE): {rule}"
+    if args.finetune:
+        yield "--finetune: a requeued job would start over; weights to start from are EMOE_BASE"
+    if args.ckpt_step is not None:
+        yield f"--ckpt-step {args.ckpt_step}: a requeued job would start from that iteration again; leave it out"
+    if not args.save_interval:
+        yield "--save-interval is not given: a run that dies would start over; give iterations between checkpoints"
+    if not signals:
+        yield "--exit-signal-handler is not given: the run would not save before its time ends"
+
+
+def _layout_rules(job: Job, args: Namespace) -> Iterator[str]:
+    """The rules of the planner, in Megatron's words; most of them Megatron checks only once the ranks have started."""
+    if job.gpus and job.processes > job.gpus:
+        yield f"{job.processes} processes on a node: at most one for each of its {job.gpus} GPUs"
+    layout = Layout(
+        gpus=job.world_size,
+        gpus_per_node=job.processes,
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+        micro_batch=args.micro_batch_size,
+        global_batch=args.global_batch_size,
+        seq=args.seq_length,
+    )
+    if args.context_parallel_size > 1:
+        return  # the planner knows no context parallelism; Megatron has checked the world size
+    for rule in broken_rules(args, layout):
+        for flag, short in {**OF_THE_LAYOUT, "the world size": "--gpus"}.items():
+            rule = rule.replace(f"{short} ", f"{flag} ")
+        yield rule
+
+
+def checkpoint_bytes(args: Namespace) -> int:
+    """Size of one checkpoint: every parameter, and its optimizer state unless --no-save-optim.
+
+    Adam keeps two fp32 values, and a third, the parameter itself, where that is of 16 bits.
+    """
+    whole = Layout(1, 1, 1, 1, 1, 1, 1, 1, args.seq_length)
+    parameters = stage_parameters(args, whole, 0).total
+    half = args.bf16 or args.fp16
+    state = 0 if args.no_save_optim else 12 if half else 8
+    return parameters * ((2 if half else 4) + state)
+
+
+def check_writable(folder: Path) -> None:
+    """ValueError unless a file can be made in `folder`, or in the nearest folder above it that exists."""
+    place = existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except OSError as error:
+        raise ValueError(f"--save {folder}: cannot be written ({error.strerror}: {place})") from error
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """ValueError unless the file system of `folder` has `needed` bytes left."""
+    free = shutil.disk_usage(existing(folder)).free
+    if free < needed:
+        raise ValueError(
+            f"--save {folder}: {free / 2**30:.1f} GiB are free there, one checkpoint takes {needed / 2**30:.1f} GiB"
+        )
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest path above it that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())

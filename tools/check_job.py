@@ -1,0 +1,49 @@
+"""Check the command line of a job before it waits in a queue; the scripts in slurm/ call this.
+
+    python tools/check_job.py --nodes 2 --processes 8 --save OUT -- @model.args --load OUT --save OUT ...
+
+After `--` come the flags of pretrain_emoe.py. Exit status 2, with flag or path, value and rule, where the run would be
+refused on the nodes, could not be stopped and requeued, or could not write a checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_emoe.arguments import fail
+from megatron_emoe.preflight import Job, check
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return int(text)
+
+
+def read_job(words: list[str]) -> Job:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=count, required=True, help="Nodes of the job.")
+    parser.add_argument("--processes", type=count, required=True, help="Ranks on each node.")
+    parser.add_argument("--gpus", type=int, help="GPUs on each node; 0: host mode. Default: as many as processes.")
+    parser.add_argument("--save", type=Path, required=True, help="Folder of the job's checkpoints.")
+    args = parser.parse_args(words)
+    gpus = args.processes if args.gpus is None else args.gpus
+    return Job(nodes=args.nodes, processes=args.processes, gpus=gpus, save=args.save)
+
+
+def main() -> None:
+    own, flags = sys.argv[1:], []
+    if "--" in own:
+        split = own.index("--")
+        own, flags = own[:split], own[split + 1 :]
+    job = read_job(own)
+    try:
+        check(job, flags)
+    except ValueError as error:
+        fail(error)
+    print(f"checked: {job.nodes} nodes x {job.processes} processes, checkpoints in {job.save}")
+
+
+if __name__ == "__main__":
+    main()
