@@ -5,34 +5,45 @@
 All of Megatron's flags, plus the group "elastic MoE" (--help). Continue from a checkpoint with --load DIR --finetune.
 """
 
-from megatron_emoe import host_mode
+from pathlib import Path
 
+from megatron_emoe import exit_signals, host_mode
+
+exit_signals.start()
 host_mode.start()
 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from megatron_emoe.arguments import parse  # noqa: E402
 from megatron_emoe.data import build_datasets  # noqa: E402
 from megatron_emoe.hf.companions import keep_companions  # noqa: E402
 from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402
+from megatron_emoe.recovery import report_failed_save  # noqa: E402
 from megatron_emoe.training import ElasticLoop  # noqa: E402
 
 
 def main() -> None:
     args = parse()
+    exit_signals.hand_over()
     model = elastic_model_config(args)
     loop = ElasticLoop(args, model.transformer)
     if args.rank == 0:
         keep_companions(args.load or args.pretrained_checkpoint, args.save)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model),
-        build_datasets,
-        ModelType.encoder_or_decoder,
-        loop.forward_step,
-        non_loss_data_func=loop.validate_at_each_k if model.transformer.emoe_eval_k else None,
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model),
+            build_datasets,
+            ModelType.encoder_or_decoder,
+            loop.forward_step,
+            non_loss_data_func=loop.validate_at_each_k if model.transformer.emoe_eval_k else None,
+        )
+    except CheckpointException as error:  # on every rank
+        if args.rank == 0 and args.save:
+            report_failed_save(Path(args.save), error)
+        raise
 
 
 if __name__ == "__main__":

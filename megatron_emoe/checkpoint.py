@@ -20,6 +20,7 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_emoe.elastic_config import MODEL_FEATURES, ElasticConfig, flag
+from megatron_emoe.recovery import Recovery, damage, newest_whole, plan
 from megatron_emoe.tail_scale import TAIL_SCALE_FILE, tail_scale_words
 
 _MEASURING_ONLY = {"emoe_eval_k", "emoe_coactivation_interval"}
@@ -86,10 +87,13 @@ def stored_args(checkpoint: Path, source: str = "--load") -> Namespace:
     if not (checkpoint / ".metadata").is_file():
         raise ValueError(f"{source} {checkpoint}: not a torch_dist checkpoint (.metadata is missing)")
     try:
-        return load_common_state_dict(checkpoint)["args"]
+        stored = load_common_state_dict(checkpoint)["args"]
     except (Exception, CheckpointException) as error:  # a class for each kind of damage; torch's is no Exception
         reason = (str(error) or type(error).__name__).strip().splitlines()[-1]  # above it, torch's has the traceback
         raise ValueError(f"{source} {checkpoint}: not a readable torch_dist checkpoint ({reason})") from error
+    if what := damage(checkpoint):
+        raise ValueError(f"{source} {checkpoint}: damaged ({what})")
+    return stored
 
 
 def fitted_tail_scale(checkpoint: Path) -> list[str] | None:
@@ -120,8 +124,8 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
     found = _source(args)
     if found is None:
         return
-    source, folder, step = found
-    stored = stored_args(locate(folder, step, source), source)
+    source, folder, _ = found
+    stored = stored_args(_located(args, found), source)
     check_shape(args, stored, f"{source} {folder}")
     changes = elastic_changes(args, stored)
     if changes and not starts_anew(args):
@@ -136,7 +140,29 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
 def checkpoint_to_load(args: Namespace) -> Path | None:
     """The checkpoint that a run with these arguments starts from; None: none (ValueError as in check_load)."""
     found = _source(args)
-    return None if found is None else locate(found[1], found[2], found[0])
+    return None if found is None else _located(args, found)
+
+
+def recovery_of(args: Namespace) -> Recovery | None:
+    """What a run that goes on where it was stopped (--load equal to --save) finds in that folder; None for other runs.
+
+    Raises:
+        ValueError: no checkpoint in it is whole.
+    """
+    goes_on = _restarts(args) and args.ckpt_step is None and args.ckpt_format == "torch_dist"
+    return plan(Path(args.load)) if goes_on and Path(args.load).is_dir() else None
+
+
+def _located(args: Namespace, found: tuple[str, str, int | None]) -> Path:
+    source, folder, step = found
+    recovery = recovery_of(args) if source == "--load" else None
+    if recovery is not None and recovery.iteration is not None:
+        return recovery.checkpoint
+    return locate(folder, step, source)
+
+
+def _restarts(args: Namespace) -> bool:
+    return args.load is not None and args.load == args.save and not args.finetune
 
 
 def starts_anew(args: Namespace) -> bool:
@@ -147,8 +173,7 @@ def starts_anew(args: Namespace) -> bool:
 
 def _source(args: Namespace) -> tuple[str, str, int | None] | None:
     """The flag that names the checkpoint to start from, the folder it names, and the iteration asked for."""
-    restarts = args.load == args.save and not args.finetune
-    if args.load is not None and (has_checkpoint(args.load) or not restarts):
+    if args.load is not None and (has_checkpoint(args.load) or not _restarts(args)):
         return "--load", args.load, args.ckpt_step
     if args.pretrained_checkpoint is not None:
         return "--pretrained-checkpoint", args.pretrained_checkpoint, None
@@ -159,7 +184,7 @@ def _source(args: Namespace) -> tuple[str, str, int | None] | None:
 
 def has_checkpoint(folder: str) -> bool:
     """Whether something was saved in `folder` (which need not exist)."""
-    return Path(get_checkpoint_tracker_filename(folder)).is_file()
+    return Path(get_checkpoint_tracker_filename(folder)).is_file() or bool(newest_whole(Path(folder)))
 
 
 def check_shape(args: Namespace, stored: Namespace, source: str) -> None:

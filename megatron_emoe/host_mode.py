@@ -59,6 +59,7 @@ _IMPOSSIBLE = {
         "--moe-permute-fusion --moe-router-fusion --moe-grouped-gemm --moe-enable-deepep --use-flash-attn"
     ),
     "the overlap needs the streams of a GPU": "--tp-comm-overlap --overlap-moe-expert-parallel-comm",
+    "its process for writing is started on a GPU": "--async-save --use-persistent-ckpt-worker",
     "everything is in host memory already": "--optimizer-cpu-offload --fine-grained-activation-offloading",
     "CUDA graphs need a GPU": "--enable-cuda-graph --external-cuda-graph --optimizer-cuda-graph",
     "gloo carries all messages": "--use-nccl-ub --use-sharp --pipeline-model-parallel-comm-backend",

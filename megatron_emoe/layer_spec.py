@@ -37,10 +37,11 @@ from megatron_emoe.attention import (
     LatentDotProductAttention,
     LatentSelfAttention,
 )
-from megatron_emoe.checkpoint import checkpoint_to_load, starts_anew
+from megatron_emoe.checkpoint import checkpoint_to_load, recovery_of, starts_anew
 from megatron_emoe.dynamic_router import NEW_WEIGHTS, build_router
 from megatron_emoe.moe_layer import ElasticMoELayer
 from megatron_emoe.quantization_state import take_what_is_there
+from megatron_emoe.recovery import Recovery, carry_out_together
 from megatron_emoe.router import ElasticRouter
 from megatron_emoe.transformer_config import ElasticTransformerConfig, elastic_config_from_args
 
@@ -164,7 +165,14 @@ class ElasticGPTModelBuilder(GPTModelBuilder):
     """The core's builder, with elastic layers in the MTP block too, and a proof that no MoE layer stayed stock."""
 
     def build_model(self, *args: Any, **kwargs: Any) -> GPTModel:
-        """Build one stage (AssertionError if a MoE layer or router in it is not elastic)."""
+        """Build one stage (AssertionError if a MoE layer or router in it is not elastic).
+
+        What an earlier run left damaged is dealt with before: every rank has read by now what there is, and none has
+        loaded yet.
+        """
+        recovery, self._model_config.recovery = self._model_config.recovery, None
+        if recovery is not None:
+            carry_out_together(recovery)
         with _elastic_mtp():
             model = super().build_model(*args, **kwargs)
         if self._model_config.checkpoint is not None:
@@ -189,11 +197,13 @@ def train_routers_only(model: nn.Module) -> None:
 @dataclass(kw_only=True)
 class ElasticGPTModelConfig(GPTModelConfig):
     """GPTModelConfig built by ElasticGPTModelBuilder. checkpoint: what the model will be loaded from, if anything.
-    starts_anew: only its weights are taken, and those that another selection lacks are as they are built."""
+    starts_anew: only its weights are taken, and those that another selection lacks are as they are built. recovery:
+    what has to be done about the folder before anything is loaded from it."""
 
     builder: ClassVar[str] = "megatron_emoe.layer_spec.ElasticGPTModelBuilder"
     checkpoint: Path | None = None
     starts_anew: bool = False
+    recovery: Recovery | None = None
 
 
 def elastic_model_config(args: Namespace) -> ElasticGPTModelConfig:
@@ -207,4 +217,5 @@ def elastic_model_config(args: Namespace) -> ElasticGPTModelConfig:
     config.transformer_layer_spec = elastic_layer_spec
     config.checkpoint = checkpoint_to_load(args)
     config.starts_anew = starts_anew(args)
+    config.recovery = recovery_of(args)
     return config

@@ -14,10 +14,11 @@ import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 from megatron.training import training as core_training
-from megatron.training.global_vars import get_tensorboard_writer, get_timers
+from megatron.training.global_vars import get_signal_handler, get_tensorboard_writer, get_timers
 from megatron.training.utils import print_rank_last
 from torch import Tensor
 
+from megatron_emoe import exit_signals
 from megatron_emoe.active_k import expected_k, get_active_k
 from megatron_emoe.data import get_batch
 from megatron_emoe.distillation import forward_with_teacher, wants_teacher
@@ -35,6 +36,7 @@ def language_model_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tens
 
 
 SPIKE = 10.0  # --check-for-spiky-loss: a loss this many times the largest of the first hundred is computed again
+_OVER, _NEVER = -1.0, 1e9  # minutes
 _count_flops = core_training.num_floating_point_operations  # the core's own, before any loop replaced it
 
 
@@ -49,6 +51,7 @@ class ElasticLoop:
         self.config = config
         self._recorded: dict[int, list[Any]] = {}
         self._source = self._validation_source = 0
+        self._exit_duration = args.exit_duration_in_mins
         tracker = get_elastic_tracker()
         layers = config.num_layers + (config.mtp_num_layers or 0)
         tracker.configure(layers, config.num_moe_experts, args.save or args.tensorboard_dir)
@@ -59,8 +62,10 @@ class ElasticLoop:
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         if model.training:
             self._begin(model)
-        elif self.config.emoe_eval_k:
-            data_iterator = self._recording(data_iterator, vp_stage or 0)
+        else:
+            self._let_evaluation_end()
+            if self.config.emoe_eval_k:
+                data_iterator = self._recording(data_iterator, vp_stage or 0)
         return self.forward(data_iterator, model)
 
     def forward(self, data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Tensor, partial]:
@@ -124,10 +129,22 @@ class ElasticLoop:
     def _begin(self, model: torch.nn.Module) -> None:
         """Tell the owner of k, and the metrics, where training stands: host arithmetic."""
         iteration = self.args.curr_iteration
+        self.args.exit_duration_in_mins = self._exit_duration
         if self.config.draws:  # else the core's random-state tracker, which CUDA graphs read too, stays as it is
             get_active_k().begin_microbatch(iteration, _microbatch(model))
         interval = self.config.emoe_coactivation_interval
         get_elastic_tracker().begin_step(iteration, self.args.log_interval, interval)
+
+    def _let_evaluation_end(self) -> None:
+        """After a signal, end the running evaluation: the core leaves it where --exit-duration-in-mins is over on any
+        rank, which is all that it looks at between two batches. Training has its own look at signals."""
+        if self.args.exit_signal_handler:
+            unless_asked = self._exit_duration or _NEVER
+            self.args.exit_duration_in_mins = _OVER if exit_signals.came() else unless_asked
+
+    def _asked_to_end(self) -> bool:
+        """Whether a signal came on any rank. Collective; sync: evaluation only."""
+        return self.args.exit_signal_handler and any(get_signal_handler().signals_received())
 
     def _recording(self, data_iterator: Iterator | None, chunk: int) -> Iterator | None:
         """The same iterator, whose batches are kept (on the CPU) to be evaluated again at other k'."""
@@ -144,8 +161,12 @@ class ElasticLoop:
         split = self._evaluated_split()
         evaluator = Evaluator(self.args, self.forward)
         steps = self.args.eval_iters
-        ks = self.config.emoe_eval_k or []
-        self._log_losses(split, {k: evaluator.loss_at_k(model, recorded, k, steps).loss for k in ks})
+        losses = {}
+        for k in self.config.emoe_eval_k or []:
+            if not self._asked_to_end():
+                losses[k] = evaluator.loss_at_k(model, recorded, k, steps).loss
+        if losses:
+            self._log_losses(split, losses)
 
     def _evaluated_split(self) -> str:
         """valid or test: the loop does not say which; the first source of batches is validation where there is any.

@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import pickle
+import shlex
 import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -59,19 +61,27 @@ def torchrun(
     `env` is added to this process's environment. Raises RuntimeError with the end of the output where `check` and the
     exit status is not 0, and subprocess.TimeoutExpired, after ending every rank, when `timeout` seconds are over.
     """
+    with start_torchrun(nproc, script, *flags, cwd=cwd, env=env) as process:
+        output, _ = process.communicate(timeout=timeout)
+    if check and process.returncode != 0:
+        raise RuntimeError(f"{shlex.join(process.args)} ended with {process.returncode}:\n{output[-6000:]}")
+    return subprocess.CompletedProcess(process.args, process.returncode, output, "")
+
+
+@contextmanager
+def start_torchrun(
+    nproc: int, script: str | Path, *flags: str, cwd: str | Path = REPO, env: dict[str, str] | None = None, **pipes: Any
+) -> Iterator[subprocess.Popen]:
+    """The same, running; what is left of it is ended afterwards. pipes: where its output goes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    command = [*launcher, str(script), *flags]
     python_path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
     full_env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path} | (env or {})
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=cwd, env=full_env, **pipes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | pipes
+    process = subprocess.Popen([*launcher, str(script), *flags], cwd=cwd, env=full_env, **pipes)
     try:
-        output, _ = process.communicate(timeout=timeout)
+        yield process
     finally:
         _end_launcher(process)
-    if check and process.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output[-6000:]}")
-    return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
 def _end_launcher(process: subprocess.Popen) -> None:

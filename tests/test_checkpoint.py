@@ -51,7 +51,14 @@ COACTIVATION = {"emoe_selection": "coactivation", "emoe_pool_k": 6}
 
 def namespace(**changes) -> Namespace:
     """Arguments of a run of the model above; `changes` on top."""
-    run = {"load": None, "save": None, "ckpt_step": None, "finetune": False, "pretrained_checkpoint": None}
+    run = {
+        "load": None,
+        "save": None,
+        "ckpt_step": None,
+        "ckpt_format": "torch_dist",
+        "finetune": False,
+        "pretrained_checkpoint": None,
+    }
     return Namespace(**MODEL | run | ElasticConfig().settings() | changes)
 
 

@@ -196,7 +196,7 @@ def test_tokenizer_and_other_files_come_along(ways):
         ("normed", r"--moe-router-pre-softmax True: the checkpoint was trained with it, TMP/normed/config\.json means"),
         ("tied", r"--untie-embeddings-and-output-weights True: .* TMP/tied/config\.json means False"),
         ("null", r"--emoe-selection null-experts: the checkpoint was trained with it, and in a Hugging Face model"),
-        ("damaged", r"TMP/megatron/release: not readable"),
+        ("damaged", r"TMP/megatron/release: damaged"),
     ],
 )
 def test_what_an_export_refuses(ways, what, pattern):

@@ -1,0 +1,114 @@
+"""A disk that is full, a rank that is lost: the run ends at once, says so, and nothing that was saved is lost."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_emoe import recovery
+from megatron_emoe.recovery import plan
+from tests.distributed import run_ranks, start_torchrun, torchrun
+from tests.tiny import flags, train
+
+RUN = {"expert_model_parallel_size": 2, "train_iters": 6, "save_interval": 2, "global_batch_size": 4}
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def before_save(number: int, act) -> None:
+    """Call `act` before checkpoint `number`, counted from 1, is written."""
+    from megatron.core import dist_checkpointing
+
+    save, seen = dist_checkpointing.save, []
+
+    def watched(*args, **kwargs):
+        seen.append(None)
+        if len(seen) == number:
+            act()
+        return save(*args, **kwargs)
+
+    dist_checkpointing.save = watched
+
+
+def no_room() -> None:
+    """From the second save on, no file may grow beyond 20 kB, as on a disk that is full."""
+
+    report = recovery.report_failed_save  # to stderr, which the test sees
+    recovery.report_failed_save = partial(report, say=lambda line: print(line, file=sys.stderr, flush=True))
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    before_save(2, limit)
+
+
+def assert_goes_on(folder: Path, from_iteration: int) -> None:
+    """A new run with the same flags ends as one that was never interrupted."""
+    assert plan(folder).unfinished == ()
+    assert (folder / TRACKER).read_text() == str(from_iteration)
+    words = flags(**RUN | {"save": folder, "load": folder})
+    resumed, whole = run_ranks(train, 2, words), run_ranks(train, 2, flags(**RUN))
+    for mine, one in zip(resumed, whole, strict=True):
+        assert mine.losses == one.losses[from_iteration:]
+        assert all(torch.equal(mine.weights[name], one.weights[name]) for name in one.weights)
+
+
+@pytest.mark.slow
+def test_a_save_without_room_keeps_the_one_before_and_says_so(tmp_path, capfd):
+    with pytest.raises(RuntimeError, match="CheckpointException"):
+        run_ranks(train, 2, flags(**RUN | {"save": tmp_path}), False, no_room)
+    said = capfd.readouterr().err
+    assert f"--save {tmp_path}: a checkpoint could not be written; the checkpoint of iteration 2 is whole" in said
+    assert f"{tmp_path}/iter_0000004: the half-written checkpoint is removed" in said
+    assert_goes_on(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_a_lost_rank_ends_the_others_at_once_and_the_next_run_goes_on(tmp_path):
+    run = RUN | {"train_iters": 400, "save": tmp_path, "load": tmp_path, "log_interval": 100}
+    words = flags(**run)
+    log = tmp_path / "log"
+    with open(log, "w") as out, start_torchrun(2, "pretrain_emoe.py", *words, stdout=out, stderr=out) as job:
+        wait_for(lambda: (tmp_path / TRACKER).is_file() and int((tmp_path / TRACKER).read_text() or 0) >= 4)
+        victim = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()[-1]
+        os.kill(int(victim), signal.SIGKILL)
+        began = time.monotonic()
+        assert job.wait(timeout=60) != 0
+    assert time.monotonic() - began < 60
+    saved = plan(tmp_path).iteration or int((tmp_path / TRACKER).read_text())
+    resumed = torchrun(2, "pretrain_emoe.py", *flags(**run | {"exit_interval": saved + 2}))
+    assert f"successfully loaded checkpoint from {tmp_path}" in resumed.stdout
+    assert (tmp_path / TRACKER).read_text() == str(saved + 2)
+
+
+def wait_for(condition, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = 1_500_000  # one checkpoint of this model takes a megabyte
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("cannot mount a file system here")
+    try:
+        with pytest.raises(RuntimeError, match="CheckpointException|No space left"):
+            run_ranks(train, 2, flags(**RUN | {"save": disk}))
+        shutil.copytree(disk, tmp_path / "copy")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert_goes_on(tmp_path / "copy", 2)
