@@ -5,7 +5,7 @@ TE ?= .te
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-convert test test-te check bench study clean
+.PHONY: help setup demo demo-convert test test-te test-slurm check bench study clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -28,6 +28,9 @@ test: setup ## all tests (those that need a GPU skip themselves without one)
 test-te: setup ## build Transformer Engine (20 to 40 minutes, once), and test its modules, names and keys without a GPU
 	@VENV="$(VENV)" TE="$(TE)" bash tools/setup_te.sh
 	@source $(TE)/env.sh && $(BIN)/python -m pytest -q -m te tests/te $(PYTEST_ARGS)
+
+test-slurm: setup ## jobs on a real Slurm of two nodes on this machine (as root on Debian or Ubuntu; about 20 minutes)
+	@tests/slurm/cluster.sh with $(BIN)/python -m pytest -q -rs -m slurm tests/slurm $(PYTEST_ARGS)
 
 check: setup ## lint, formatting and types
 	@$(BIN)/ruff check .

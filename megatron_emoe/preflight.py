@@ -1,5 +1,5 @@
-"""What a job's command line must satisfy before it waits in a queue: Megatron's and this package's own rules at the job's
-world size, the rules of a job that is requeued, and room for its checkpoints. Nothing is built or started.
+"""What a job's command line must satisfy before it waits in a queue: Megatron's rules and ours at the job's world size,
+those of a job that is requeued, and room for its checkpoints. Nothing is built or started.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def check(job: Job, words: list[str]) -> Namespace:
     """
     words = flag_files.expand(words)
     os.environ |= {"WORLD_SIZE": str(job.world_size), "RANK": "0", "LOCAL_RANK": "0"}
-    signals = "--exit-signal-handler" in words
+    _demand(_given_rules(job, words))
     with contextlib.redirect_stdout(io.StringIO()), _device(job):  # Megatron prints every argument
         sys.argv[1:] = _on_device(job, words)
         args = parse(**WRITERS)
-    for rule in (*_job_rules(job, args, signals), *_layout_rules(job, args)):
-        raise ValueError(rule)
+    _demand(_folder_rules(job, args))
+    _demand(_layout_rules(job, args))
     check_writable(Path(args.save))
     check_room(Path(args.save), checkpoint_bytes(args))
     return args
@@ -87,9 +87,26 @@ def _device(job: Job) -> Iterator[None]:
         yield
 
 
-def _job_rules(job: Job, args: Namespace, signals: bool) -> Iterator[str]:
+def _demand(broken: Iterator[str]) -> None:
+    """ValueError with the first broken rule, if there is one."""
+    for rule in broken:
+        raise ValueError(rule)
+
+
+def _given_rules(job: Job, words: list[str]) -> Iterator[str]:
+    """What can be said before Megatron reads the flags."""
+    given = {word.partition("=")[0] for word in words}
+    if job.gpus and job.processes > job.gpus:
+        yield f"{job.processes} processes on a node: at most one for each of its {job.gpus} GPUs"
+    if "--save-interval" not in given:
+        yield "--save-interval is not given: a run that dies would start over; give iterations between checkpoints"
+    if "--exit-signal-handler" not in given:
+        yield "--exit-signal-handler is not given: the run would not save before its time ends"
+
+
+def _folder_rules(job: Job, args: Namespace) -> Iterator[str]:
     """What makes a job that is stopped and requeued lose its work."""
-    if args.save is None or Path(args.save).resolve() != job.save.resolve():
+    if Path(args.save).resolve() != job.save.resolve():
         yield f"--save {args.save}: must be the job's folder {job.save} (EMOE_SAVE), where it looks for checkpoints"
     if args.load is None or Path(args.load).resolve() != job.save.resolve():
         rule = "a requeued job goes on from there; weights to start from are EMOE_BASE (--pretrained-checkpoint)"
@@ -98,16 +115,10 @@ def _job_rules(job: Job, args: Namespace, signals: bool) -> Iterator[str]:
         yield "--finetune: a requeued job would start over; weights to start from are EMOE_BASE"
     if args.ckpt_step is not None:
         yield f"--ckpt-step {args.ckpt_step}: a requeued job would start from that iteration again; leave it out"
-    if not args.save_interval:
-        yield "--save-interval is not given: a run that dies would start over; give iterations between checkpoints"
-    if not signals:
-        yield "--exit-signal-handler is not given: the run would not save before its time ends"
 
 
 def _layout_rules(job: Job, args: Namespace) -> Iterator[str]:
     """The rules of the planner, in Megatron's words; most of them Megatron checks only once the ranks have started."""
-    if job.gpus and job.processes > job.gpus:
-        yield f"{job.processes} processes on a node: at most one for each of its {job.gpus} GPUs"
     layout = Layout(
         gpus=job.world_size,
         gpus_per_node=job.processes,

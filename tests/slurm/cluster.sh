@@ -5,6 +5,7 @@
 #   tests/slurm/cluster.sh start      install Debian's slurm-wlm and munge where they are missing, start what is not up
 #   tests/slurm/cluster.sh stop       end jobs and daemons, leave the folder with its logs
 #   tests/slurm/cluster.sh status     exit status 0: both nodes answer
+#   tests/slurm/cluster.sh with CMD   start, run CMD (which finds out by itself whether the cluster is up), stop
 #   tests/slurm/cluster.sh env        lines for `eval` that point srun, sbatch ... to this cluster
 #
 # Exit status 77 of `start`: this machine cannot run it, the reason is on stderr.
@@ -121,10 +122,24 @@ stop() {
   done
 }
 
+start() {
+  install
+  both_answer || { configure; start_daemons; await_nodes; }
+}
+
+with() {
+  local status=0
+  (start) || status=$?
+  [ $status = 0 ] || [ $status = 77 ] || exit $status
+  trap stop EXIT
+  "$@"
+}
+
 case ${1:-} in
-  start) install; both_answer || { configure; start_daemons; await_nodes; } ;;
+  start) start ;;
+  with) shift; with "$@" ;;
   stop) stop ;;
   status) both_answer ;;
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
-  *) say "start, stop, status or env"; exit 2 ;;
+  *) say "start, stop, status, with or env"; exit 2 ;;
 esac
