@@ -1,0 +1,161 @@
+"""Plan a training job before it starts: layout, memory, traffic, FLOPs, hours. No GPU, no data, no process group.
+
+    python tools/plan_job.py --model olmoe-7b --gpus 8
+    python tools/plan_job.py --model ernie-4.5-21b --gpus 16 --gpu-memory 141 --recipe examples/recipe.args
+    python tools/plan_job.py --model MODEL.args --gpus 32 --tp 2 --pp 2 --ep 8 --print-flags
+
+What is not given of the layout is searched: the best layout that fits, and the runners-up. Exit status 2, with the rule
+on stderr, where a layout is impossible or nothing fits. --check builds every distinct rank of the layout at full size,
+without memory for its tensors, and compares the parameters (status 1 where they differ).
+"""
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+warnings.filterwarnings("ignore")  # Megatron's, about libraries of GPUs
+logging.disable(logging.WARNING)
+
+from megatron_emoe import host_mode  # noqa: E402
+
+host_mode.enable(force=True)  # a plan asks nothing of a GPU
+
+from megatron_emoe import plan_report  # noqa: E402
+from megatron_emoe.plan_check import check_parameters  # noqa: E402
+from megatron_emoe.plan_model import MODELS, read_model  # noqa: E402
+from megatron_emoe.plan_search import RECOMPUTATIONS, Machine, Plan, Wanted, propose  # noqa: E402
+
+
+def whole(word: str) -> int:
+    """A whole number above 0."""
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r}: must be a whole number above 0")
+    return int(word)
+
+
+def positive(word: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(word)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word!r}: must be a number above 0")
+    return number
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or a file of Megatron's flags")
+    parser.add_argument("--recipe", metavar="FILE", help="flag file with the elastic settings, for E[k] and k_max")
+    _add_job(parser)
+    _add_machine(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object: bytes, FLOPs, hours")
+    parser.add_argument("--print-flags", action="store_true", help="print Megatron's flags of the layout, one line")
+    parser.add_argument("--check", action="store_true", help="build every distinct rank and compare its parameters")
+    args = parser.parse_args(argv)
+    if args.json + args.print_flags + args.check > 1:
+        parser.error("--json, --print-flags and --check exclude each other")
+    if args.mfu > 1:
+        parser.error(f"--mfu {args.mfu:g}: must be at most 1")
+    if args.imbalance < 1:
+        parser.error(f"--imbalance {args.imbalance:g}: must be at least 1, the mean")
+    return args
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    job = parser.add_argument_group("job")
+    job.add_argument("--gpus", type=whole, required=True, help="GPUs of the whole job")
+    job.add_argument("--gpus-per-node", type=whole, default=8, help="(8)")
+    job.add_argument("--tp", type=whole, help="tensor-parallel ranks; with sequence parallelism")
+    job.add_argument("--pp", type=whole, help="pipeline stages")
+    job.add_argument("--ep", type=whole, help="expert-parallel ranks")
+    job.add_argument("--etp", type=whole, help="ranks that share one expert (1)")
+    job.add_argument("--micro-batch", type=whole, help="sequences of a micro-batch")
+    job.add_argument("--global-batch", type=whole, default=256, help="sequences of a step (256)")
+    job.add_argument("--seq", type=whole, help="tokens of a sequence (4096, or the model's longest where shorter)")
+    job.add_argument("--recompute", choices=RECOMPUTATIONS, help="what the backward pass computes again")
+    job.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="(bf16)")
+    job.add_argument("--tokens", type=positive, default=20e9, help="token budget, for steps and hours (20e9)")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    machine, default = parser.add_argument_group("machine"), Machine()
+    machine.add_argument("--gpu-memory", type=positive, default=default.gpu_memory, help="GiB of a GPU (80)")
+    machine.add_argument(
+        "--reserve",
+        type=positive,
+        default=default.reserve,
+        help="GiB of it for CUDA context, NCCL, workspaces and fragmentation (6)",
+    )
+    machine.add_argument("--gpu-tflops", type=positive, default=default.tflops, help="peak of a GPU (989: H100, bf16)")
+    machine.add_argument("--mfu", type=positive, default=default.mfu, help="share of the peak that hours assume (0.3)")
+    machine.add_argument(
+        "--node-gbs", type=positive, default=default.node_gbs, help="GB/s that a GPU sends within its node (300)"
+    )
+    machine.add_argument(
+        "--network-gbs", type=positive, default=default.network_gbs, help="GB/s that a GPU sends to other nodes (40)"
+    )
+    machine.add_argument(
+        "--imbalance",
+        type=positive,
+        default=default.imbalance,
+        help="rows of the busiest rank's experts, as a multiple of the mean (1.25)",
+    )
+
+
+def plans_of(args: argparse.Namespace) -> list[Plan]:
+    """The plans that fit, best first. Raises ValueError with the rule that nothing satisfies."""
+    model = read_model(args.model, args.recipe, args.seq)
+    wanted = Wanted(
+        gpus=args.gpus,
+        gpus_per_node=min(args.gpus_per_node, args.gpus),
+        global_batch=args.global_batch,
+        seq=model.args.seq_length,
+        tp=args.tp,
+        pp=args.pp,
+        ep=args.ep,
+        etp=args.etp,
+        micro_batch=args.micro_batch,
+        recompute=args.recompute,
+        fp8=args.precision == "fp8",
+    )
+    speeds = {"tflops": args.gpu_tflops, "mfu": args.mfu, "node_gbs": args.node_gbs, "network_gbs": args.network_gbs}
+    machine = Machine(args.gpu_memory, args.reserve, imbalance=args.imbalance, **speeds)
+    return propose(model, wanted, machine)
+
+
+def check(plan: Plan) -> int:
+    """Build and compare; the exit status."""
+    print(f"{plan.model.name}, {plan.layout.name()}: every distinct rank built at full size on the meta device")
+    agree = True
+    for checked in check_parameters(plan.model, plan.layout):
+        print(plan_report.checked_line(checked), flush=True)
+        agree = agree and checked.agrees
+    print("all parameter counts are as planned" if agree else "the plan's parameter counts are wrong")
+    return 0 if agree else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        plans = plans_of(args)
+        if args.check:
+            return check(plans[0])
+    except ValueError as error:
+        print(f"plan_job.py: error: {error}", file=sys.stderr)
+        return 2
+    if args.print_flags:
+        print(plan_report.flags_line(plans[0]))
+    elif args.json:
+        print(json.dumps(plan_report.as_json(plans, args.tokens), indent=1))
+    else:
+        print("\n".join(plan_report.text(plans, args.tokens)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
