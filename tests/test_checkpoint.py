@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from distributed import run_ranks
 
-from megatron_emoe import checkpoint
+from megatron_emoe import checkpoint, recovery
 from megatron_emoe.checkpoint import (
     check_load,
     check_shape,
@@ -210,6 +210,7 @@ def stored(monkeypatch, tmp_path):
     def make(args: Namespace, name: str = "run") -> str:
         folder = folder_of_checkpoints(tmp_path / name, "40", "iter_0000040")
         monkeypatch.setattr(checkpoint, "stored_args", lambda path, source="--load": args)
+        monkeypatch.setattr(recovery, "damage", lambda path: None)
         return str(folder)
 
     return make
