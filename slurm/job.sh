@@ -133,18 +133,19 @@ run() {
     check_allocation
     check_job
   fi
-  asked=""
-  trap 'asked=USR1' USR1
-  trap 'asked=TERM' TERM
   start_step
   await_step
   decide
 }
 
+asked=""
+trap 'asked=USR1' USR1  # from the first moment: without a trap the signal would end the job
+trap 'asked=TERM' TERM
 read_words "$@"
 load_settings
 [ -n "$dry_run" ] || check_settings
 count_nodes
 find_layout
 make_command
+in_batch_job || trap - USR1 TERM
 if in_batch_job; then run; elif [ -n "$dry_run" ]; then show_plan; else submit; fi

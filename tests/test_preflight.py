@@ -48,7 +48,13 @@ def test_a_job_that_can_run_passes_and_nothing_is_written(tmp_path):
 
 
 def test_flags_for_gpus_are_checked_on_a_machine_without_one(tmp_path):
-    gpu = {"moe_grouped_gemm": True, "bf16": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    gpu = {
+        "moe_grouped_gemm": True,
+        "bf16": True,
+        "no_rope_fusion": True,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+    }
     assert (
         check(tmp_path, nodes=2, processes=8, gpus=8, global_batch_size=32, expert_model_parallel_size=8, **gpu) is None
     )

@@ -71,6 +71,7 @@ class TinyJob:
     def submit(self, *options: str, words: tuple[str, ...] = (), **changes: object) -> "TinyJob":
         """With sbatch itself; options: its own; words: after --; changes: to the model's flags."""
         self.env["EMOE_CLUSTER_ENV"] = str(write_settings(self.folder, **changes))
+        self.env.setdefault("EMOE_CHECK_PYTHON", "none")  # seconds of every start; one test is about the check
         command = ["sbatch", "--parsable", f"--output={self.folder}/job.out", *options, str(SCRIPT)]
         asked = [*command, "--", *words] if words else command
         done = subprocess.run(asked, env=os.environ | self.env, capture_output=True, text=True, cwd=REPO, timeout=60)
