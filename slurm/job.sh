@@ -103,11 +103,12 @@ count_death() {
   echo "$newest $deaths" >"$EMOE_SAVE/deaths"
 }
 
+# $1: what happened.
 after_death() {
   count_death
-  [ "$deaths" -ge "$EMOE_DEATHS" ] || requeue "the run died with status $status ($deaths of $EMOE_DEATHS since checkpoint $(newest_checkpoint))"
+  [ "$deaths" -ge "$EMOE_DEATHS" ] || requeue "$1 ($deaths of $EMOE_DEATHS since checkpoint $(newest_checkpoint))"
   say "stopped: the run died $deaths times in a row without a new checkpoint (newest: $(newest_checkpoint)). The last time:"
-  cat "$logs/first_failure" >&2 2>/dev/null || say "no rank left a message; logs: $logs"
+  cat "$logs/first_failure" >&2 2>/dev/null || say "$1; no rank left a message; logs: $logs"
   exit 1
 }
 
@@ -116,9 +117,12 @@ after_death() {
 decide() {
   local newest
   newest=$(newest_checkpoint)
-  if [ "$status" = late ]; then requeue "no checkpoint within EMOE_SAVE_SECONDS $EMOE_SAVE_SECONDS of the signal (newest: $newest)"; fi
-  if [ "$asked" = TERM ]; then say "ended by SIGTERM at checkpoint $newest; submit again to go on"; exit "$status"; fi
-  if [ "$status" != 0 ]; then after_death; fi
+  if [ "$status" = late ]; then after_death "no checkpoint within EMOE_SAVE_SECONDS $EMOE_SAVE_SECONDS of the signal"; fi
+  if [ "$asked" = TERM ]; then
+    say "ended by SIGTERM at checkpoint $newest: it goes on when Slurm requeues it, or when it is submitted again"
+    exit "$status"
+  fi
+  if [ "$status" != 0 ]; then after_death "the run died with status $status"; fi
   if [ -n "$asked" ] || [ -e "$logs/signalled" ]; then requeue "saved checkpoint $newest on a signal"; fi
   rm -f "$EMOE_SAVE/deaths"
   say "finished"

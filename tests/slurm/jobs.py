@@ -48,7 +48,7 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> None:
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"not within {seconds} seconds: {what}")
-        time.sleep(0.1)
+        time.sleep(0.3)
 
 
 @dataclass
