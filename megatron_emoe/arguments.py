@@ -30,6 +30,7 @@ from megatron_emoe.checkpoint import (
 )
 from megatron_emoe.data import check_data
 from megatron_emoe.elastic_config import ElasticConfig
+from megatron_emoe.router_watch import check_marker
 from megatron_emoe.transformer_config import elastic_config_from_args
 
 
@@ -111,6 +112,7 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
     if args.eval_interval is None:
         args.eval_interval = sys.maxsize  # by its help no evaluation during training; the core then divides by it
     validate_args(args)
+    check_marker(args.save)
     check_load(args, report=_say)
 
 

@@ -23,7 +23,7 @@ from megatron_emoe.elastic_config import MODEL_FEATURES, ElasticConfig, flag
 from megatron_emoe.recovery import Recovery, damage, newest_whole, plan
 from megatron_emoe.tail_scale import TAIL_SCALE_FILE, tail_scale_words
 
-_MEASURING_ONLY = {"emoe_eval_k", "emoe_coactivation_interval"}
+_MEASURING_ONLY = {"emoe_eval_k", "emoe_coactivation_interval", "emoe_router_watch"}
 SHAPE_FLAGS = (
     "num_layers",
     "hidden_size",

@@ -7,7 +7,6 @@ stages without MoE layers take part in the one reduction and nothing hangs.
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_emoe.router_watch import RouterWatch
+
 OPTIONAL = ("importance loss", "load loss")  # logged where a selection has them
 SUMS = ("active k", "pool size", "hierarchical router loss", "router entropy", *OPTIONAL)
 LOADS = ("load min", "load p5", "load p50", "load p95", "load max", "dead experts")
-COLLAPSED_SHARE = 0.05  # of log E, the entropy of uniform routing
 
 
 def load_statistics(counts_LE: Tensor) -> dict[str, Tensor]:
@@ -56,14 +56,17 @@ class ElasticMetricsTracker(MoEMetricsTracker):
         self.folder: Path | None = None
         self.mean_k: float | None = None  # of the last measured step, over layers and tokens
         self._shape: tuple[int, int] | None = None
+        self._watch = RouterWatch("off", None)
         self._sums: dict[int, dict[str, Tensor | float]] = {}
         self._loads: dict[int, Tensor] = {}
         self._pairs: dict[int, Tensor] = {}
         self._total_pairs: Tensor | None = None
 
-    def configure(self, num_layers: int, num_experts: int, folder: str | None) -> None:
-        """Shapes for ranks without MoE layers; `folder` receives coactivation.safetensors (None: nowhere)."""
+    def configure(self, num_layers: int, num_experts: int, folder: str | None, watch: str = "warn") -> None:
+        """Shapes for ranks without MoE layers; `folder` receives coactivation.safetensors (None: nowhere). watch:
+        --emoe-router-watch."""
         self._shape = (num_layers, num_experts)
+        self._watch = RouterWatch(watch, folder)
         self.folder = Path(folder) if folder else None
 
     def begin_step(self, iteration: int, log_interval: int, coactivation_interval: int) -> None:
@@ -130,17 +133,11 @@ class ElasticMetricsTracker(MoEMetricsTracker):
         sums = {name: value for name, value in sums.items() if name not in OPTIONAL or value.any()}
         values = sums | load_statistics(packed[:, 1 + len(SUMS) :])
         self.mean_k = values["active k"].mean().item()
+        layers = [place + 1 for place in moe_layers.nonzero().flatten().tolist()]
         if writer is not None:
-            layers = moe_layers.nonzero().flatten().tolist()
-            _write(writer, values, iteration, [layer + 1 for layer in layers] if per_layer else [])
-        return self._line(values)
-
-    def _line(self, values: dict[str, Tensor]) -> str:
+            _write(writer, values, iteration, layers if per_layer else [])
         line = "".join(f" {name}: {value.mean():.4g} |" for name, value in values.items())
-        entropy = values["router entropy"]
-        if (entropy < COLLAPSED_SHARE * math.log(self._size()[1])).any():
-            line += f" WARNING: router entropy {entropy.min():.3g} nats: routing has collapsed to one expert |"
-        return line
+        return line + self._watch.look(values, layers, self._size()[1], iteration)
 
     def _size(self) -> tuple[int, int]:
         assert self._shape is not None

@@ -54,7 +54,8 @@ class ElasticLoop:
         self._exit_duration = args.exit_duration_in_mins
         tracker = get_elastic_tracker()
         layers = config.num_layers + (config.mtp_num_layers or 0)
-        tracker.configure(layers, config.num_moe_experts, args.save or args.tensorboard_dir)
+        folder = args.save or args.tensorboard_dir
+        tracker.configure(layers, config.num_moe_experts, folder, config.emoe_router_watch)
         _report_expected_flops(args, config)
 
     def forward_step(self, data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Tensor, partial]:

@@ -248,7 +248,10 @@ def test_finetune_starts_a_new_run_and_is_told(stored):
     ]
 
 
-NO_ELASTIC_SETTING = ["emoe_eval_k", "emoe_coactivation_interval", "emoe_qk_norm", "emoe_clip_qkv"]
+NO_ELASTIC_SETTING = [
+    *("emoe_eval_k", "emoe_coactivation_interval", "emoe_router_watch"),
+    *("emoe_qk_norm", "emoe_clip_qkv"),
+]
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(ElasticConfig)])

@@ -36,6 +36,7 @@ LINES: list[dict[str, Any]] = [
         "emoe_combine": "renormalize",
         "emoe_eval_k": [1, 4],
         "emoe_coactivation_interval": 7,
+        "emoe_router_watch": "stop",
     },
     {
         "emoe_selection": "coactivation",
