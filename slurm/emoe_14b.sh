@@ -22,8 +22,10 @@ EMOE_MODEL_ARGS=qwen1_5_moe_a2_7b.args
 
 # Under sbatch this file is a copy in Slurm's spool: the repository is EMOE_HOME, or the folder of the submission.
 EMOE_SCRIPT=emoe_14b.sh
-for EMOE_HOME in "$(dirname "${BASH_SOURCE[0]}")/.." "${EMOE_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "${SLURM_SUBMIT_DIR:-}/.."; do
+submitted=${SLURM_SUBMIT_DIR:-}
+for EMOE_HOME in "$(dirname "${BASH_SOURCE[0]}")/.." "${EMOE_HOME:-}" "$submitted" "$submitted/.."; do
   [ ! -f "$EMOE_HOME/slurm/job.sh" ] || break
 done
-[ -f "$EMOE_HOME/slurm/job.sh" ] || { echo "$EMOE_SCRIPT: error: no slurm/job.sh found: submit from the repository, or set EMOE_HOME to it" >&2; exit 2; }
+[ -f "$EMOE_HOME/slurm/job.sh" ] ||
+  { echo "$EMOE_SCRIPT: error: no slurm/job.sh found: submit from the repository, or set EMOE_HOME to it" >&2; exit 2; }
 source "$EMOE_HOME/slurm/job.sh"

@@ -37,15 +37,17 @@ claim_folder() {
   local owner=""
   mkdir -p "$logs" || die "EMOE_SAVE $EMOE_SAVE: cannot be written"
   owner=$(cat "$EMOE_SAVE/running_job" 2>/dev/null) || true
-  if [ -n "$owner" ] && [ "$owner" != "$SLURM_JOB_ID" ] && [ "$(squeue -h -j "$owner" -o %T 2>/dev/null)" = RUNNING ]; then
+  [ "$owner" != "$SLURM_JOB_ID" ] || owner=""
+  if [ -n "$owner" ] && [ "$(squeue -h -j "$owner" -o %T 2>/dev/null)" = RUNNING ]; then
     die "EMOE_SAVE $EMOE_SAVE: job $owner, which is running, writes there; wait for it or take another folder"
   fi
   echo "$SLURM_JOB_ID" >"$EMOE_SAVE/running_job"
 }
 
 check_allocation() {
-  [ "$EMOE_GPUS_PER_NODE" = 0 ] || [ -z "${SLURM_GPUS_ON_NODE:-}" ] || [ "$SLURM_GPUS_ON_NODE" -ge "$EMOE_PROCS_PER_NODE" ] ||
-    die "SLURM_GPUS_ON_NODE $SLURM_GPUS_ON_NODE: EMOE_PROCS_PER_NODE $EMOE_PROCS_PER_NODE processes need as many GPUs on each node"
+  [ "$EMOE_GPUS_PER_NODE" != 0 ] && [ -n "${SLURM_GPUS_ON_NODE:-}" ] || return 0
+  [ "$SLURM_GPUS_ON_NODE" -ge "$EMOE_PROCS_PER_NODE" ] ||
+    die "SLURM_GPUS_ON_NODE $SLURM_GPUS_ON_NODE: EMOE_PROCS_PER_NODE $EMOE_PROCS_PER_NODE needs a GPU for each process"
 }
 
 # The address that the nodes meet at. A name need not resolve; Slurm itself knows an address that works.
@@ -59,7 +61,8 @@ first_address() {
 start_step() {
   local container=()
   if [ -n "$EMOE_CONTAINER" ] && [ "$EMOE_CONTAINER_KIND" = pyxis ]; then
-    container=(--container-image="$EMOE_CONTAINER" --container-mounts="$EMOE_HOME,$EMOE_SAVE${EMOE_MOUNTS:+,$EMOE_MOUNTS}")
+    container=(--container-image="$EMOE_CONTAINER"
+      --container-mounts="$EMOE_HOME,$EMOE_SAVE${EMOE_MOUNTS:+,$EMOE_MOUNTS}")
   fi
   export EMOE_RDZV_ADDRESS EMOE_RDZV_PORT=$((20000 + SLURM_JOB_ID % 10000)) EMOE_RUN_ID=$SLURM_JOB_ID.$restarts
   EMOE_RDZV_ADDRESS=$(first_address)
@@ -107,7 +110,8 @@ count_death() {
 after_death() {
   count_death
   [ "$deaths" -ge "$EMOE_DEATHS" ] || requeue "$1 ($deaths of $EMOE_DEATHS since checkpoint $(newest_checkpoint))"
-  say "stopped: the run died $deaths times in a row without a new checkpoint (newest: $(newest_checkpoint)). The last time:"
+  say "stopped: the run died $deaths times in a row without a new checkpoint (newest: $(newest_checkpoint))." \
+    "The last time:"
   cat "$logs/first_failure" >&2 2>/dev/null || say "$1; no rank left a message; logs: $logs"
   exit 1
 }
@@ -117,7 +121,7 @@ after_death() {
 decide() {
   local newest
   newest=$(newest_checkpoint)
-  if [ "$status" = late ]; then after_death "no checkpoint within EMOE_SAVE_SECONDS $EMOE_SAVE_SECONDS of the signal"; fi
+  if [ "$status" = late ]; then after_death "no checkpoint in EMOE_SAVE_SECONDS $EMOE_SAVE_SECONDS after the signal"; fi
   if [ "$asked" = TERM ]; then
     say "ended by SIGTERM at checkpoint $newest: it goes on when Slurm requeues it, or when it is submitted again"
     exit "$status"

@@ -33,7 +33,8 @@ environment() {
 make_launcher() {
   local last=$((EMOE_PROCS_PER_NODE - 1)) address
   address=$(scontrol show node "$SLURMD_NODENAME" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-  launcher=("$EMOE_PYTHON" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$EMOE_PROCS_PER_NODE"
+  launcher=("$EMOE_PYTHON" -m torch.distributed.run
+    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$EMOE_PROCS_PER_NODE"
     --rdzv-backend=c10d --rdzv-endpoint="$EMOE_RDZV_ADDRESS:$EMOE_RDZV_PORT" --rdzv-id="$EMOE_RUN_ID"
     --rdzv-conf="is_host=$((SLURM_NODEID == 0))" --max-restarts=0 ${address:+--local-addr="$address"}
     --log-dir="$here" --redirects=3 --tee="$([ $last = 0 ] || echo 0:3,)$last:3")
@@ -41,13 +42,16 @@ make_launcher() {
   ! takes_flag signals.to.handle || launcher+=(--signals-to-handle=$TORCHELASTIC_SIGNALS_TO_HANDLE)
   ! takes_flag shutdown.timeout || launcher+=(--shutdown-timeout=10)
   [ -z "$EMOE_CONTAINER" ] || [ "$EMOE_CONTAINER_KIND" != apptainer ] ||
-    launcher=(apptainer exec --nv --bind "$EMOE_HOME,$EMOE_SAVE${EMOE_MOUNTS:+,$EMOE_MOUNTS}" "$EMOE_CONTAINER" "${launcher[@]}")
+    launcher=(apptainer exec --nv --bind "$EMOE_HOME,$EMOE_SAVE${EMOE_MOUNTS:+,$EMOE_MOUNTS}"
+      "$EMOE_CONTAINER" "${launcher[@]}")
 }
 
 # Newer versions of torchrun have flags for what older ones read from the environment, and overwrite that.
 takes_flag() {
   [ -z "$EMOE_CONTAINER" ] || return 0  # containers bring a new torch
-  grep -q -- "$1" "$("$EMOE_PYTHON" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/distributed/run.py"
+  local torch
+  torch=$("$EMOE_PYTHON" -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')
+  grep -q -- "$1" "$torch/distributed/run.py"
 }
 
 # Runs torchrun with the signals ignored; its messages also go to a file, from which the first failed rank is read.
@@ -66,7 +70,8 @@ launch() {
 # The first of all nodes to get here says which rank failed first and how its log ends.
 report_failure() {
   local rank local_rank log
-  read -r rank local_rank < <(awk '/Root Cause/ {seen = 1} seen && $1 == "rank" {gsub(/[^0-9 ]/, ""); print $1, $2; exit}' "$here/torchrun.log")
+  local find_rank='/Root Cause/ {seen = 1} seen && $1 == "rank" {gsub(/[^0-9 ]/, ""); print $1, $2; exit}'
+  read -r rank local_rank < <(awk "$find_rank" "$here/torchrun.log")
   log=$(ls -t "$here"/*/attempt_0/"${local_rank:-x}"/stderr.log 2>/dev/null | head -n 1)
   set -o noclobber
   {

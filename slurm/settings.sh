@@ -52,7 +52,7 @@ default_settings() {
 demand() {
   local name
   for name in "$@"; do
-    [ -n "${!name:-}" ] || die "$name is not set: give it in $EMOE_CLUSTER_ENV (cluster.env.example explains it) or in the environment"
+    [ -n "${!name:-}" ] || die "$name is not set: give it in $EMOE_CLUSTER_ENV (cluster.env.example explains it)"
   done
 }
 
@@ -73,7 +73,7 @@ check_settings() {
   demand_number EMOE_SAVE_SECONDS 1
   demand_number EMOE_REMIND_SECONDS 1
   [ "$EMOE_GPUS_PER_NODE" = 0 ] || [ "$EMOE_PROCS_PER_NODE" -le "$EMOE_GPUS_PER_NODE" ] ||
-    die "EMOE_PROCS_PER_NODE $EMOE_PROCS_PER_NODE: at most one process for each of the EMOE_GPUS_PER_NODE $EMOE_GPUS_PER_NODE"
+    die "EMOE_PROCS_PER_NODE $EMOE_PROCS_PER_NODE: at most one process for each of $EMOE_GPUS_PER_NODE GPUs"
   case $EMOE_CONTAINER_KIND in
     pyxis | apptainer) ;;
     *) die "EMOE_CONTAINER_KIND $EMOE_CONTAINER_KIND: must be pyxis or apptainer" ;;
@@ -102,14 +102,14 @@ plan() {
   local memory=(--gpus-per-node "$EMOE_PROCS_PER_NODE" --gpu-memory "$EMOE_GPU_MEMORY") more=()
   read -r -a more <<<"$EMOE_PLAN_FLAGS"
   [[ ! $EMOE_RECIPE =~ ^@[^\ ]+$ ]] || memory+=(--recipe "${EMOE_RECIPE#@}")
-  PYTHONWARNINGS=ignore PYTHONPATH=$EMOE_HOME "$EMOE_CHECK_PYTHON" "$EMOE_HOME/tools/plan_job.py" --model "$EMOE_MODEL" --gpus "$world_size" "${memory[@]}" \
-    ${more[@]+"${more[@]}"} "$@"
+  PYTHONWARNINGS=ignore PYTHONPATH=$EMOE_HOME "$EMOE_CHECK_PYTHON" "$EMOE_HOME/tools/plan_job.py" \
+    --model "$EMOE_MODEL" --gpus "$world_size" "${memory[@]}" ${more[@]+"${more[@]}"} "$@"
 }
 
 # Megatron's flags of the layout: EMOE_LAYOUT, or the planner's best that fits.
 find_layout() {
   [ -n "$EMOE_LAYOUT" ] || EMOE_LAYOUT=$(plan --print-flags) ||
-    die "no layout for $EMOE_MODEL on $nodes nodes of $EMOE_PROCS_PER_NODE GPUs with $EMOE_GPU_MEMORY GB (the planner's rule is above)"
+    die "no layout for $EMOE_MODEL on $nodes x $EMOE_PROCS_PER_NODE GPUs of $EMOE_GPU_MEMORY GB (the rule is above)"
 }
 
 # Sets words: the flags of pretrain_emoe.py without --data-path, which a node may have staged elsewhere.

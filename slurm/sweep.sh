@@ -22,17 +22,20 @@ set -euo pipefail
 EMOE_MODEL=sweep
 EMOE_MODEL_ARGS=""
 EMOE_SCRIPT=sweep.sh
-for EMOE_HOME in "$(dirname "${BASH_SOURCE[0]}")/.." "${EMOE_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "${SLURM_SUBMIT_DIR:-}/.."; do
+submitted=${SLURM_SUBMIT_DIR:-}
+for EMOE_HOME in "$(dirname "${BASH_SOURCE[0]}")/.." "${EMOE_HOME:-}" "$submitted" "$submitted/.."; do
   [ ! -f "$EMOE_HOME/slurm/settings.sh" ] || break
 done
 [ -f "$EMOE_HOME/slurm/settings.sh" ] ||
-  { echo "$EMOE_SCRIPT: error: no slurm/settings.sh found: submit from the repository, or set EMOE_HOME to it" >&2; exit 2; }
+  { echo "$EMOE_SCRIPT: error: no slurm/settings.sh found: submit from the repository, or set EMOE_HOME" >&2; exit 2; }
 source "$EMOE_HOME/slurm/settings.sh"
 
 check_sweep() {
   local k
   demand EMOE_SWEEP_LOAD EMOE_SWEEP_K EMOE_SWEEP_OUT EMOE_ACCOUNT EMOE_PARTITION
-  for k in $EMOE_SWEEP_K; do [[ $k =~ ^[1-9][0-9]*$ ]] || die "EMOE_SWEEP_K $EMOE_SWEEP_K: $k is no number of experts"; done
+  for k in $EMOE_SWEEP_K; do
+    [[ $k =~ ^[1-9][0-9]*$ ]] || die "EMOE_SWEEP_K $EMOE_SWEEP_K: $k is no number of experts"
+  done
   [[ $EMOE_SWEEP_OUT == *.json ]] || die "EMOE_SWEEP_OUT $EMOE_SWEEP_OUT: must end in .json"
   [ -n "$dry_run" ] || [ -e "$EMOE_SWEEP_LOAD/latest_checkpointed_iteration.txt" ] ||
     die "EMOE_SWEEP_LOAD $EMOE_SWEEP_LOAD: no checkpoint in it (latest_checkpointed_iteration.txt is missing)"

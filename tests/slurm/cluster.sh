@@ -98,7 +98,9 @@ start_daemons() {
   done
 }
 
-both_answer() { [ "$(sinfo -h -N -p batch -o '%N %T' 2>/dev/null | grep -cE ' (idle|mixed|allocated|completing)$')" = 2 ]; }
+both_answer() {
+  [ "$(sinfo -h -N -p batch -o '%N %T' 2>/dev/null | grep -cE ' (idle|mixed|allocated|completing)$')" = 2 ]
+}
 
 await_nodes() {
   local second
