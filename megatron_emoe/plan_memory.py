@@ -11,6 +11,8 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
+from itertools import product
 
 from megatron_emoe.flops import is_gated, moe_layer_numbers
 from megatron_emoe.plan_layout import Layout, stage_layers
@@ -184,12 +186,16 @@ def largest_sum(probabilities: Mapping[int, float], layers: int, each_its_own: b
     """
     if not each_its_own:
         return float(layers * max(probabilities))
+    return _quantile_of_sum(tuple(probabilities.items()), layers)
+
+
+@cache  # a search asks for the same few hundreds of times
+def _quantile_of_sum(probabilities: tuple[tuple[int, float], ...], layers: int) -> float:
     sums = {0: 1.0}
     for _ in range(layers):
         after: dict[int, float] = {}
-        for total, p in sums.items():
-            for k, q in probabilities.items():
-                after[total + k] = after.get(total + k, 0.0) + p * q
+        for (total, p), (k, q) in product(sums.items(), probabilities):
+            after[total + k] = after.get(total + k, 0.0) + p * q
         sums = after
     above = 0.0
     for total in sorted(sums, reverse=True):

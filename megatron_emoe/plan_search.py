@@ -3,8 +3,8 @@
 An estimate of the step's time ranks layouts and does nothing else (hours follow from --mfu): the model's FLOPs and
 those of recomputation at half of the GPU's peak, the routed experts' slower the fewer rows an expert has; stretched by
 the pipeline's bubble and its longest stage; all bytes sent, at the links' bandwidths and nothing hidden; half a
-millisecond for each layer and micro-batch. Of the layouts within 5 % of the shortest the one that needs least memory
-is best: the estimate is not finer than that, and a job that runs out of memory is slower.
+millisecond for each layer and micro-batch. The estimate is no finer than 5 %: of the layouts that close to the shortest
+the best is the one with the fewest tensor and pipeline ranks, and of those the one that needs least memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Machine:
     within a node and out of it. imbalance: rows of the busiest rank's experts, as a multiple of the mean."""
 
     gpu_memory: float = 80.0
-    reserve: float = 6.0
+    reserve: float = 8.0
     tflops: float = 989.0
     mfu: float = 0.3
     node_gbs: float = 300.0
@@ -233,12 +233,12 @@ def propose(model: PlannedModel, wanted: Wanted, machine: Machine) -> list[Plan]
 
 
 def _ranked(plans: Sequence[Plan]) -> list[Plan]:
-    """The best of each division: first of all the leanest among those that are about as fast as the fastest."""
+    """The best of each division: first of all the simplest among those that are about as fast as the fastest."""
     shortest = min(plan.estimate for plan in plans)
     close = [plan for plan in plans if plan.estimate <= CLOSE * shortest]
-    leanest = min(close, key=lambda plan: plan.memory[plan.fullest].total)
+    simplest = min(close, key=lambda plan: (plan.layout.tp * plan.layout.pp, plan.memory[plan.fullest].total))
     best: dict[tuple[int, ...], Plan] = {}
-    for plan in [leanest, *sorted(plans, key=lambda plan: plan.estimate)]:
+    for plan in [simplest, *sorted(plans, key=lambda plan: plan.estimate)]:
         best.setdefault((plan.layout.tp, plan.layout.pp, plan.layout.ep), plan)
     return list(best.values())
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_emoe.plan_layout import Layout
-from megatron_emoe.plan_traffic import KINDS, Transfer, sent_by_kind, stage_transfers
+from megatron_emoe.plan_traffic import stage_transfers
 from tests.distributed import run_ranks
 from tests.tiny import flags, train
 

@@ -89,7 +89,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "--reserve",
         type=positive,
         default=default.reserve,
-        help="GiB of it for CUDA context, NCCL, workspaces and fragmentation (6)",
+        help="GiB of it for CUDA context, NCCL, workspaces and fragmentation (8)",
     )
     machine.add_argument("--gpu-tflops", type=positive, default=default.tflops, help="peak of a GPU (989: H100, bf16)")
     machine.add_argument("--mfu", type=positive, default=default.mfu, help="share of the peak that hours assume (0.3)")
