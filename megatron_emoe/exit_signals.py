@@ -6,8 +6,10 @@ whole steps. Here both count from the first moment of the process, and an evalua
 
 from __future__ import annotations
 
+import atexit
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 from megatron_emoe import flag_files
@@ -35,8 +37,13 @@ def start() -> None:
     except ValueError:
         return  # the same file is read again and refused with a message
     if _FLAG in words:
-        for number in SIGNALS:
-            signal.signal(number, _note)
+        _handle(_note)
+        atexit.register(_handle, signal.SIG_IGN)  # the interpreter's end restores the defaults: a repeat would kill
+
+
+def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in SIGNALS:
+        signal.signal(number, handler)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

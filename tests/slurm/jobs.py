@@ -120,16 +120,17 @@ class TinyJob:
         until(reached, seconds, f"iteration {iteration}")
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that run now."""
-        found = []
+        """Process ids of the ranks that run now, without the processes that they fork to write checkpoints."""
+        found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
             if b"-u" in words[1:2] and str(self.save).encode() in words and b"pretrain_emoe.py" in words[2]:
-                found.append(int(entry.name))
-        return sorted(found)
+                found[int(entry.name)] = parent
+        return sorted(pid for pid, parent in found.items() if parent not in found)
 
     def kill_rank(self, which: int) -> bool:
         """SIGKILL to one rank, if there is one."""

@@ -72,7 +72,7 @@ def test_preempted_it_saves_and_goes_on_when_the_nodes_are_free(partition, job, 
     job.until_iteration(5)
     options = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={job.folder}/urgent.out"]
     slurm("sbatch", *options, "--wrap=sleep 3")
-    until(lambda: job.restarts == 1, 90, "requeue")
+    until(lambda: job.restarts == 1 and job.checkpoint, 90, "checkpoint and requeue")
     assert 5 <= job.checkpoint < 50
     assert_undisturbed(job, whole, job.wait())
     assert not (job.save / "deaths").exists()
