@@ -115,6 +115,21 @@ def broken_rules(args: Namespace, layout: Layout) -> Iterator[str]:
         yield f"--pp {layout.pp}: more stages than the model's {args.num_layers} layers (--num-layers)"
     yield from _broken_tensor_rules(args, layout)
     yield from _broken_batch_rules(args, layout)
+    if layout.fp8:
+        yield from _broken_fp8_rules(args, layout)
+
+
+def _broken_fp8_rules(args: Namespace, layout: Layout) -> Iterator[str]:
+    """FP8 products take tensors whose sides are multiples of 16."""
+    sides = {
+        f"--micro-batch {layout.micro_batch} x --seq {layout.seq} / --tp {layout.tp}": layout.tokens,
+        "the model's --hidden-size": args.hidden_size,
+        f"--ffn-hidden-size / --tp {layout.tp}": args.ffn_hidden_size // layout.tp,
+        f"--moe-ffn-hidden-size / --etp {layout.etp}": args.moe_ffn_hidden_size // layout.etp,
+    }
+    for side, size in sides.items():
+        if size % 16:
+            yield f"--precision fp8: {side} = {size} must be a multiple of 16"
 
 
 def _broken_sizes(layout: Layout) -> Iterator[str]:

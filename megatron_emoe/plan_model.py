@@ -43,6 +43,8 @@ OF_THE_LAYOUT = {
 _NOT_PLANNED = {
     "mtp_num_layers": "layers that predict further tokens",
     "emoe_distill_coeff": "the teacher's forward pass",
+    "num_layers_per_virtual_pipeline_stage": "interleaved pipelines",
+    "num_virtual_stages_per_pipeline_rank": "interleaved pipelines",
     "q_lora_rank": "compressed queries",
     "moe_latent_size": "experts in a latent space",
     "moe_expert_capacity_factor": "dropped and padded tokens",

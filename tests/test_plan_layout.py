@@ -47,7 +47,7 @@ def test_more_stages_than_layers():
 
 
 def test_a_possible_layout_breaks_no_rule():
-    assert list(broken_rules(MODEL, GOOD)) == []
+    assert list(broken_rules(MODEL, GOOD)) == list(broken_rules(MODEL, replace(GOOD, fp8=True))) == []
 
 
 BROKEN = [
@@ -61,6 +61,11 @@ BROKEN = [
     ({"seq": 16384}, "--seq 16384: must not exceed the model's --max-position-embeddings 8192"),
     ({"seq": 4095}, "--tp 2: must divide --seq 4095, which its ranks share (--sequence-parallel)"),
     ({"global_batch": 6}, "--global-batch 6: must be a multiple of --micro-batch 1 x 4 data-parallel ranks"),
+    (
+        {"fp8": True, "tp": 4, "seq": 4},
+        "--precision fp8: --micro-batch 1 x --seq 4 / --tp 4 = 1 must be a multiple of 16",
+    ),
+    ({"fp8": True, "etp": 128}, "--precision fp8: --moe-ffn-hidden-size / --etp 128 = 12 must be a multiple of 16"),
     ({"gpus": 12}, "--gpus 12: must be a multiple of --gpus-per-node 8, or fit on one node"),
 ]
 

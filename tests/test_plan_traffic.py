@@ -1,4 +1,4 @@
-"""Planned bytes equal those of every collective of a host-mode run; hand-worked numbers for what host mode has not."""
+"""Planned bytes equal those of every collective of a host-mode run."""
 
 import sys
 from collections import Counter
@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from megatron_emoe.active_k import Place, scheduled_k
+from megatron_emoe.elastic_config import ElasticConfig
 from megatron_emoe.plan_layout import Layout
 from megatron_emoe.plan_traffic import stage_transfers
 from tests.distributed import run_ranks
@@ -185,3 +187,16 @@ def test_planned_bytes_equal_those_of_every_collective(case):
             planned[transfer.kind, transfer.operation] += transfer.payload * ranks // layout.pp
     assert {key: value for key, value in counted.items() if value} == dict(planned)
     assert planned
+
+
+def test_bytes_follow_the_k_that_each_layer_drew():
+    """The counted step is the second, iteration 1: its draws are known, and a plan at E[k] is their mean over steps."""
+    drawn = {"emoe_selection": "prefix", "emoe_k_schedule": "uniform", "emoe_k_min": 1, "emoe_k_max": 6, "emoe_seed": 5}
+    elastic = ElasticConfig(**drawn, emoe_k_draw="layer")
+    ks = [scheduled_k(elastic, TINY["moe_router_topk"], Place(1, 0, layer)) for layer in (1, 2)]
+    assert len(set(ks)) == 2
+    changes = {"expert_model_parallel_size": 2, "emoe_k_draw": "layer"} | drawn
+    runs = run_ranks(counted_run, 2, flags(**TINY | changes))
+    counted = sum(payloads["all-to-all", "all-to-all"] for payloads, _ in runs)
+    transfers = stage_transfers(runs[0][1], layout_of(2, runs[0][1]), 0, sum(ks) / 2, local=True)
+    assert counted == 2 * sum(t.payload for t in transfers if t.operation == "all-to-all")
