@@ -46,7 +46,7 @@ class Site:
         known = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "EMOE_"))}
         known |= {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "EMOE_CLUSTER_ENV": str(path)}
         command = ["bash", str(REPO / "slurm" / script), *words]
-        done = subprocess.run(command, env=known | env, capture_output=True, text=True, cwd=cwd or REPO, timeout=120)
+        done = subprocess.run(command, env=known | env, capture_output=True, text=True, cwd=cwd or REPO, timeout=300)
         assert "Traceback" not in done.stderr, done.stderr
         return done
 

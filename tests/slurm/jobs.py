@@ -51,6 +51,22 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> None:
         time.sleep(0.3)
 
 
+def words_of(pid: int) -> list[str]:
+    """Command line of a process; nothing where there is none."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def parent_of(pid: int) -> int:
+    """Process id of the parent; 0 where there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 @dataclass
 class TinyJob:
     """A job in a folder of its own. env: settings of this job; number: Slurm's, once it is submitted."""
@@ -120,17 +136,10 @@ class TinyJob:
         until(reached, seconds, f"iteration {iteration}")
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that run now, without the processes that they fork to write checkpoints."""
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            if b"-u" in words[1:2] and str(self.save).encode() in words and b"pretrain_emoe.py" in words[2]:
-                found[int(entry.name)] = parent
-        return sorted(pid for pid, parent in found.items() if parent not in found)
+        """Process ids of the ranks that run now: torchrun's children, not the processes that they fork to write."""
+        pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+        ours = [pid for pid in pids if str(self.save) in words_of(pid) and "-u" in words_of(pid)[1:2]]
+        return sorted(pid for pid in ours if "torch.distributed.run" in words_of(parent_of(pid)))
 
     def kill_rank(self, which: int) -> bool:
         """SIGKILL to one rank, if there is one."""
