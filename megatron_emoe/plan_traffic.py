@@ -11,6 +11,7 @@ import math
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 from megatron_emoe.flops import moe_layer_numbers
@@ -48,13 +49,10 @@ def stage_transfers(args: Namespace, layout: Layout, stage: int, k: float, *, lo
 
     k: experts per token, the mean over micro-batches and layers. local: see stage_parameters.
     """
-    found = [
-        _times(transfer, layout.micro_batches)
-        for each in (_layers(args, layout, stage, k, local), _ends(args, layout, stage), _pipeline(args, layout, stage))
-        for transfer in each
-    ]
-    found += [*_gradients(args, layout, stage, local)]
-    return [transfer for transfer in found if transfer.ranks > 1 and transfer.payload]
+    each_time = (_layers(args, layout, stage, k, local), _ends(args, layout, stage), _pipeline(args, layout, stage))
+    found = [_times(transfer, layout.micro_batches) for transfer in chain(*each_time) if transfer.ranks > 1]
+    found += [transfer for transfer in _gradients(args, layout, stage, local) if transfer.ranks > 1]
+    return [transfer for transfer in found if transfer.payload]
 
 
 def sent_by_kind(transfers: Iterable[Transfer]) -> dict[Kind, float]:

@@ -85,31 +85,36 @@ def test_a_person_reads_layout_memory_traffic_time_and_runners_up():
     assert {"--use-distributed-optimizer", "--expert-model-parallel-size", "4096"} <= set(shlex.split(flags))
 
 
+MODELS = ("olmoe-7b", "qwen1.5-moe-14b", "deepseek-v2-lite-16b", "ernie-4.5-21b")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", [8, 16, 32])
 @pytest.mark.parametrize("memory", [80, 141])
 def test_each_model_has_a_layout_that_megatron_takes(gpus, memory):
-    for name in ("olmoe-7b", "qwen1.5-moe-14b", "deepseek-v2-lite-16b", "ernie-4.5-21b"):
-        answer = plan("--model", name, "--gpus", gpus, "--gpu-memory", memory, "--recipe", RECIPE, "--print-flags")
-        assert answer.status == 0, (name, answer.err)
-        assert run_ranks(accepted, 1, name, gpus, answer.out) == [gpus], name
+    assert run_ranks(accepted, 1, gpus, memory)[0] == dict.fromkeys(MODELS, gpus)
 
 
-def accepted(name: str, gpus: int, flags: str) -> int:
-    """The world size that Megatron's own checks find right for these flags."""
+def accepted(gpus: int, memory: int) -> dict[str, int]:
+    """The world size that Megatron's own checks find right for the flags of each model's plan."""
     from megatron.training.arguments import parse_args, validate_args
 
     from megatron_emoe import flag_files
     from megatron_emoe.arguments import add_arguments, command_line
     from megatron_emoe.plan_model import read_model
 
-    model = read_model(name, None, None)
-    words = flag_files.expand([*model.words, f"@{RECIPE}", *shlex.split(flags)])
-    with command_line(words), contextlib.redirect_stdout(io.StringIO()):
-        args = parse_args(add_arguments)
-        args.rank, args.world_size = 0, gpus
-        validate_args(args)
-    return args.data_parallel_size * args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    worlds = {}
+    for name in MODELS:
+        words = ["--model", name, "--gpus", gpus, "--gpu-memory", memory, "--recipe", RECIPE, "--print-flags"]
+        answer = run_tool("plan_job", *words)
+        assert answer.status == 0, (name, answer.err)
+        flags = [*read_model(name, None, None).words, f"@{RECIPE}", *shlex.split(answer.out)]
+        with command_line(flag_files.expand(flags)), contextlib.redirect_stdout(io.StringIO()):
+            args = parse_args(add_arguments)
+            args.rank, args.world_size = 0, gpus
+            validate_args(args)
+        worlds[name] = args.data_parallel_size * args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    return worlds
 
 
 REFUSED = [
