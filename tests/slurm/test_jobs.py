@@ -107,7 +107,7 @@ def test_a_job_that_dies_three_times_without_a_checkpoint_stops_and_says_why(job
 
 
 def test_a_job_that_dies_when_it_starts_is_refused_before_it_is_submitted(job):
-    env = os.environ | {"EMOE_CLUSTER_ENV": str(write_settings(job.folder))}
+    env = os.environ | {"EMOE_CLUSTER_ENV": str(write_settings(job.folder, **LENGTH))}
     done = subprocess.run([SCRIPT, "--", "--num-experts", "7"], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "error: Number of experts should be a multiple" in done.stderr
     assert slurm("squeue", "-h", "-o", "%j") == "" and not job.save.exists()
