@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,7 +26,7 @@ from megatron_emoe.plan_layout import Layout, broken_rules
 from megatron_emoe.plan_model import OF_THE_LAYOUT
 from megatron_emoe.plan_parameters import stage_parameters
 
-WRITERS = {"tensorboard_dir": None, "wandb_project": "", "exit_signal_handler": False}
+WRITERS: dict[str, Any] = {"tensorboard_dir": None, "wandb_project": "", "exit_signal_handler": False}
 """Set for the check alone: it opens no log and leaves signals as they are."""
 
 
