@@ -84,7 +84,7 @@ PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF MaxTime=INFINIT
 END
 }
 
-alive() { [ -s "$DIR/run/$1.pid" ] && kill -0 "$(cat "$DIR/run/$1.pid")" 2>/dev/null; }
+alive() { [ -s "$DIR/run/$1.pid" ] && kill -0 "$(cat "$DIR/run/$1.pid" 2>/dev/null)" 2>/dev/null; }
 
 start_daemons() {
   alive munged || { rm -f "$DIR/run/munge.socket"*; munged --force --key-file "$DIR/munge.key" \
@@ -120,7 +120,7 @@ stop() {
     alive $name || continue
     kill "$(cat "$DIR/run/$name.pid")"
     for _ in $(seq 50); do alive $name || break; sleep 0.2; done
-    alive $name && kill -KILL "$(cat "$DIR/run/$name.pid")" || true
+    ! alive $name || kill -KILL "$(cat "$DIR/run/$name.pid")" 2>/dev/null || true
   done
 }
 
