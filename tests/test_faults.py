@@ -5,7 +5,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -37,11 +36,16 @@ def before_save(number: int, act) -> None:
     dist_checkpointing.save = watched
 
 
-def no_room() -> None:
-    """From the second save on, no file may grow beyond 20 kB, as on a disk that is full."""
+def no_room(said: Path) -> None:
+    """From the second save on, no file may grow beyond 20 kB, as on a disk that is full. said: gets what is said."""
+    report = recovery.report_failed_save
+    lines: list[str] = []
 
-    report = recovery.report_failed_save  # to stderr, which the test sees
-    recovery.report_failed_save = partial(report, say=lambda line: print(line, file=sys.stderr, flush=True))
+    def note(line: str) -> None:
+        lines.append(line)
+        said.write_text("\n".join(lines))
+
+    recovery.report_failed_save = partial(report, say=note)
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -62,13 +66,16 @@ def assert_goes_on(folder: Path, from_iteration: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_save_without_room_keeps_the_one_before_and_says_so(tmp_path, capfd):
+def test_a_save_without_room_keeps_the_one_before_and_says_so(tmp_path):
+    save, said = tmp_path / "save", tmp_path / "said"
     with pytest.raises(RuntimeError, match="CheckpointException"):
-        run_ranks(train, 2, flags(**RUN | {"save": tmp_path}), False, no_room)
-    said = capfd.readouterr().err
-    assert f"--save {tmp_path}: a checkpoint could not be written; the checkpoint of iteration 2 is whole" in said
-    assert f"{tmp_path}/iter_0000004: the half-written checkpoint is removed" in said
-    assert_goes_on(tmp_path, 2)
+        run_ranks(train, 2, flags(**RUN | {"save": save}), False, partial(no_room, said))
+    failed, removed = said.read_text().splitlines()
+    assert failed.startswith(
+        f"--save {save}: a checkpoint could not be written; the checkpoint of iteration 2 is whole"
+    )
+    assert removed == f"{save}/iter_0000004: the half-written checkpoint is removed"
+    assert_goes_on(save, 2)
 
 
 @pytest.mark.slow
