@@ -128,12 +128,12 @@ class TinyJob:
     def until_iteration(self, iteration: int, seconds: float = 120) -> None:
         """Wait until the current start of the job has logged an iteration from this one on."""
 
-        def reached() -> bool:
-            logs = self.save.glob(f"logs/{self.number}.{self.restarts}/node*/*/attempt_0/*/stdout.log")
-            numbers = [int(n) for log in logs for n in re.findall(r"iteration +(\d+)/", log.read_text())]
-            return max(numbers, default=-1) >= iteration
+        until(lambda: self.logged(self.restarts) >= iteration, seconds, f"iteration {iteration}")
 
-        until(reached, seconds, f"iteration {iteration}")
+    def logged(self, start: int) -> int:
+        """The newest iteration that a start of the job, counted from 0, has logged; -1: none."""
+        logs = self.save.glob(f"logs/{self.number}.{start}/node*/*/attempt_0/*/stdout.log")
+        return max((int(n) for log in logs for n in re.findall(r"iteration +(\d+)/", log.read_text())), default=-1)
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks that run now: torchrun's children, not the processes that they fork to write."""

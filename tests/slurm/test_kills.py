@@ -48,14 +48,15 @@ def test_killed_twenty_times_it_ends_with_the_same_checkpoint(job, whole):
     job.env["EMOE_DEATHS"] = "100"
     job.submit(train_iters=120, save_interval=5)
     done: Counter[str] = Counter()
-    unfinished = 0
+    unfinished, lost = 0, []
     while done.total() < KILLS:
         until(lambda: len(job.ranks()) == 2, 120, "ranks")
-        way = WAYS[done.total() % len(WAYS)]
+        way, start = WAYS[done.total() % len(WAYS)], job.restarts
         done[way.__name__] += way(job)
         until(lambda: not job.ranks(), 60, "end of the other rank")
+        lost.append(max(0, job.logged(start) - job.checkpoint))
         unfinished += newest_folder(job.save) > job.checkpoint
-    print(f"kills: {dict(done)}; saves left unfinished: {unfinished}; restarts: {job.restarts}")
+    print(f"kills: {dict(done)}; saves left unfinished: {unfinished}; restarts: {job.restarts}; steps lost: {lost}")
     assert unfinished >= 3 and job.state != "COMPLETED"
     assert job.wait(400) == "COMPLETED", job.output[-3000:]
     assert_same_checkpoint(whole.save, job.save, 120)
