@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import CLUSTER, TinyJob, slurm
+from tests.slurm.jobs import CLUSTER, ITERATIONS, TinyJob, slurm
 
 
 def _is_up() -> bool:
@@ -36,6 +36,6 @@ def job(cluster: None, tmp_path: Path) -> Iterator[TinyJob]:
 def whole(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
     """The run that was never disturbed, checkpoints at every fifth iteration: what the others are compared with."""
     made = TinyJob(tmp_path_factory.mktemp("whole"))
-    made.submit(train_iters=120, save_interval=5)
+    made.submit(train_iters=ITERATIONS, save_interval=5)
     assert made.wait(400) == "COMPLETED", made.output[-3000:]
     return made

@@ -18,6 +18,8 @@ CLUSTER = REPO / "tests" / "slurm" / "cluster.sh"
 SEVERAL = {"moe_router_topk": 3, "emoe_k_schedule": "uniform", "emoe_k_min": 1, "emoe_k_max": 4}
 RUN = COACTIVATION | SEVERAL | {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
 
+ITERATIONS = 240  # of the undisturbed run, and of the one that is killed: more than it gets to between twenty kills
+
 # As a user's file; settings of one test come from its environment.
 CLUSTER_ENV = """
 : "${{EMOE_ACCOUNT:=none}}" "${{EMOE_PARTITION:=none}}" "${{EMOE_DATA:=none}}" "${{EMOE_BASE:=none}}"

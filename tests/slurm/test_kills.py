@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import TinyJob, until
+from tests.slurm.jobs import ITERATIONS, TinyJob, until
 from tests.test_resume import assert_same_checkpoint
 
 pytestmark = pytest.mark.slurm
@@ -30,13 +30,12 @@ def kill_in_a_save(job: TinyJob) -> bool:
 
 
 def kill_at_the_start(job: TinyJob) -> bool:
-    time.sleep(random.uniform(0, 14))
+    time.sleep(random.uniform(0, 6))
     return job.kill_rank(random.randrange(2))
 
 
 def kill_in_training(job: TinyJob) -> bool:
-    job.until_iteration(1)
-    time.sleep(random.uniform(0, 3))
+    job.until_iteration(job.checkpoint + random.randrange(1, 7))
     return job.kill_rank(random.randrange(2))
 
 
@@ -46,7 +45,7 @@ WAYS = (kill_in_a_save, kill_at_the_start, kill_in_a_save, kill_in_training)
 def test_killed_twenty_times_it_ends_with_the_same_checkpoint(job, whole):
     random.seed(11)
     job.env["EMOE_DEATHS"] = "100"
-    job.submit(train_iters=120, save_interval=5)
+    job.submit(train_iters=ITERATIONS, save_interval=5)
     done: Counter[str] = Counter()
     unfinished, lost = 0, []
     while done.total() < KILLS:
@@ -59,4 +58,4 @@ def test_killed_twenty_times_it_ends_with_the_same_checkpoint(job, whole):
     print(f"kills: {dict(done)}; saves left unfinished: {unfinished}; restarts: {job.restarts}; steps lost: {lost}")
     assert unfinished >= 3 and job.state != "COMPLETED"
     assert job.wait(400) == "COMPLETED", job.output[-3000:]
-    assert_same_checkpoint(whole.save, job.save, 120)
+    assert_same_checkpoint(whole.save, job.save, ITERATIONS)
