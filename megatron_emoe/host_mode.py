@@ -59,6 +59,7 @@ _IMPOSSIBLE = {
         "--moe-permute-fusion --moe-router-fusion --moe-grouped-gemm --moe-enable-deepep --use-flash-attn"
     ),
     "the overlap needs the streams of a GPU": "--tp-comm-overlap --overlap-moe-expert-parallel-comm",
+    "training would change the tensors while they are written": "--async-save --use-persistent-ckpt-worker",
     "everything is in host memory already": "--optimizer-cpu-offload --fine-grained-activation-offloading",
     "CUDA graphs need a GPU": "--enable-cuda-graph --external-cuda-graph --optimizer-cuda-graph",
     "gloo carries all messages": "--use-nccl-ub --use-sharp --pipeline-model-parallel-comm-backend",
@@ -297,9 +298,6 @@ def _adapt_core() -> None:
     # Without a CUDA context to protect, the checkpoint writer's queue need not import the program anew (ten seconds).
     queue = functools.partial(filesystem_async.get_write_results_queue, mp_mode="fork")
     filesystem_async.get_write_results_queue = queue
-    # Likewise its process for asynchronous saves, which would ask the real torch.cuda for a device.
-    start_worker = initialize.init_persistent_async_worker
-    initialize.init_persistent_async_worker = lambda rank, mp_mode: start_worker(rank, "fork")
     _allow_no_cuda(initialize.initialize_megatron)
     _recompute_without_engine(random)
     _replace_norm()

@@ -321,6 +321,10 @@ def test_norms_tell_the_core_whether_their_input_is_a_shard():
         ("--moe-permute-fusion", "not possible in host mode, the fused kernel runs on GPUs only; leave it out"),
         ("--use-flash-attn", "not possible in host mode, the fused kernel runs on GPUs only; leave it out"),
         ("--tp-comm-overlap", "not possible in host mode, the overlap needs the streams of a GPU; leave it out"),
+        (
+            "--async-save",
+            "not possible in host mode, training would change the tensors while they are written; leave it out",
+        ),
         ("--use-megatron-fsdp", "not possible in host mode, FSDP places its shards by CUDA device; leave it out"),
     ],
 )
