@@ -12,16 +12,18 @@ from megatron_emoe import exit_signals, host_mode
 exit_signals.start()
 host_mode.start()
 
+from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from megatron_emoe.arguments import parse  # noqa: E402
+from megatron_emoe.checkpoint import recovery_of  # noqa: E402
 from megatron_emoe.data import build_datasets  # noqa: E402
 from megatron_emoe.hf.companions import keep_companions  # noqa: E402
 from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402
-from megatron_emoe.recovery import report_failed_save  # noqa: E402
+from megatron_emoe.recovery import report_failed_save, set_aside_flipped  # noqa: E402
 from megatron_emoe.training import ElasticLoop  # noqa: E402
 
 
@@ -40,9 +42,13 @@ def main() -> None:
             loop.forward_step,
             non_loss_data_func=loop.validate_at_each_k if model.transformer.emoe_eval_k else None,
         )
-    except CheckpointException as error:  # on every rank
+    except CheckpointException as error:  # of torch's writer, on every rank
         if args.rank == 0 and args.save:
             report_failed_save(Path(args.save), error)
+        raise
+    except CheckpointingException as error:  # of the core's --verify-integrity, on every rank
+        if args.rank == 0 and recovery_of(args) is not None:
+            set_aside_flipped(Path(args.load), error)
         raise
 
 

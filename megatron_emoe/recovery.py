@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 _FOLDER = re.compile(r"iter_(\d{7,})")
 _SET_ASIDE = ".damaged"
+_FLIPPED = "integrity verification failed"  # in the core's message where hashes differ; a lost manifest has another
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Recovery:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a torch_dist checkpoint, from its .metadata and the sizes of its files; None: nothing.
 
-    Every file must hold the bytes that .metadata says are in it. Flipped bits are not seen: --verify-integrity.
+    Every file must hold the bytes that .metadata says are in it. Flipped bits are not seen here: set_aside_flipped.
     """
     if not (checkpoint / ".metadata").is_file():
         return ".metadata is missing"
@@ -144,6 +145,23 @@ def carry_out_together(recovery: Recovery) -> None:
     if torch.distributed.get_rank() == 0:
         carry_out(recovery)
     torch.distributed.barrier()
+
+
+def set_aside_flipped(folder: Path, error: BaseException, say: Callable[[str], None] = print) -> None:
+    """After Megatron's --verify-integrity found bits that flipped in the newest checkpoint: the next start does not.
+
+    It is set aside and the one before is named. Another error of reading touches nothing; nor does this one where no
+    checkpoint before is whole. One process does it, when every rank has the error.
+    """
+    newest = _named(folder)
+    if _FLIPPED not in str(error) or not newest:
+        return
+    kept, damaged = _newest_whole(folder, newest - 1)
+    if kept is None:
+        say(f"{folder}: iter_{newest:07d} is damaged (its hashes differ), and none before it is whole")
+        return
+    flipped = (folder / f"iter_{newest:07d}", "its hashes differ")
+    carry_out(Recovery(folder, kept, (flipped, *damaged), ()), say)
 
 
 def report_failed_save(folder: Path, error: BaseException, say: Callable[[str], None] = print) -> None:

@@ -78,6 +78,36 @@ def test_a_save_without_room_keeps_the_one_before_and_says_so(tmp_path):
     assert_goes_on(save, 2)
 
 
+def flip_a_byte(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+
+
+@pytest.mark.slow
+def test_flipped_bits_end_one_start_and_the_next_goes_on_from_the_checkpoint_before(tmp_path):
+    run = RUN | {"save": tmp_path, "load": tmp_path, "verify_integrity": True}
+    whole = run_ranks(train, 2, flags(**run))
+    flip_a_byte(max((tmp_path / "iter_0000006").glob("*.distcp"), key=lambda file: file.stat().st_size))
+    assert plan(tmp_path).damaged == ()  # sizes do not show it
+    with pytest.raises(RuntimeError, match="hash mismatch"):
+        run_ranks(train, 2, flags(**run))
+    assert (tmp_path / TRACKER).read_text() == "4" and (tmp_path / "iter_0000006.damaged").is_dir()
+    for mine, one in zip(run_ranks(train, 2, flags(**run)), whole, strict=True):
+        assert mine.losses == one.losses[4:]
+        assert all(torch.equal(mine.weights[name], one.weights[name]) for name in one.weights)
+
+
+@pytest.mark.parametrize("error", ["Integrity manifest not found", "integrity verification failed"])
+def test_only_flipped_bits_with_a_whole_checkpoint_before_are_set_aside(error, tmp_path):
+    (tmp_path / TRACKER).write_text("2")
+    (tmp_path / "iter_0000002").mkdir()
+    recovery.set_aside_flipped(tmp_path, RuntimeError(error), lambda line: None)
+    assert (tmp_path / TRACKER).read_text() == "2" and (tmp_path / "iter_0000002").is_dir()
+
+
 @pytest.mark.slow
 def test_a_lost_rank_ends_the_others_at_once_and_the_next_run_goes_on(tmp_path):
     run = RUN | {"train_iters": 400, "save": tmp_path, "load": tmp_path, "log_interval": 100}
