@@ -18,7 +18,8 @@ from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
-from megatron_emoe.arguments import parse  # noqa: E402
+from megatron_emoe import profiling  # noqa: E402
+from megatron_emoe.arguments import fail, parse  # noqa: E402
 from megatron_emoe.checkpoint import recovery_of  # noqa: E402
 from megatron_emoe.data import build_datasets  # noqa: E402
 from megatron_emoe.hf.companions import keep_companions  # noqa: E402
@@ -30,6 +31,10 @@ from megatron_emoe.training import ElasticLoop  # noqa: E402
 def main() -> None:
     args = parse()
     exit_signals.hand_over()
+    try:
+        profiling.start(args)
+    except ValueError as error:
+        fail(error)
     model = elastic_model_config(args)
     loop = ElasticLoop(args, model.transformer)
     if args.rank == 0:
