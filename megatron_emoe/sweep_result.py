@@ -6,7 +6,8 @@ can be read.
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -160,7 +161,7 @@ def save(result: SweepResult, path: str | os.PathLike) -> None:
 
 
 _SAME_SWEEP = ("schema", "framework", "checkpoint", "iteration", "k_train", "num_experts", "tail_scale")
-_SAME_WHERE_STORED = ("dtype", "selection", "combine")
+_SAME_WHERE_BOTH_SAY = ("dtype", "selection", "combine", "coverage_at_least")
 
 
 def resume(path: str | os.PathLike, header: SweepResult) -> SweepResult:
@@ -172,18 +173,27 @@ def resume(path: str | os.PathLike, header: SweepResult) -> SweepResult:
     if not Path(path).exists():
         return header
     stored = load(path)
+    resumed = agreed(header, stored, partial(demand_same, path))
+    return dataclasses.replace(resumed, cells=stored.cells)
+
+
+def agreed(one: SweepResult, other: SweepResult, demand: Callable[[str, object, object], None]) -> SweepResult:
+    """`one` as far as both agree on how they were measured: what only one says of all its cells is unsaid.
+
+    demand: called with a key and the values of `other` and `one`; raises where they are not equal.
+    """
     for key in _SAME_SWEEP:
-        demand_same(path, key, getattr(stored, key), getattr(header, key))
-    how = {key: getattr(stored, key) for key in _SAME_WHERE_STORED}
-    for key, value in how.items():
-        if value is not None:
-            demand_same(path, key, value, getattr(header, key))
-    demand_same(path, "data", _asked(stored.data), _asked(header.data))
-    if None not in (stored.coverage_at_least, header.coverage_at_least):
-        demand_same(path, "coverage_at_least", stored.coverage_at_least, header.coverage_at_least)
-    at_least = header.coverage_at_least or stored.coverage_at_least
-    resumed = dataclasses.replace(header, cells=stored.cells, coverage_at_least=at_least, **how)
-    return resumed if stored.data.digest is None else with_digest(resumed, stored.data.digest)
+        demand(key, getattr(other, key), getattr(one, key))
+    demand("data", _asked(other.data), _asked(one.data))
+    both = {key: (getattr(other, key), getattr(one, key)) for key in _SAME_WHERE_BOTH_SAY}
+    digests = (other.data.digest, one.data.digest)
+    for key, values in (both | {"data.digest": digests}).items():
+        if None not in values:
+            demand(key, *values)
+    known = {key: None if None in values else values[0] for key, values in both.items()}
+    known["coverage_at_least"] = one.coverage_at_least or other.coverage_at_least  # of the cells with a coverage
+    data = dataclasses.replace(one.data, digest=digests[1] or digests[0])
+    return dataclasses.replace(one, num_moe_layers=one.num_moe_layers or other.num_moe_layers, data=data, **known)
 
 
 def _asked(data: SweepData) -> Mapping[str, object]:

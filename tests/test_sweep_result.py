@@ -9,6 +9,7 @@ from megatron_emoe import sweep
 from megatron_emoe.sweep import SweepData
 from tests.distributed import REPO
 from tests.sweep_results import make_cell
+from tests.sweeps import run_tool
 from tests.test_sweep import document, make_result
 
 DIGEST, OTHER = "a" * 64, "b" * 64
@@ -135,6 +136,38 @@ def test_an_older_file_goes_on_and_says_nothing_it_does_not_know(tmp_path):
     sweep.save(header(cells=[make_cell(2, 1.5)]), path)
     resumed = sweep.resume(path, header(**HOW))
     assert len(resumed.cells) == 1 and (resumed.dtype, resumed.selection, resumed.combine) == (None, None, None)
+
+
+def join(folder, *names, out="all.json"):
+    return run_tool("join_sweeps", *(folder / name for name in names), "--out", folder / out)
+
+
+def test_joining_does_not_depend_on_the_order_of_the_files(tmp_path):
+    old = header(cells=[make_cell(4, 1.4)], data=SweepData(path=["held-out"], tokens=4096))
+    new = header(cells=[make_cell(2, 1.5, coverage={"2": 0.5})], coverage_at_least=3, **HOW)
+    sweep.save(old, tmp_path / "old.json")
+    sweep.save(new, tmp_path / "new.json")
+    for names in (("old.json", "new.json"), ("new.json", "old.json")):
+        assert join(tmp_path, *names).status == 0
+        joined = sweep.load(tmp_path / "all.json")
+        assert [cell.k for cell in joined.cells] == [2, 4]
+        assert (joined.dtype, joined.coverage_at_least, joined.data.digest) == (None, 3, DIGEST)  # old says no dtype
+
+
+def test_what_cannot_be_joined_is_named_by_its_file(tmp_path):
+    sweep.save(header(**HOW), tmp_path / "a.json")
+    sweep.save(header(**HOW | {"dtype": "float32"}), tmp_path / "b.json")
+    sweep.save(header(data=SweepData(path=["held-out"], tokens=4096, digest=OTHER)), tmp_path / "c.json")
+    for name, told in {
+        "b.json": "dtype: 'float32'; must equal 'bfloat16'",
+        "c.json": f"data.digest: '{OTHER}'",
+    }.items():
+        answer = join(tmp_path, "a.json", name)
+        assert answer.status == 2 and answer.err.startswith(f"join_sweeps.py: error: {tmp_path / name}: {told}")
+        assert f" in {tmp_path / 'a.json'}: not one sweep" in answer.err
+    for out in ("missing/all.json", "."):
+        answer = join(tmp_path, "a.json", out=out)
+        assert answer.status == 2 and f"--out {tmp_path / out}: cannot be written (" in answer.err
 
 
 def test_the_sweeps_of_the_study_can_be_read(tmp_path):

@@ -9,35 +9,40 @@ import argparse
 import os
 import sys
 
-from megatron_emoe.sweep_result import SweepResult, load, resume, save, upsert_cell, with_digest
+from megatron_emoe.sweep_result import SweepResult, agreed, load, save, upsert_cell
 
 
 def join(paths: list[str]) -> SweepResult:
     """One result with the cells of all. ValueError where two are not of the same checkpoint, data and setting."""
     joined = load(paths[0])
     for path in paths[1:]:
+
+        def demand(key: str, theirs: object, ours: object, path: str = path) -> None:
+            if theirs != ours:
+                raise ValueError(f"{path}: {key}: {theirs!r}; must equal {ours!r} in {paths[0]}: not one sweep")
+
         part = load(path)
-        resume(path, joined)  # it compares the headers, and names what differs
-        if part.data.digest is not None:
-            joined = with_digest(joined, part.data.digest)
+        joined = agreed(joined, part, demand)
         for cell in part.cells:
             joined = upsert_cell(joined, cell)
     return joined
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", help="Results of tools/sweep_k.py.")
     parser.add_argument("--out", required=True, help="Result file (JSON).")
     args = parser.parse_args()
     try:
         joined = join(args.sweeps)
-    except (ValueError, OSError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    save(joined, args.out)
+        save(joined, args.out)
+    except (ValueError, OSError) as error:  # load() has turned errors of reading into ValueErrors
+        told = f"--out {args.out}: cannot be written ({error.strerror})" if isinstance(error, OSError) else error
+        print(f"{os.path.basename(sys.argv[0])}: error: {told}", file=sys.stderr)
+        return 2
     print(f"{args.out}: k' {', '.join(str(cell.k) for cell in joined.cells)}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
