@@ -11,7 +11,7 @@ import io
 from argparse import Namespace
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
@@ -66,8 +66,8 @@ def check_parameters(model: PlannedModel, layout: Layout) -> Iterator[CheckedRan
 
 def _arguments(model: PlannedModel, layout: Layout) -> Namespace:
     """Megatron's arguments of a training run on this layout, as its first rank completes them."""
-    words = flag_files.expand([*model.words, *layout_flags(model.args, layout)])
-    words = [word for word in words if word not in ("--fp8-format", "hybrid")]  # changes no parameter, needs a GPU
+    built = replace(layout, fp8=False, state="fp32")  # changes no parameter, needs no GPU
+    words = flag_files.expand([*model.words, *layout_flags(model.args, built)])
     try:
         with command_line(words), contextlib.redirect_stdout(io.StringIO()):
             args = parse_args(add_arguments)

@@ -18,10 +18,34 @@ RECOMPUTE: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class OptimizerState:
+    """Bytes of a parameter's gradient and of its optimizer state, and Megatron's flags for them."""
+
+    gradient: int
+    optimizer: int
+    flags: tuple[str, ...] = ()
+
+
+def _precision_aware(moments: str, gradients: str = "fp32") -> tuple[str, ...]:
+    kept = ("--exp-avg-dtype", moments, "--exp-avg-sq-dtype", moments)
+    return ("--use-precision-aware-optimizer", "--main-grads-dtype", gradients, *kept)
+
+
+OPTIMIZER_STATES: dict[str, OptimizerState] = {
+    "fp32": OptimizerState(4, 4 + 2 * 4),
+    "bf16": OptimizerState(4, 2 + 2 * 2, _precision_aware("bf16")),
+    "bf16-grads": OptimizerState(2, 2 + 2 * 2, _precision_aware("bf16", "bf16")),
+    "fp8": OptimizerState(2, 2 + 2 * 1, _precision_aware("fp8", "bf16")),
+}
+"""What gradients and Adam's state are kept in -> their bytes: the fp32 weight and two moments. All but fp32 need
+Transformer Engine's FusedAdam, which keeps of the fp32 weight the two bytes that the bf16 weight lacks."""
+
+
+@dataclass(frozen=True)
 class Layout:
     """tp, pp, ep: ranks that share a tensor, the layers, the experts. etp: ranks that share one expert. micro_batch,
     global_batch: sequences. seq: tokens of a sequence. Ranks are numbered as Megatron does: tensor, then expert (or
-    data), then pipeline ranks, so the first are the closest."""
+    data), then pipeline ranks, so the first are the closest. state: see OPTIMIZER_STATES."""
 
     gpus: int
     gpus_per_node: int
@@ -34,6 +58,12 @@ class Layout:
     seq: int
     recompute: Recompute = "none"
     fp8: bool = False
+    state: str = "fp32"
+
+    @property
+    def kept(self) -> OptimizerState:
+        """What gradients and optimizer keep for a parameter."""
+        return OPTIMIZER_STATES[self.state]
 
     @property
     def dp(self) -> int:
@@ -97,6 +127,7 @@ def layout_flags(args: Namespace, layout: Layout) -> list[str]:
     words += ["--seq-length", layout.seq, "--use-distributed-optimizer", *RECOMPUTE[layout.recompute]]
     if layout.fp8:
         words += ["--fp8-format", "hybrid"]
+    words += layout.kept.flags
     return [str(word) for word in words]
 
 

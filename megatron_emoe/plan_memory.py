@@ -22,7 +22,6 @@ from megatron_emoe.plan_parameters import padded_vocabulary, stage_parameters
 GIB = 1 << 30
 
 _BF16, _FP32 = 2, 4
-_OPTIMIZER = 3 * _FP32  # fp32 weight and two moments
 _FP8_COPIES = 2  # the fp8 weight and its transpose
 _ROW_INDICES = 28  # three places of 8 bytes (unfused permutation) and the weight
 _RARE = 1e-6  # share of the steps that may need more than is planned for a varying k
@@ -34,7 +33,7 @@ class Memory:
     at k_max. working: one layer recomputed at k_max. logits: of one micro-batch, with their gradient."""
 
     weights: float = field(metadata={"text": "weights"})
-    gradients: float = field(metadata={"text": "gradients (fp32)"})
+    gradients: float = field(metadata={"text": "gradients"})
     optimizer: float = field(metadata={"text": "optimizer (its share)"})
     activations: float = field(metadata={"text": "activations at E[k]"})
     larger_k: float = field(metadata={"text": "activations, larger draws of k"})
@@ -70,8 +69,8 @@ def stage_memory(model: PlannedModel, layout: Layout, stage: int, imbalance: flo
     experts_above_mean -= model.expected_k * with_experts
     return Memory(
         weights=parameters.total * _BF16 + (_fp8_weights(args, layout, stage) if layout.fp8 else 0),
-        gradients=parameters.total * _FP32,
-        optimizer=_OPTIMIZER * (parameters.dense / layout.dp + parameters.expert / layout.edp),
+        gradients=parameters.total * layout.kept.gradient,
+        optimizer=layout.kept.optimizer * (parameters.dense / layout.dp + parameters.expert / layout.edp),
         activations=in_flight * kept + (layout.tokens * 2 * _BF16 * args.hidden_size if last else 0),
         larger_k=in_flight * row * max(0.0, experts_above_mean),
         working=_working(model, layout, numbers, spread),

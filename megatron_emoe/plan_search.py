@@ -194,6 +194,7 @@ class Wanted:
     micro_batch: int | None = None
     recompute: Recompute | None = None
     fp8: bool = False
+    state: str = "fp32"
 
     def layouts(self) -> Iterator[Layout]:
         """Every layout to look at, possible or not."""
@@ -208,7 +209,8 @@ class Wanted:
         )
         for tp, pp, ep, micro_batch, recompute in product(*choices):
             batch = (micro_batch, self.global_batch, self.seq)
-            yield Layout(self.gpus, self.gpus_per_node, tp, pp, ep, self.etp or 1, *batch, recompute, self.fp8)
+            kind = (recompute, self.fp8, self.state)
+            yield Layout(self.gpus, self.gpus_per_node, tp, pp, ep, self.etp or 1, *batch, *kind)
 
 
 def propose(model: PlannedModel, wanted: Wanted, machine: Machine) -> list[Plan]:

@@ -171,7 +171,7 @@ def _pipeline(args: Namespace, layout: Layout, stage: int) -> Iterator[Transfer]
 
 
 def _gradients(args: Namespace, layout: Layout, stage: int, local: bool) -> Iterator[Transfer]:
-    """Once a step: gradients in fp32 to their owners, updated weights in bf16 back from them.
+    """Once a step: gradients to their owners, updated weights in bf16 back from them.
 
     Where experts have ranks of their own Megatron has two optimizers, and without overlap each of them gathers all
     weights: so does the count.
@@ -179,16 +179,16 @@ def _gradients(args: Namespace, layout: Layout, stage: int, local: bool) -> Iter
     parameters = stage_parameters(args, layout, stage, local=local)
     apart = layout.ep > 1 or layout.etp != layout.tp
     dense = parameters.dense if apart else parameters.total
-    span = layout.gpus // layout.pp
+    span, gradient = layout.gpus // layout.pp, layout.kept.gradient
     for count, ranks in ((dense, layout.dp), (parameters.expert if apart else 0, layout.edp)):
         padded = _padded(count, ranks)
         crosses = layout.crosses_nodes(span)
-        yield Transfer("data parallel", "reduce-scatter", ranks, padded * _FP32, crosses)
+        yield Transfer("data parallel", "reduce-scatter", ranks, padded * gradient, crosses)
         yield Transfer("data parallel", "all-gather", ranks, padded * _BF16 * (2 if apart else 1), crosses)
-    yield _tensor(layout, "all-reduce", parameters.whole * _FP32)
+    yield _tensor(layout, "all-reduce", parameters.whole * gradient)
     if layout.pp > 1 and not args.untie_embeddings_and_output_weights and stage in (0, layout.pp - 1):
         table = padded_vocabulary(args, layout.tp) // layout.tp * args.hidden_size
-        yield Transfer("pipeline", "all-reduce", 2, table * _FP32, layout.gpus > layout.gpus_per_node)
+        yield Transfer("pipeline", "all-reduce", 2, table * gradient, layout.gpus > layout.gpus_per_node)
 
 
 def _padded(count: int, ranks: int) -> int:

@@ -196,4 +196,6 @@ def test_the_first_stage_keeps_more_micro_batches_and_recomputation_less():
     assert experts.larger_k == full.larger_k == 0 and full.working > experts.working > 0
     fp8 = stage_memory(model, replace(layout, fp8=True), 0, 1.0)
     assert fp8.weights - first.weights == 2 * 2 * (400 + 360)  # of linear layers alone
+    lean = stage_memory(model, replace(layout, state="fp8"), 0, 1.0)
+    assert first.gradients / lean.gradients == 4 / 2 and first.optimizer / lean.optimizer == 12 / 4
     assert GIB == 2**30

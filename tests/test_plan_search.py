@@ -69,6 +69,18 @@ def test_the_recipe_decides_k():
     assert any(stage["larger_k"] for stage in what["memory_bytes"]) or what["layout"]["recompute"] != "none"
 
 
+def test_one_gpu_of_80_gib_needs_lean_gradients_and_moments():
+    job = ["--model", "olmoe-7b", "--gpus", 1, "--recipe", RECIPE]
+    refused = plan(*job, "--optimizer-state", "bf16")
+    assert refused.status == 2 and "77.3 of them" not in refused.err and "no layout fits 1 GPUs" in refused.err
+    lean = found(*job, "--optimizer-state", "bf16-grads")
+    parameters = 6_919_161_856  # of OLMoE-1B-7B
+    (memory,) = lean["memory_bytes"]
+    assert (memory["weights"], memory["gradients"]) == (2 * parameters, 2 * parameters)
+    assert memory["optimizer"] == 6 * parameters and lean["layout"]["recompute"] == "full"
+    assert {"--use-precision-aware-optimizer", "--main-grads-dtype"} < set(lean["flags"])
+
+
 def test_a_person_reads_layout_memory_traffic_time_and_runners_up():
     answer = plan("--model", "olmoe-7b", "--gpus", 8)
     assert answer.status == 0, answer.err

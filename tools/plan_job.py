@@ -25,6 +25,7 @@ host_mode.enable(force=True)  # a plan asks nothing of a GPU
 
 from megatron_emoe import plan_report  # noqa: E402
 from megatron_emoe.plan_check import check_parameters  # noqa: E402
+from megatron_emoe.plan_layout import OPTIMIZER_STATES  # noqa: E402
 from megatron_emoe.plan_model import MODELS, read_model  # noqa: E402
 from megatron_emoe.plan_search import RECOMPUTATIONS, Machine, Plan, Wanted, propose  # noqa: E402
 
@@ -79,6 +80,12 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--seq", type=whole, help="tokens of a sequence (4096, or the model's longest where shorter)")
     job.add_argument("--recompute", choices=RECOMPUTATIONS, help="what the backward pass computes again")
     job.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="(bf16)")
+    job.add_argument(
+        "--optimizer-state",
+        choices=OPTIMIZER_STATES,
+        default="fp32",
+        help="gradients and Adam's state in memory (fp32)",
+    )
     job.add_argument("--tokens", type=positive, default=20e9, help="token budget, for steps and hours (20e9)")
 
 
@@ -122,6 +129,7 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
         micro_batch=args.micro_batch,
         recompute=args.recompute,
         fp8=args.precision == "fp8",
+        state=args.optimizer_state,
     )
     speeds = {"tflops": args.gpu_tflops, "mfu": args.mfu, "node_gbs": args.node_gbs, "network_gbs": args.network_gbs}
     machine = Machine(args.gpu_memory, args.reserve, imbalance=args.imbalance, **speeds)
