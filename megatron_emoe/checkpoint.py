@@ -46,6 +46,12 @@ SHAPE_FLAGS = (
     "untie_embeddings_and_output_weights",
     "moe_router_enable_expert_bias",
 )
+LAYOUT_FLAGS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
 
 
 def locate(folder: str, step: int | None = None, source: str = "--load") -> Path:
@@ -112,7 +118,7 @@ def fitted_tail_scale(checkpoint: Path) -> list[str] | None:
 
 
 def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
-    """Check --load before anything is built: it exists, fits the model, and elastic settings go on as they were.
+    """Check --load before anything is built: it exists, fits the model and the layout, and elastic settings go on.
 
     A first start with --load equal to --save and nothing saved yet is allowed: that is how a job that restarts itself
     is written. A continued run must keep its elastic settings; one that starts from another's weights (--finetune,
@@ -125,8 +131,11 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
     if found is None:
         return
     source, folder, _ = found
-    stored = stored_args(_located(args, found), source)
+    checkpoint = _located(args, found)
+    stored = stored_args(checkpoint, source)
     check_shape(args, stored, f"{source} {folder}")
+    if not (starts_anew(args) or args.no_load_optim or stored.no_save_optim or checkpoint.name == "release"):
+        check_layout(args, stored, f"{source} {folder}")
     changes = elastic_changes(args, stored)
     if changes and not starts_anew(args):
         raise ValueError(
@@ -198,6 +207,28 @@ def check_shape(args: Namespace, stored: Namespace, source: str) -> None:
             given = f"{flag(name)} is not given" if new is None else f"{flag(name)} {new}"
             saved = "without it" if old is None else f"with {old}"
             raise ValueError(f"{given}: the checkpoint in {source} was saved {saved}")
+
+
+def check_layout(args: Namespace, stored: Namespace, source: str) -> None:
+    """ValueError for the first flag in which a run's layout is one that cannot take the optimizer state in `source`.
+
+    Tried in host mode: data-parallel ranks may change; the other sizes may where the state was stored by parameter,
+    which the distributed optimizer does with --dist-ckpt-optim-fully-reshardable alone. But then too experts either
+    have an optimizer of their own or they have not.
+    """
+    whole = not stored.use_distributed_optimizer or stored.dist_ckpt_optim_fully_reshardable
+    if whole and experts_apart(stored) == experts_apart(args):
+        return
+    for name in LAYOUT_FLAGS:
+        old, new = getattr(stored, name), getattr(args, name)
+        if old != new:
+            state = f"the optimizer state in {source} was saved with {old}, and this run cannot take it"
+            raise ValueError(f"{flag(name)} {new}: {state}; keep the layout (jobs of slurm/: set EMOE_LAYOUT)")
+
+
+def experts_apart(args: Namespace) -> bool:
+    """Whether experts are spread over other ranks than the rest of a layer: Megatron gives them their own optimizer."""
+    return args.expert_model_parallel_size > 1 or args.expert_tensor_parallel_size != args.tensor_model_parallel_size
 
 
 def check_given(given: Mapping[str, Any], stored: Namespace, source: str) -> None:

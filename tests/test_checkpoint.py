@@ -58,7 +58,11 @@ def namespace(**changes) -> Namespace:
         "ckpt_format": "torch_dist",
         "finetune": False,
         "pretrained_checkpoint": None,
-    }
+        "no_load_optim": False,
+        "no_save_optim": False,
+        "use_distributed_optimizer": True,
+        "dist_ckpt_optim_fully_reshardable": False,
+    } | dict.fromkeys(checkpoint.LAYOUT_FLAGS, 1)
     return Namespace(**MODEL | run | ElasticConfig().settings() | changes)
 
 
@@ -238,6 +242,42 @@ def test_a_changed_setting_is_refused_with_both_values(stored):
                 load=folder, **COACTIVATION | {"emoe_pool_k": 8, "emoe_hr_loss_coeff": 0.01, "moe_router_topk": 4}
             )
         )
+
+
+TP, PP, EP, ETP = checkpoint.LAYOUT_FLAGS
+BY_PARAMETER = {"dist_ckpt_optim_fully_reshardable": True}
+# What Megatron 0.19 takes and what it dies of, tried on two and four ranks of host mode.
+LAYOUTS = [
+    ({}, {EP: 2}, EP),
+    ({EP: 4}, {EP: 2}, EP),
+    ({TP: 2, ETP: 2}, {}, TP),
+    ({}, {PP: 2}, PP),
+    ({TP: 2, ETP: 2}, {TP: 2, ETP: 1}, ETP),
+    (BY_PARAMETER | {TP: 2, ETP: 2}, {}, None),
+    (BY_PARAMETER | {TP: 2, EP: 2}, {PP: 2, EP: 4}, None),
+    (BY_PARAMETER, {EP: 2}, EP),
+    (BY_PARAMETER | {EP: 2}, {}, EP),
+    ({"use_distributed_optimizer": False}, {PP: 2}, None),
+    ({"use_distributed_optimizer": False, EP: 2}, {}, EP),
+    ({"no_save_optim": True}, {PP: 2}, None),
+    ({}, {PP: 2, "no_load_optim": True}, None),
+    ({}, {PP: 2, "finetune": True}, None),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "refused"), LAYOUTS)
+def test_a_layout_that_cannot_take_the_optimizer_state_is_refused(stored, old, new, refused):
+    folder, args = stored(namespace(**old)), namespace(**new)
+    args.load = folder
+    if refused is None:
+        assert check(args) == []
+        return
+    state = f"the optimizer state in --load {folder} was saved with {old.get(refused, 1)}, and this run cannot take it"
+    with refuses(
+        f"--{refused.replace('_', '-')} {new.get(refused, 1)}: {state}; "
+        "keep the layout (jobs of slurm/: set EMOE_LAYOUT)"
+    ):
+        check(args)
 
 
 def test_finetune_starts_a_new_run_and_is_told(stored):

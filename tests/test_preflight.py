@@ -108,6 +108,27 @@ def test_missing_data_and_another_model_s_checkpoint_are_refused(tmp_path):
     assert check(tmp_path, nodes=1) is None
 
 
+@pytest.mark.slow
+def test_a_resubmission_in_another_layout_is_refused_and_really_dies(tmp_path):
+    """DP 1 to 2 goes on; EP 2 to 1 is refused, and is what Megatron cannot load."""
+    run = {"use_distributed_optimizer": True, "bf16": True, "save": tmp_path / "save", "save_interval": 2}
+    run_ranks(train, 2, flags(**run, exit_interval=2, expert_model_parallel_size=2))
+    optimizer = {"use_distributed_optimizer": True, "bf16": True}
+    told = "--expert-model-parallel-size 1: the optimizer state in --load"
+    assert told in str(check(tmp_path, nodes=2, **optimizer))
+    assert check(tmp_path, nodes=4, expert_model_parallel_size=2, **optimizer) is None
+    with pytest.raises(RuntimeError, match="CheckpointException"):
+        run_ranks(without_check, 2, flags(**run, load=tmp_path / "save"))
+    run_ranks(train, 4, flags(**run, load=tmp_path / "save", expert_model_parallel_size=2))
+
+
+def without_check(words: list[str]) -> None:
+    from megatron_emoe import checkpoint
+
+    checkpoint.check_layout = lambda *args: None
+    train(words)
+
+
 def stored_and_planned(folder: Path, changes: dict) -> tuple[int, int]:
     from megatron_emoe.preflight import checkpoint_bytes
     from tests.tiny import arguments
