@@ -228,6 +228,10 @@ class ElasticConfig:
             return model_k, DEFAULT_LARGEST * model_k if self.emoe_k_max is None else self.emoe_k_max
         return _given(self.emoe_k_min), _given(self.emoe_k_max)
 
+    def largest_k(self, model_k: int) -> int:
+        """The largest k that training or the evaluations of a run use; `model_k` is --moe-router-topk."""
+        return max(model_k, self.k_range(model_k)[1], *(self.emoe_eval_k or []))
+
     def k_fields(self) -> tuple[str, str]:
         """Names of the settings that hold the two numbers of `k_range`, for messages."""
         low = "moe_router_topk" if self.emoe_k_schedule in ("constant", "default-or-larger") else "emoe_k_min"

@@ -157,8 +157,8 @@ def _refuse_router_features(config: ElasticTransformerConfig) -> None:
     cause = _cause(config) or _varying(config)
     if cause is None:
         return
-    if config.moe_router_fusion and _cause(config):
-        _conflict(cause, "--moe-router-fusion", "the fused kernel selects by plain top-k only")
+    if config.moe_router_fusion and config.emoe_selection in BASELINES:
+        _conflict(cause, "--moe-router-fusion", "no fused kernel selects by its rule")
     if config.moe_enable_routing_replay:
         _conflict(cause, "--moe-enable-routing-replay", "a replayed selection is not a drawn one")
     if config.cuda_graph_impl != "none":
@@ -175,15 +175,34 @@ def _refuse_frozen_k(config: ElasticTransformerConfig) -> None:
     if cause is None:
         return
     if config.moe_token_dispatcher_type == "flex":
-        _conflict(
-            cause,
-            f"--moe-token-dispatcher-type flex (--moe-flex-dispatcher-backend {config.moe_flex_dispatcher_backend})",
-            "its buffers are sized for --moe-router-topk; use alltoall or allgather",
-        )
-    if config.moe_expert_rank_capacity_factor is not None:
-        _conflict(cause, "--moe-expert-rank-capacity-factor", "its buffers are sized for --moe-router-topk")
+        _refuse_flex(config, cause)
+    if config.moe_paged_stash:
+        _conflict(cause, "--moe-paged-stash", "it sizes its buffers by the k of the first iteration")
     if config.moe_apply_probs_on_input:
         _conflict(cause, "--moe-apply-probs-on-input", "it works with one active expert only")
+
+
+_DEEPEP_LIMIT = 32  # experts of a token: each is a lane of a warp in its kernels
+
+
+def _refuse_flex(config: ElasticTransformerConfig, cause: str) -> None:
+    """What the flex dispatcher's libraries cannot do at every k. DeepEP and HybridEP follow k from call to call."""
+    backend = config.moe_flex_dispatcher_backend
+    name = f"--moe-token-dispatcher-type flex (--moe-flex-dispatcher-backend {backend})"
+    if config.counts_vary:
+        _conflict(cause, name, "it is served with one number of experts for all tokens only; use alltoall or allgather")
+    if backend == "ncclep":
+        why = "Transformer Engine holds one number of experts per token for the whole process"
+        _conflict(cause, name, f"{why}; use deepep, hybridep, alltoall or allgather")
+    if backend != "deepep":
+        return
+    largest, shards = config.largest_k(config.moe_router_topk), config.expert_tensor_parallel_size
+    if largest * shards > _DEEPEP_LIMIT:
+        sum_up = f"k' = {largest} times --expert-tensor-parallel-size {shards}"
+        _conflict(cause, name, f"it takes at most {_DEEPEP_LIMIT} experts per token, and {sum_up} is more")
+    if config.moe_router_padding_for_quantization:
+        why = "an expert that nearly every row of a rank reaches has none left to be padded with"
+        _conflict(cause, f"--moe-router-padding-for-quantization and {name}", f"{why}; without it the experts pad")
 
 
 def _refuse_machinery(config: ElasticTransformerConfig) -> None:
@@ -191,6 +210,11 @@ def _refuse_machinery(config: ElasticTransformerConfig) -> None:
     if config.overlap_moe_expert_parallel_comm:
         raise ValueError(
             "--overlap-moe-expert-parallel-comm: not supported, its schedule takes a plan from the forward step"
+        )
+    if config.moe_router_padding_for_quantization and config.moe_pad_expert_input_to_capacity:
+        raise ValueError(
+            "--moe-router-padding-for-quantization cannot be combined with --moe-pad-expert-input-to-capacity: "
+            "the rows it adds would take the places of tokens"
         )
     for name, value in (("--fp8-format", config.fp8), ("--fp4-format", config.fp4)):
         if value and config.transformer_impl == "local":

@@ -206,14 +206,22 @@ REPLACING = {
         f"--moe-router-load-balancing-type quantile_balancing: {ITSELF}",
     ),
 }
-FUSION = ({"moe_router_fusion": True}, "--moe-router-fusion: the fused kernel selects by plain top-k only")
-SIZED = "its buffers are sized for --moe-router-topk"
+FUSION = {"moe_router_fusion": True}
+FLEX = {"moe_token_dispatcher_type": "flex", "moe_router_dtype": "fp32"}
+DEEPEP, HYBRIDEP, NCCLEP = (FLEX | {"moe_flex_dispatcher_backend": name} for name in ("deepep", "hybridep", "ncclep"))
+FLEX_FLAGS = "--moe-token-dispatcher-type flex (--moe-flex-dispatcher-backend {})"
 FROZEN = {
-    "deepep": (
-        {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"},
-        f"--moe-token-dispatcher-type flex (--moe-flex-dispatcher-backend deepep): {SIZED}; use alltoall or allgather",
+    "NCCL-EP": (
+        NCCLEP,
+        f"{FLEX_FLAGS.format('ncclep')}: Transformer Engine holds one number of experts per token for the whole "
+        "process; use deepep, hybridep, alltoall or allgather",
     ),
-    "rank capacity": ({"moe_expert_rank_capacity_factor": 1.5}, f"--moe-expert-rank-capacity-factor: {SIZED}"),
+    "DeepEP that pads": (
+        DEEPEP | {"moe_router_padding_for_quantization": True},
+        f"--moe-router-padding-for-quantization and {FLEX_FLAGS.format('deepep')}: an expert that nearly every row of "
+        "a rank reaches has none left to be padded with; without it the experts pad",
+    ),
+    "stash": ({"moe_paged_stash": True}, "--moe-paged-stash: it sizes its buffers by the k of the first iteration"),
     "probs on input": (
         {"moe_apply_probs_on_input": True},
         "--moe-apply-probs-on-input: it works with one active expert only",
@@ -244,14 +252,24 @@ def test_features_that_replace_the_selection(settings, cause, feature, why):
     refused(settings, feature, f"{cause} cannot be combined with {why}")
 
 
-@pytest.mark.parametrize(("settings", "cause"), CHOOSES.values(), ids=CHOOSES)
-def test_fused_router(settings, cause):
-    refused(settings, FUSION[0], f"{cause} cannot be combined with {FUSION[1]}")
+@pytest.mark.parametrize(("settings", "_"), (CHOOSES | VARIES).values(), ids=CHOOSES | VARIES)
+def test_a_fused_router_computes_every_selection_but_the_baselines(settings, _):
+    check_elastic(with_feature(settings, FUSION))
 
 
-@pytest.mark.parametrize(("settings", "_"), VARIES.values(), ids=VARIES)
-def test_fused_router_computes_plain_top_k_at_any_k(settings, _):
-    check_elastic(with_feature(settings, FUSION[0]))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"emoe_selection": "top-p"},
+        {"emoe_selection": "null-experts", "emoe_null_experts": 4},
+        {"emoe_selection": "noisy-topk"},
+    ],
+    ids=str,
+)
+def test_no_fused_router_for_a_baseline(settings):
+    cause = f"--emoe-selection {settings['emoe_selection']}"
+    why = "no fused kernel selects by its rule"
+    refused(settings, FUSION, f"{cause} cannot be combined with --moe-router-fusion: {why}")
 
 
 @pytest.mark.parametrize(("settings", "cause"), VARIES.values(), ids=VARIES)
@@ -260,12 +278,72 @@ def test_features_that_fix_k(settings, cause, feature, why):
     refused(settings, feature, f"{cause} cannot be combined with {why}")
 
 
+@pytest.mark.parametrize("backend", [DEEPEP, HYBRIDEP], ids=["deepep", "hybridep"])
+@pytest.mark.parametrize(("settings", "_"), VARIES.values(), ids=VARIES)
+def test_flex_dispatchers_that_follow_k(settings, _, backend):
+    check_elastic(with_feature(settings, backend))
+    check_elastic(with_feature(settings, HYBRIDEP | {"moe_expert_rank_capacity_factor": 1.5}))
+
+
+@pytest.mark.parametrize("backend", [DEEPEP, HYBRIDEP, NCCLEP], ids=["deepep", "hybridep", "ncclep"])
+def test_flex_dispatchers_where_every_token_has_its_own_count(backend):
+    name = FLEX_FLAGS.format(backend["moe_flex_dispatcher_backend"])
+    why = "it is served with one number of experts for all tokens only; use alltoall or allgather"
+    for settings in ({"emoe_selection": "top-p"}, {"emoe_selection": "null-experts", "emoe_null_experts": 4}):
+        refused(
+            settings, backend, f"--emoe-selection {settings['emoe_selection']} cannot be combined with {name}: {why}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        (UNIFORM | {"emoe_k_max": 17}, "--emoe-k-schedule uniform"),
+        ({"emoe_eval_k": [4, 17]}, "--emoe-eval-k"),
+        (UNIFORM | {"emoe_eval_k": [17]}, "--emoe-k-schedule uniform"),
+    ],
+)
+def test_deepep_s_limit_of_experts_per_token_counts_every_shard_of_them(settings, cause):
+    settings = {"num_moe_experts": 32} | settings
+    sharded = DEEPEP | {"expert_tensor_parallel_size": 2}
+    check_elastic(with_feature(settings, DEEPEP))
+    check_elastic(with_feature(settings, sharded | HYBRIDEP))
+    why = "it takes at most 32 experts per token, and k' = 17 times --expert-tensor-parallel-size 2 is more"
+    refused(settings, sharded, f"{cause} cannot be combined with {FLEX_FLAGS.format('deepep')}: {why}")
+
+
+def test_padding_for_quantization_and_padding_to_capacity_take_each_other_s_rows():
+    both = {
+        "moe_router_padding_for_quantization": True,
+        "moe_pad_expert_input_to_capacity": True,
+        "moe_expert_capacity_factor": 1.0,
+    }
+    refused(
+        {},
+        both,
+        "--moe-router-padding-for-quantization cannot be combined with --moe-pad-expert-input-to-capacity: "
+        "the rows it adds would take the places of tokens",
+    )
+    check_elastic(with_feature({}, both | {"moe_pad_expert_input_to_capacity": False}))
+
+
+RECIPES = ["delayed", "tensorwise", "blockwise", "mxfp8"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("settings", [{}, COACTIVATION, UNIFORM, {"emoe_eval_k": [1, 8]}], ids=str)
+def test_every_fp8_recipe_and_bf16_layers_at_the_ends(recipe, settings):
+    fp8 = {"fp8": "hybrid", "fp8_recipe": recipe, "moe_router_padding_for_quantization": True}
+    for more in ({}, {"first_last_layers_bf16": True}, {"moe_token_dispatcher_type": "alltoall"}):
+        check_elastic(with_feature(settings, fp8 | {"transformer_impl": "transformer_engine"} | more))
+
+
 @pytest.mark.parametrize("feature", [f for f, _ in FROZEN.values()], ids=FROZEN)
 def test_features_that_fix_k_work_with_a_constant_k(feature):
     check_elastic(with_feature(COACTIVATION, feature))
 
 
-@pytest.mark.parametrize("feature", [f for f, _ in (REPLACING | FROZEN | {"fusion": FUSION}).values()])
+@pytest.mark.parametrize("feature", [FUSION, *(f for f, _ in (REPLACING | FROZEN).values())])
 def test_every_feature_works_with_elastic_settings_off(feature):
     check_elastic(with_feature({}, feature))
 
