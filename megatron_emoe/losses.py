@@ -8,17 +8,25 @@ import torch
 from torch import Tensor
 
 
-def router_entropy(*, logits_TE: Tensor, probs_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
-    """Mean entropy H(q) of the router's softmax in nats, fp32 scalar; `probs_TE` is q = softmax(logits) in fp32.
+def token_entropy(*, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
+    """Entropy H(q) of each token's softmax in nats, fp32 [T]; `probs_TE` is q = softmax(logits) in fp32.
 
-    H(q) = logsumexp(x) - sum_i q_i x_i: no logarithm of a small q is taken. valid_T: bool, False for padding, which is
-    left out of the mean.
+    H(q) = logsumexp(x) - sum_i q_i x_i: no logarithm of a small q is taken.
     """
     x_TE = logits_TE.float()
-    entropy_T = torch.logsumexp(x_TE, dim=-1) - (probs_TE * x_TE).sum(dim=-1)
+    return torch.logsumexp(x_TE, dim=-1) - (probs_TE * x_TE).sum(dim=-1)
+
+
+def mean_entropy(entropy_T: Tensor, valid_T: Tensor | None = None) -> Tensor:
+    """Mean over tokens, fp32 scalar. valid_T: bool, False for padding, which is left out of the mean."""
     if valid_T is None:
         return entropy_T.mean()
     return (entropy_T * valid_T).sum() / valid_T.sum().clamp(min=1)
+
+
+def router_entropy(*, logits_TE: Tensor, probs_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
+    """Mean entropy H(q) of the router's softmax in nats, fp32 scalar; arguments as above."""
+    return mean_entropy(token_entropy(logits_TE=logits_TE, probs_TE=probs_TE), valid_T)
 
 
 def hierarchical_router_loss(*, entropy: Tensor, num_experts: int) -> Tensor:

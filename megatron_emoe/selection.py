@@ -72,7 +72,8 @@ def draw_pool_sizes(u_T1: Tensor, k: int, pool_max: int, prob: float = 1.0) -> T
     sizes = pool_max - k + 1
     if prob == 1.0:
         return k + (u_T1 * sizes).long()
-    drawn = (u_T1 / prob * sizes).long().clamp(max=sizes - 1)  # below prob the quotient may round up to 1
+    # By the reciprocal: dividing by a number on the host does that on a GPU, and the CPU must draw the same pools.
+    drawn = (u_T1 * (1 / prob) * sizes).long().clamp(max=sizes - 1)  # below prob the share may round up to 1
     return k + drawn.masked_fill(u_T1 >= prob, 0)
 
 

@@ -197,7 +197,11 @@ def refused(changes: dict[str, Any], forced: list[str]) -> tuple[int, str]:
     ("changes", "forced", "named"),
     [
         (PREFIX, ["--moe-token-dispatcher-type", "flex"], ["--emoe-k-schedule uniform", "flex", "alltoall"]),
-        (COACTIVATION, ["--moe-router-fusion"], ["--emoe-selection coactivation", "--moe-router-fusion"]),
+        (
+            {"emoe_selection": "noisy-topk"},
+            ["--moe-router-fusion"],
+            ["--emoe-selection noisy-topk", "--moe-router-fusion"],
+        ),
         (
             COACTIVATION | {"moe_router_load_balancing_type": "sinkhorn"},
             [],

@@ -1,0 +1,74 @@
+"""Ranking inside a Triton program: a bitonic top-k of integer keys that hold a number and its place.
+
+With the place in the key every order is unique: equal numbers are told apart.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NEVER: tl.constexpr = tl.constexpr(-(2**63))  # the key of padding: below that of every number
+
+
+@triton.jit
+def ordered(x):
+    """int32 in the order of the fp32 numbers `x`; -0 and 0 are the same number."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def unordered(keys):
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def packed(x, low):
+    """int64 keys, all different: in the order of `x`, and where numbers are equal in that of `low` (int32, >= 0)."""
+    return (ordered(x).to(tl.int64) << 32) | low.to(tl.int64)
+
+
+@triton.jit
+def _bit(J: tl.constexpr, N: tl.constexpr):
+    """Bit J of a column's number, in a tile of shape [rows, 2, ..., 2] with N twos."""
+    return tl.reshape(tl.arange(0, 2), [1] * (N - J) + [2] + [1] * J)
+
+
+@triton.jit
+def _exchange(h, J: tl.constexpr, STAGE: tl.constexpr, N: tl.constexpr):
+    """Put columns that differ in bit J into order: larger last where bit STAGE is 0, else (and if there is no such bit)
+    larger first."""
+    other = tl.sum(h, N - J, keep_dims=True) - h  # exact with integers, also where the sum wraps around
+    takes_larger = _bit(J, N) ^ (1 if STAGE == N else _bit(STAGE, N))
+    return tl.where((h > other) != (takes_larger != 0), other, h)
+
+
+@triton.jit
+def _merge(h, STAGE: tl.constexpr, N: tl.constexpr):
+    """Sort bitonic runs of 2**STAGE columns: up and down in turn, or down where there is one run alone."""
+    for step in tl.static_range(STAGE):
+        h = _exchange(h, STAGE - 1 - step, STAGE, N)
+    return h
+
+
+@triton.jit
+def largest(x, ROWS: tl.constexpr, LOG: tl.constexpr, LOG_TOP: tl.constexpr):
+    """The 2**LOG_TOP largest integers of each row of `x` [ROWS, 2**LOG], largest first: a bitonic top-k.
+
+    Runs of that length are sorted up and down in turn; the larger of each pair of neighbours' elements are the largest
+    of both, and bitonic again. tl.topk does the same; this one also runs in Triton's interpreter in reasonable time.
+    """
+    h = tl.reshape(x, [ROWS] + [2] * LOG)
+    for stage in tl.static_range(1, LOG_TOP + 1):
+        h = _merge(h, stage, LOG)
+    for halved in tl.static_range(LOG - LOG_TOP):
+        h = tl.max(h, LOG - halved - LOG_TOP)
+        h = _merge(h, LOG_TOP, LOG - halved - 1)
+    return tl.reshape(h, [ROWS, 2**LOG_TOP])
+
+
+@triton.jit
+def key_at(keys, columns, place):
+    """The keys in the column numbered `place`, [rows, 1]."""
+    return tl.sum(tl.where(columns == place, keys, 0), 1, keep_dims=True)
