@@ -5,6 +5,7 @@
 All of Megatron's flags, plus the group "elastic MoE" (--help). Continue from a checkpoint with --load DIR --finetune.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 from megatron_emoe import exit_signals, host_mode
@@ -24,7 +25,7 @@ from megatron_emoe.checkpoint import recovery_of  # noqa: E402
 from megatron_emoe.data import build_datasets  # noqa: E402
 from megatron_emoe.hf.companions import keep_companions  # noqa: E402
 from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402
-from megatron_emoe.recovery import report_failed_save, set_aside_flipped  # noqa: E402
+from megatron_emoe.recovery import failed_save, report_failed_save, set_aside_flipped  # noqa: E402
 from megatron_emoe.training import ElasticLoop  # noqa: E402
 
 
@@ -38,7 +39,8 @@ def main() -> None:
     model = elastic_model_config(args)
     loop = ElasticLoop(args, model.transformer)
     if args.rank == 0:
-        keep_companions(args.load or args.pretrained_checkpoint, args.save)
+        for source in (args.load, args.pretrained_checkpoint):  # a run that restarts itself loads where it saves
+            keep_companions(source, args.save)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model),
@@ -47,14 +49,18 @@ def main() -> None:
             loop.forward_step,
             non_loss_data_func=loop.validate_at_each_k if model.transformer.emoe_eval_k else None,
         )
-    except CheckpointException as error:  # of torch's writer, on every rank
-        if args.rank == 0 and args.save:
-            report_failed_save(Path(args.save), error)
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
+        if args.rank == 0:
+            clean_up(args, error)
         raise
-    except CheckpointingException as error:  # of the core's --verify-integrity, on every rank
-        if args.rank == 0 and recovery_of(args) is not None:
-            set_aside_flipped(Path(args.load), error)
-        raise
+
+
+def clean_up(args: Namespace, error: BaseException) -> None:
+    """What a run that ends with this error leaves in its folder: said, and put in order. Called on the first rank."""
+    if args.save and failed_save(error):
+        report_failed_save(Path(args.save), error, args.curr_iteration + 1)
+    elif isinstance(error, CheckpointingException) and recovery_of(args) is not None:  # of --verify-integrity
+        set_aside_flipped(Path(args.load), error)
 
 
 if __name__ == "__main__":

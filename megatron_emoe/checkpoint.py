@@ -128,6 +128,8 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
         ValueError: with flag, stored and given value.
     """
     found = _source(args)
+    if found is None or found[0] != "--load":
+        recovery_of(args)  # it may refuse a folder that holds damaged checkpoints alone: this run would start over
     if found is None:
         return
     source, folder, _ = found
@@ -157,9 +159,10 @@ def recovery_of(args: Namespace) -> Recovery | None:
 
     Raises:
         ValueError: no checkpoint in it is whole.
+        OSError: the folder cannot be read now.
     """
     goes_on = _restarts(args) and args.ckpt_step is None and args.ckpt_format == "torch_dist"
-    return plan(Path(args.load)) if goes_on and Path(args.load).is_dir() else None
+    return plan(Path(args.load)) if goes_on else None  # whatever is there by now: every rank has to come to the same
 
 
 def _located(args: Namespace, found: tuple[str, str, int | None]) -> Path:

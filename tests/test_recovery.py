@@ -1,14 +1,17 @@
 """Folders of checkpoints as dying runs leave them: what is chosen, what is touched, and that the run goes on."""
 
+import errno
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_emoe.recovery import Recovery, carry_out, damage, plan, write_tracker
+from megatron_emoe.recovery import Recovery, carry_out, carry_out_together, damage, plan, write_tracker
 from tests.distributed import run_ranks
 from tests.tiny import flags, train
 
@@ -89,13 +92,46 @@ def test_two_damaged_ones_are_passed_over(folder):
     assert plan(folder).iteration == 2
 
 
+def cut_off(folder: Path, iteration: int) -> Path:
+    """Leave of a checkpoint what a save that is killed in the midst of its tensors leaves."""
+    path = checkpoint(folder, iteration)
+    (path / ".metadata").rename(path / ".metadata.tmp")
+    (path / "metadata.json").unlink()
+    cut(tensors(path))
+    return path
+
+
 def test_a_save_that_was_cut_off_is_removed_and_a_whole_one_that_someone_went_back_from_stays(folder):
     write_tracker(folder, 2)
-    cut(tensors(checkpoint(folder, 6)))
+    left = cut_off(folder, 6)
     recovery = plan(folder)
-    assert recovery == Recovery(folder, None, (), (checkpoint(folder, 6),))
+    assert recovery == Recovery(folder, None, (), (left,))
     carry_out(recovery, lambda line: None)
     assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000002", "iter_0000004"]
+
+
+def another_format(path: Path) -> None:
+    shutil.rmtree(path)
+    (path / "mp_rank_00").mkdir(parents=True)
+    (path / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"weights")
+
+
+LEFT = {
+    "a cut file": lambda path: cut(tensors(path)),
+    "no metadata, but the file that is written after it": lambda path: (path / ".metadata").unlink(),
+    "another format": another_format,
+}
+
+
+@pytest.mark.parametrize("spoil", LEFT.values(), ids=LEFT)
+@pytest.mark.parametrize("tracker", ["2", None], ids=["tracker", "no tracker"])
+def test_what_more_than_a_cut_off_save_can_leave_is_set_aside_and_not_removed(spoil, tracker, folder):
+    (folder / TRACKER).unlink() if tracker is None else (folder / TRACKER).write_text(tracker)
+    spoil(checkpoint(folder, 6))
+    held = sorted(path.name for path in checkpoint(folder, 6).rglob("*"))
+    carry_out(plan(folder), lambda line: None)
+    assert sorted(path.name for path in (folder / "iter_0000006.damaged").rglob("*")) == held
+    assert plan(folder) == Recovery(folder, None, (), ())
 
 
 @pytest.mark.parametrize("tracker", ["", "abc", None], ids=["empty", "garbage", "missing"])
@@ -104,27 +140,71 @@ def test_a_lost_tracker_is_written_anew(tracker, folder):
         (folder / TRACKER).unlink()
     else:
         (folder / TRACKER).write_text(tracker)
-    cut(tensors(checkpoint(folder, 6)))  # who knows whether that save had ended
+    cut_off(folder, 6)
     carry_out(plan(folder), lambda line: None)
     assert (folder / TRACKER).read_text() == "4"
     assert not checkpoint(folder, 6).exists()
 
 
-def test_a_named_folder_that_is_gone_counts_as_damaged(folder):
+def test_a_named_folder_that_is_gone_counts_as_damaged_and_is_named(folder):
     shutil.rmtree(checkpoint(folder, 6))
-    assert plan(folder).iteration == 4
+    recovery, said = plan(folder), []
+    carry_out(recovery, said.append)
+    assert recovery.iteration == 4
+    assert said == [
+        f"{checkpoint(folder, 6)}: missing, although the tracker file names it",
+        f"{folder}: going on from iteration 4",
+    ]
 
 
-def test_where_no_checkpoint_is_whole_each_is_named(folder):
+@pytest.mark.parametrize("tracker", ["6", "", None], ids=["tracker", "empty tracker", "no tracker"])
+def test_where_no_checkpoint_is_whole_each_is_named_and_none_is_touched(tracker, folder):
+    (folder / TRACKER).unlink() if tracker is None else (folder / TRACKER).write_text(tracker)
     for iteration in (2, 4, 6):
         cut(tensors(checkpoint(folder, iteration)))
     with pytest.raises(ValueError, match=r"no whole checkpoint \(iter_0000006: .* of \d+; iter_0000004: .*; .*\)"):
         plan(folder)
-    assert (folder / TRACKER).read_text() == "6"
+    assert tracker is None or (folder / TRACKER).read_text() == tracker
+
+
+@pytest.mark.slow
+def test_a_run_in_a_folder_whose_checkpoints_are_all_damaged_is_refused_without_its_tracker_too(folder):
+    (folder / TRACKER).unlink()
+    for iteration in (2, 4, 6):
+        cut(checkpoint(folder, iteration) / ".metadata")
+    with pytest.raises(RuntimeError, match="SystemExit: 2"):
+        run_ranks(train, 2, flags(**RUN | {"save": folder, "load": folder}))
+    assert len(list(folder.glob("iter_*"))) == 3
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE], ids=["EIO", "ESTALE"])
+@pytest.mark.parametrize("call", ["open .metadata", "size of a file"])
+def test_what_cannot_be_read_now_is_no_damage(call, number, folder, monkeypatch):
+    def fails(path, *args, **kwargs):
+        if not isinstance(path, Path) or path.suffix == ".distcp":
+            raise OSError(number, os.strerror(number))
+        return stat(path, *args, **kwargs)
+
+    stat = Path.stat
+    if call == "open .metadata":
+        monkeypatch.setattr(FileSystemReader, "read_metadata", fails)
+    else:
+        monkeypatch.setattr(Path, "stat", fails)
+    with pytest.raises(OSError, match=rf"{os.strerror(number)} \(nothing is touched.*iter_0000006") as caught:
+        plan(folder)
+    assert caught.value.errno == number
+
+
+def test_a_class_that_this_torch_lacks_is_no_damage(folder):
+    path = checkpoint(folder, 6) / ".metadata"
+    path.write_bytes(path.read_bytes().replace(b"TensorStorageMetadata", b"TensorStorageMetadat4"))
+    with pytest.raises(ValueError, match=r"iter_0000006/.metadata: .*TensorStorageMetadat4.*another version of torch"):
+        plan(folder)
 
 
 def test_a_folder_without_any_checkpoint_is_a_first_start(tmp_path):
     assert plan(tmp_path) == Recovery(tmp_path, None, (), ())
+    assert plan(tmp_path / "none") == Recovery(tmp_path / "none", None, (), ())
     (tmp_path / "iter_0000002").mkdir()  # the very first save was cut off
     assert plan(tmp_path) == Recovery(tmp_path, None, (), (tmp_path / "iter_0000002",))
 
@@ -137,7 +217,7 @@ def test_a_run_goes_on_from_what_is_whole_and_ends_alike(spoil, finished, folder
         cut(tensors(checkpoint(folder, 6)))
     elif spoil == "empty the tracker":
         (folder / TRACKER).write_text("")
-        cut(checkpoint(folder, 6) / ".metadata")
+        cut_off(folder, 6)
     elif spoil == "lose the tracker":
         (folder / TRACKER).unlink()
         shutil.rmtree(checkpoint(folder, 6))
@@ -145,7 +225,7 @@ def test_a_run_goes_on_from_what_is_whole_and_ends_alike(spoil, finished, folder
         for name in (TRACKER, "iter_0000004", "iter_0000006"):
             path = folder / name
             path.unlink() if path.is_file() else shutil.rmtree(path)
-        (checkpoint(folder, 2) / ".metadata").unlink()
+        cut_off(folder, 2)
     runs = run_ranks(train, 2, flags(**settings))
     for mine, one in zip(runs, finished[1], strict=True):
         assert mine.losses == one.losses[-len(mine.losses) :]
@@ -161,3 +241,54 @@ def test_another_s_damaged_checkpoint_is_refused_and_not_touched(folder, tmp_pat
     with pytest.raises(RuntimeError, match="exit status 2|SystemExit"):
         run_ranks(train, 2, words)
     assert checkpoint(folder, 6).is_dir() and (folder / TRACKER).read_text() == "6"
+
+
+def see_folder_late() -> None:
+    """The last rank makes the folder when the first has looked, as a TensorBoard writer inside it does."""
+    from megatron_emoe import layer_spec
+
+    look = layer_spec.recovery_of
+
+    def watched(args):
+        looked = Path(f"{args.load}.looked")
+        if os.environ["RANK"] == "0":
+            found = look(args)
+            looked.touch()
+            return found
+        while not looked.exists():
+            time.sleep(0.01)
+        Path(args.load).mkdir()
+        return look(args)
+
+    layer_spec.recovery_of = watched
+
+
+@pytest.mark.slow
+def test_ranks_that_see_the_folder_at_different_times_start_all_the_same(tmp_path):
+    save = tmp_path / "save"
+    words = flags(**RUN | {"save": save, "load": save, "train_iters": 2})
+    assert len(run_ranks(train, 2, words, False, see_folder_late, timeout=100)[0].losses) == 2
+
+
+def choose(folder: Path, chosen: list[Path]) -> None:
+    carry_out_together(Recovery(folder, 4, (), (folder / "iter_0000006",)), chosen[torch.distributed.get_rank()])
+
+
+def test_ranks_that_choose_differently_are_refused_before_anything_is_touched(tmp_path):
+    (tmp_path / "iter_0000006").mkdir()
+    four, six = checkpoint(tmp_path, 4), checkpoint(tmp_path, 6)
+    with pytest.raises(RuntimeError, match=f"rank 0 goes on from {four}, rank 1 from {six}") as caught:
+        run_ranks(choose, 2, tmp_path, [four, six])
+    assert str(caught.value).count("start again when the file system") == 2  # both ranks end
+    assert six.is_dir() and not (tmp_path / TRACKER).exists()
+
+
+@pytest.mark.slow
+def test_a_run_with_its_own_folder_and_a_base_keeps_the_base_s_companions(finished, tmp_path):
+    base = Path(shutil.copytree(finished[0], tmp_path / "base"))
+    (base / "hf").mkdir()
+    (base / "hf" / "config.json").write_text("{}")
+    save = tmp_path / "save"
+    words = flags(**RUN | {"save": save, "load": save, "pretrained_checkpoint": base, "train_iters": 1})
+    run_ranks(train, 2, words)
+    assert (save / "hf" / "config.json").read_text() == "{}"
