@@ -103,14 +103,14 @@ class Evaluator:
 def counting_rows(model: list[nn.Module]) -> Iterator[Callable[[], dict[int, int]]]:
     """Count the rows that reach the experts inside; the value is a collective function giving rows by layer number.
 
-    Rows, not flags, prove which k ran: tokens x k over all ranks. Shapes are read on the host: no sync.
+    Rows, not flags, prove which k ran: tokens x k over all ranks. Shapes are read on the host: no sync. In FP8, rows
+    without a token, which have no weight, fill the blocks of the kernels: they do not count.
     """
     local: Counter[int] = Counter()
     hooks = []
     for chunk in model:
         for layer in (module for module in chunk.modules() if isinstance(module, ElasticMoELayer)):
-            number = layer.router.global_layer_number
-            hooks.append(layer.experts.register_forward_pre_hook(_row_counter(local, number)))
+            hooks.append(layer.experts.register_forward_pre_hook(_row_counter(local, layer)))
     try:
         yield lambda: _sum_over_ranks(local)
     finally:
@@ -118,9 +118,13 @@ def counting_rows(model: list[nn.Module]) -> Iterator[Callable[[], dict[int, int
             hook.remove()
 
 
-def _row_counter(rows: Counter[int], layer: int) -> Callable[[nn.Module, tuple], None]:
+def _row_counter(rows: Counter[int], layer: ElasticMoELayer) -> Callable[[nn.Module, tuple], None]:
+    number, config = layer.router.global_layer_number, layer.token_dispatcher.config
+    padded = config.fp8 or config.fp4
+
     def count(_module: nn.Module, inputs: tuple) -> None:
-        rows[layer] += inputs[0].shape[0]
+        hidden, _, weights = inputs
+        rows[number] += (weights != 0).sum() if padded else hidden.shape[0]
 
     return count
 
@@ -128,7 +132,8 @@ def _row_counter(rows: Counter[int], layer: int) -> Callable[[nn.Module, tuple],
 def _sum_over_ranks(local: Counter[int]) -> dict[int, int]:
     """Every rank's rows; ranks that share an expert by tensor parallelism see the same rows, which count once."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, dict(local))
+    mine = {layer: int(rows) for layer, rows in local.items()}  # sync: FP8 only, once per evaluation
+    torch.distributed.all_gather_object(everyone, mine)
     total = sum((Counter(rows) for rows in everyone), Counter())
     copies = parallel_state.get_expert_tensor_parallel_world_size()
     return {layer: total[layer] // copies for layer in sorted(total)}

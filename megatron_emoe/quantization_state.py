@@ -1,12 +1,15 @@
 """What checkpoints hold beside weights: for every linear layer and most others an object called _extra_state.
 
 Under FP8 it is a layer's scales, else it is empty. Which layers have one differs between the local layers, Transformer
-Engine's, and versions of it, and the core stops on the first that a checkpoint lacks. Here a model takes what is there.
-The same for weights that a new selection adds to the routers, when a run starts from a checkpoint of another one.
+Engine's, and versions of it, and the core stops on the first that a checkpoint lacks. Here a model takes what is there,
+and one that computes in bf16 or fp32 leaves the scales of another precision where they are: they are of no use to it,
+and Transformer Engine would not load some of them. The same for weights that a new selection adds to the routers, when
+a run starts from a checkpoint of another one.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,12 @@ def take_what_is_there(model: nn.Module, checkpoint: Path, new_weights: tuple[st
     What is there is loaded, so a continued FP8 run keeps its scales; weights are as required as ever, but those whose
     names end in one of `new_weights`. After the model is loaded it saves all its state as the core does.
     """
-    held = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
     whole = model.sharded_state_dict
 
     def asked_for(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        quantized = model.config.fp8 or model.config.fp4
+        held = {key for key in stored if quantized or "_extra_state" not in key}
         return {name: _or_its_own(entry, held, new_weights) for name, entry in whole(*args, **kwargs).items()}
 
     def as_before(module: nn.Module, incompatible_keys: Any) -> None:
@@ -39,3 +44,25 @@ def _or_its_own(entry: Any, held: Any, new_weights: tuple[str, ...]) -> Any:
     lacks_state = isinstance(entry, ShardedObject) and "_extra_state" in entry.key and entry.unique_key not in held
     lacks_weight = isinstance(entry, ShardedTensor) and entry.key.endswith(new_weights) and entry.key not in held
     return LocalNonpersistentObject(entry.data) if lacks_state or lacks_weight else entry
+
+
+def refuse_state_that_would_not_load(args: Namespace) -> None:
+    """ValueError where a run would save FP8 scales that Transformer Engine then refuses to load: it could not go on.
+
+    Delayed scaling alone has scales to save, as a pickle. Other recipes compute theirs anew from every tensor.
+    """
+    if args.fp8 is None or args.fp8_recipe != "delayed" or args.save is None or _pickles_are_loaded():
+        return
+    raise ValueError(
+        f"--save {args.save} with --fp8-recipe delayed: its scales are saved as pickles, which this Transformer Engine "
+        "does not load: give another --fp8-recipe (tensorwise, blockwise, mxfp8), or set "
+        "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 where the checkpoints can be trusted"
+    )
+
+
+def _pickles_are_loaded() -> bool:
+    try:
+        from transformer_engine.pytorch._extra_state import unsafe_pickle_extra_state_enabled
+    except ImportError:  # none, or one that loads them unasked
+        return True
+    return unsafe_pickle_extra_state_enabled()

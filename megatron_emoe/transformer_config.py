@@ -13,6 +13,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron_emoe.baseline_rules import BASELINES, check_baseline_combinations, check_baseline_settings
 from megatron_emoe.elastic_config import ElasticConfig, flag
 from megatron_emoe.elastic_rules import validate_elastic
+from megatron_emoe.quantization_state import refuse_state_that_would_not_load
 
 
 @dataclass
@@ -56,11 +57,13 @@ def elastic_config_from_args(args: Namespace) -> ElasticTransformerConfig:
     Raises:
         TypeError: the flags lead to a configuration class that has no elastic counterpart.
         AttributeError: `args` lacks an elastic flag; a default would hide it.
-        ValueError: flags that bring their own layers; else see ElasticTransformerConfig.
+        ValueError: flags that bring their own layers, FP8 scales that could not be loaded again; else see
+            ElasticTransformerConfig.
     """
     for name in _OWN_LAYERS:
         if getattr(args, name) is not None:
             raise ValueError(f"{flag(name)} {getattr(args, name)}: it brings its own layers, which are not elastic")
+    refuse_state_that_would_not_load(args)
     plain = copy(args)
     if args.moe_router_score_function == "softmax":
         plain.moe_router_enable_expert_bias = False

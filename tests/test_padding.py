@@ -112,6 +112,26 @@ def test_padded_rows_are_seen_by_nobody(selection, ranks):
             assert {"active k", "router entropy", "core's load_balancing_loss"} <= one.keys()
 
 
+def counted(settings: dict[str, Any], ks: list[int]) -> list[int]:
+    """Rows that an evaluation counts at each k' over two ranks."""
+    from megatron_emoe.active_k import get_active_k
+    from megatron_emoe.evaluation import counting_rows
+
+    start(expert_model_parallel_size=2)
+    layer = build_layer(layer_config(**settings | {"expert_model_parallel_size": 2})).eval()
+    pad(layer, "mxfp8")
+    seen = []
+    for k in ks:
+        with torch.no_grad(), get_active_k().evaluating(k), counting_rows([layer]) as count:
+            layer(hidden_states(sequence=SEQUENCE, batch=BATCH))
+            seen += count().values()
+    return seen
+
+
+def test_rows_that_prove_the_k_of_an_evaluation_are_those_of_tokens():
+    assert run_ranks(counted, 2, PREFIX, [1, 2, 5, EXPERTS])[0] == [2 * TOKENS * k for k in (1, 2, 5, EXPERTS)]
+
+
 def test_blocks_are_those_of_the_recipe():
     for recipe, block in (("mxfp8", 32), ("blockwise", 16), ("tensorwise", 16)):
         seen = run_ranks(passes_of, 1, PREFIX, recipe, 1)[0]

@@ -3,6 +3,8 @@ not asked for, and a missing weight stays an error."""
 
 import contextlib
 import io
+import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_emoe import quantization_state
+from megatron_emoe.quantization_state import refuse_state_that_would_not_load
 from tests.distributed import run_ranks
 from tests.test_layer_spec import model_of
 from tests.tiny import flags, train
@@ -73,7 +77,7 @@ def test_a_missing_weight_is_still_an_error(saved):
         run_ranks(train, 1, flags(**FROM, load=saved / "broken"))
 
 
-def read(changes: dict[str, Any]) -> list[Any]:
+def read(changes: dict[str, Any], precision: str | None) -> list[Any]:
     """Load --load and return the state that each row-parallel layer was given."""
     from megatron.training.checkpointing import load_checkpoint
 
@@ -81,13 +85,34 @@ def read(changes: dict[str, Any]) -> list[Any]:
     RowParallelLinear.get_extra_state = lambda layer: "own"
     RowParallelLinear.set_extra_state = lambda layer, state: given.append(state)
     model = model_of(changes)
+    model.config.fp8 = precision  # no CPU computes in FP8, but what is asked for depends on it
     with contextlib.redirect_stdout(io.StringIO()):
         load_checkpoint([model], None, None)
     return given
 
 
-def test_state_that_is_there_is_loaded(tmp_path):
+def test_state_that_is_there_is_loaded_by_a_model_that_uses_it(tmp_path):
     loads = {"load": tmp_path, "no_load_optim": True, "no_load_rng": True, "exit_on_missing_checkpoint": True}
     run_ranks(write, 1, {"save": tmp_path, "save_interval": 1}, "linear_proj._extra_state", "stored")
-    given = run_ranks(read, 1, loads)[0]
+    given = run_ranks(read, 1, loads, "hybrid")[0]
     assert sorted(given) == ["own"] * 2 + ["stored"] * 16  # two layers: attention's projection, 8 experts' second one
+    assert run_ranks(read, 1, loads, None)[0] == ["own"] * 18  # scales of FP8 mean nothing to bf16
+
+
+SCALED = {"fp8": "hybrid", "fp8_recipe": "delayed", "save": "folder"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fp8": None}, {"fp8_recipe": "tensorwise"}, {"save": None}, {"loads pickles": True}], ids=str
+)
+def test_scales_that_could_not_be_loaded_again_are_refused_before_work_starts(changes, monkeypatch):
+    monkeypatch.setattr(quantization_state, "_pickles_are_loaded", lambda: changes.get("loads pickles", False))
+    refuse_state_that_would_not_load(Namespace(**SCALED | changes))
+    monkeypatch.setattr(quantization_state, "_pickles_are_loaded", lambda: False)
+    message = (
+        "--save folder with --fp8-recipe delayed: its scales are saved as pickles, which this Transformer Engine does "
+        "not load: give another --fp8-recipe (tensorwise, blockwise, mxfp8), or set "
+        "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 where the checkpoints can be trusted"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        refuse_state_that_would_not_load(Namespace(**SCALED))
