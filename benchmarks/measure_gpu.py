@@ -1,0 +1,174 @@
+"""Stock top-k against elastic on one device, in turn, in one process: steps, memory, router, sweep. See bench_gpu.py.
+
+    python benchmarks/measure_gpu.py CELL.json RESULT.json
+
+CELL: flags, and the numbers of pairs. The device is the GPU, or with --host-mode among the flags the CPU.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from itertools import islice, product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from megatron_emoe import host_mode
+
+CELL, OUT = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+sys.argv[1:] = host_mode.setup(CELL["flags"])
+
+import torch  # noqa: E402
+from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+from megatron.training.argument_utils import gpt_config_from_args  # noqa: E402
+from megatron.training.initialize import initialize_megatron  # noqa: E402
+from paired import Step, build, random_batches, take_turns  # noqa: E402
+
+from megatron_emoe.active_k import Place, draw_for, get_active_k  # noqa: E402
+from megatron_emoe.arguments import parse  # noqa: E402
+from megatron_emoe.evaluation import Evaluator, counting_rows, current_device  # noqa: E402
+from megatron_emoe.flops import flops_per_token, moe_layer_numbers  # noqa: E402
+from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402
+from megatron_emoe.training import ElasticLoop  # noqa: E402
+from megatron_emoe.transformer_config import ElasticTransformerConfig  # noqa: E402
+
+WARM_UP = 5
+VOCABULARY = 64  # tokens are drawn below it; every table is larger
+TRAINING = 3  # a training step's FLOPs, as a multiple of its forward pass
+
+
+def wait() -> None:
+    """Sync: until the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def allocated() -> int:
+    """Bytes of tensors on the GPU; 0 in host mode."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+class Pair:
+    """The stock and the elastic model of one command line, both on the device."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        elastic = elastic_model_config(args)
+        self.config: ElasticTransformerConfig = elastic.transformer
+        self.loop = ElasticLoop(args, self.config)
+        self.batches = RerunDataIterator(random_batches(args, VOCABULARY))
+        self.models: dict[str, list[Any]] = {}
+        self.steps: dict[str, Step] = {}
+        self.held: dict[str, int] = {}  # bytes: weights, gradients, optimizer
+        self._add("stock", gpt_config_from_args(args), self.loop.forward)
+        self._add("elastic", elastic, self.loop.forward_step)
+
+    def _add(self, name: str, config: object, forward_step: Callable) -> None:
+        before = allocated()
+        self.models[name], self.steps[name] = build(self.args, config, forward_step, self.batches)
+        self.steps[name](0)  # the optimizer makes its state in the first step
+        self.held[name] = allocated() - before
+
+    @property
+    def micro_batches(self) -> int:
+        return self.args.global_batch_size // self.args.micro_batch_size
+
+    def drawn(self, iterations: range) -> list[int]:
+        """The elastic model's k in each of these iterations, their micro-batches and layers."""
+        k, layers = self.args.moe_router_topk, moe_layer_numbers(self.args)
+        places = product(iterations, range(self.micro_batches), layers)
+        return [draw_for(self.config, k, Place(*place)).k if self.config.draws else k for place in places]
+
+    def flops(self, k: float) -> float | None:
+        """Forward FLOPs of one token at k active experts in every MoE layer."""
+        return flops_per_token(self.args, [k] * len(moe_layer_numbers(self.args)))
+
+
+def peak_bytes(pair: Pair) -> dict[str, int] | None:
+    """The most that each variant holds in a step, as if the other were not there; None in host mode.
+
+    At the largest of a few draws: the elastic model's need follows its k.
+    """
+    if not torch.cuda.is_available():
+        return None
+    peaks = dict.fromkeys(pair.steps, 0)
+    for iteration, name in product(range(5), pair.steps):
+        others = allocated() - pair.held[name]
+        torch.cuda.reset_peak_memory_stats()
+        pair.steps[name](iteration)
+        peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - others)
+    return peaks
+
+
+def first_router(model: list[Any]) -> TopKRouter:
+    return next(module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter))
+
+
+def router_times(pair: Pair, pairs: int) -> dict[str, list[float]]:
+    """Seconds of one router's forward and backward pass on the hidden states of a micro-batch, timed alone."""
+    args, device = pair.args, current_device()
+    shape = (args.seq_length, args.micro_batch_size, args.hidden_size)
+    hidden = torch.randn(shape, device=device, dtype=args.params_dtype).requires_grad_()
+    weight = torch.randn(args.seq_length * args.micro_batch_size, args.num_experts, device=device)
+
+    def of(router: TopKRouter) -> Step:
+        def work(iteration: int) -> None:
+            get_active_k().begin_microbatch(iteration, 0)
+            (router(hidden)[0] * weight).sum().backward()
+
+        return work
+
+    routers = {name: of(first_router(model)) for name, model in pair.models.items()}
+    return take_turns(routers, pairs, WARM_UP, wait)
+
+
+def sweep(pair: Pair, ks: list[int], rounds: int) -> dict[str, dict[str, Any]]:
+    """Forward passes of the elastic model at each k', in turn: seconds, tokens, rows per token and MoE layer."""
+    model, args = pair.models["elastic"], pair.args
+    for chunk in model:
+        chunk.eval()
+    evaluator = Evaluator(args, pair.loop.forward)
+    batches = {0: list(islice(random_batches(args, VOCABULARY), pair.micro_batches))}
+    found: dict[str, dict[str, Any]] = {str(k): {"seconds": [], "flops": pair.flops(k)} for k in ks}
+    for round_number, k in product(range(1 + rounds), ks):
+        with counting_rows(model) as rows:
+            held_out = evaluator.loss_at_k(model, batches, k, 1)
+        per_token = mean(rows().values()) / held_out.positions
+        found[str(k)] |= {"tokens": held_out.positions, "rows": per_token}
+        if round_number:  # the first round warms up
+            found[str(k)]["seconds"].append(held_out.seconds)
+    return found
+
+
+def measure(args: Namespace) -> dict[str, Any]:
+    """Everything the cell asks for."""
+    pair, pairs = Pair(args), CELL["pairs"]
+    first = 1
+    times = take_turns(pair.steps, pairs, WARM_UP, wait, first)
+    mean_k = mean(pair.drawn(range(first + WARM_UP, first + WARM_UP + pairs)))
+    flops = {"stock": pair.flops(args.moe_router_topk), "elastic": pair.flops(mean_k)}
+    tokens = args.global_batch_size * args.seq_length
+    routers = len(moe_layer_numbers(args)) * pair.micro_batches
+    return {
+        "step": times,
+        "tokens": tokens,
+        "flops": {name: value and TRAINING * tokens * value for name, value in flops.items()},
+        "mean_k": mean_k,
+        "peak_bytes": peak_bytes(pair),
+        "router": router_times(pair, CELL["pairs"]),
+        "routers_per_step": routers,
+        "sweep": sweep(pair, CELL["sweep"], CELL["rounds"]) if CELL["sweep"] else {},
+    }
+
+
+def main() -> None:
+    args = parse()
+    initialize_megatron()
+    OUT.write_text(json.dumps(measure(args)))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
