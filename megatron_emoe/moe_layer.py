@@ -44,7 +44,9 @@ class ElasticMoELayer(MoELayer):
             ValueError: rows cannot be padded for FP8 at every k; see `_padded_apart`.
         """
         self._tell_dispatcher(self.router.topk)
-        if self.token_dispatcher.config.moe_router_padding_for_quantization:
+        # The flex dispatcher pads what it has received and leaves the map as it is.
+        flex = isinstance(self.token_dispatcher, MoEFlexTokenDispatcher)
+        if self.token_dispatcher.config.moe_router_padding_for_quantization and not flex:
             routing_map = self._padded_apart(routing_map)
         return super().preprocess(hidden_states, probs, routing_map)
 
