@@ -5,6 +5,7 @@
 All of Megatron's flags, plus the group "elastic MoE" (--help). Continue from a checkpoint with --load DIR --finetune.
 """
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def main() -> None:
         if args.rank == 0:
             clean_up(args, error)
         raise
+    if args.rank == 0 and "EMOE_FINISHED" in os.environ:  # a run that a signal ends leaves from within pretrain()
+        Path(os.environ["EMOE_FINISHED"]).touch()
 
 
 def clean_up(args: Namespace, error: BaseException) -> None:
