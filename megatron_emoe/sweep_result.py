@@ -190,7 +190,7 @@ def agreed(one: SweepResult, other: SweepResult, demand: Callable[[str, object, 
     for key, values in (both | {"data.digest": digests}).items():
         if None not in values:
             demand(key, *values)
-    known = {key: None if None in values else values[0] for key, values in both.items()}
+    known: dict[str, Any] = {key: None if None in values else values[0] for key, values in both.items()}
     known["coverage_at_least"] = one.coverage_at_least or other.coverage_at_least  # of the cells with a coverage
     data = dataclasses.replace(one.data, digest=digests[1] or digests[0])
     return dataclasses.replace(one, num_moe_layers=one.num_moe_layers or other.num_moe_layers, data=data, **known)
