@@ -29,7 +29,8 @@ from megatron_emoe.checkpoint import (
     stored_args,
 )
 from megatron_emoe.data import check_data
-from megatron_emoe.elastic_config import ElasticConfig
+from megatron_emoe.elastic_config import ElasticConfig, flag
+from megatron_emoe.flops import check_moe_layers
 from megatron_emoe.router_watch import check_marker
 from megatron_emoe.transformer_config import elastic_config_from_args
 
@@ -88,6 +89,13 @@ def _refuse_several_validation_sets(args: Namespace) -> None:
         raise ValueError("--emoe-eval-k cannot be combined with --multiple-validation-sets: give one validation set")
 
 
+def whole(word: str) -> int:
+    """A whole number above 0; for argparse."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word}: must be a whole number of at least 1")
+    return int(word)
+
+
 def fail(error: object) -> NoReturn:
     """End this process with status 2, after one message on stderr from each machine: data may be missing on one."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -111,6 +119,7 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
         _keep_asked_k(args, _given(parser))
     if args.eval_interval is None:
         args.eval_interval = sys.maxsize  # by its help no evaluation during training; the core then divides by it
+    check_sizes(args)
     validate_args(args)
     check_marker(args.save)
     check_load(args, report=_say)
@@ -171,16 +180,74 @@ def _say(message: str) -> None:
 def stored_form(words: list[str]) -> Namespace:
     """The arguments that a training run with these model flags would store in its checkpoints.
 
-    What is not a matter of the model (batch, parallel layout, kernels) has its default.
+    What is not a matter of the model (batch, parallel layout, kernels) has its default. ValueError as in completed.
     """
-    given = dict(zip(words, [*words[1:], ""], strict=True))
-    length = str(min(4096, int(given["--max-position-embeddings"])))
-    needed = ["--micro-batch-size", "1", "--seq-length", length]
-    with command_line([*words, *needed]), contextlib.redirect_stdout(io.StringIO()):
+    return completed(parsed(words))
+
+
+_ON_THE_GPU = ("fusion", "overlap", "cuda_graph", "grouped_gemm", "deepep", "flash_attn", "delay_wgrad", "dispatcher")
+"""Words in the names of settings that change how a step runs on a GPU, and no number of a plan."""
+
+
+def parsed(words: list[str], settled: list[str] | None = None) -> Namespace:
+    """Megatron's arguments as its parser leaves them; nothing is checked but that each flag has a value of its type.
+
+    settled: flags that win over `words`. Where they are given, kernels and overlap are as if `words` did not name them:
+    no GPU is asked for.
+    """
+    with command_line(words if settled is None else settled), refusing():
+        without = parse_args(add_arguments)
+        if settled is None:
+            return without
+        sys.argv[1:1] = words
         args = parse_args(add_arguments)
+        hidden = [name for name in vars(args) if any(word in name for word in _ON_THE_GPU)]
+        vars(args).update({name: getattr(without, name) for name in hidden})
+        return args
+
+
+def completed(args: Namespace, world_size: int = 1) -> Namespace:
+    """`args` as Megatron and the elastic settings complete them for the first rank of a run; nothing is started.
+
+    A micro-batch and a length that are not given are one sequence of at most 4096 tokens.
+
+    Raises:
+        ValueError: what they refuse.
+    """
+    with refusing():
+        check_sizes(args)
+        args.rank, args.world_size = 0, world_size
+        args.micro_batch_size = args.micro_batch_size or 1
+        args.seq_length = args.seq_length or min(4096, args.max_position_embeddings or 4096)
         validate_args(args)
-    elastic_config_from_args(args)
+        elastic_config_from_args(args)
     return args
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Inside, nothing is printed, and what Megatron refuses, in whatever way, is a ValueError of one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as error:  # argparse, after pages of usage
+        raise ValueError(said.getvalue().strip().rpartition("error: ")[2] or f"exit status {error.code}") from error
+    except AssertionError as error:
+        raise ValueError(str(error) or _broken_rule(error)) from error
+    except OSError as error:
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+_SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_experts", "moe_ffn_hidden_size")
+
+
+def check_sizes(args: Namespace) -> None:
+    """ValueError where a size of the model is no size, or --moe-layer-freq is no pattern of its layers."""
+    for name in _SIZES:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be at least 1")
+    check_moe_layers(args)
 
 
 @contextlib.contextmanager

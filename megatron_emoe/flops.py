@@ -21,6 +21,15 @@ def moe_layer_numbers(args: Namespace) -> list[int]:
     return [layer + 1 for layer in layers if pattern[layer]]
 
 
+def check_moe_layers(args: Namespace) -> None:
+    """ValueError where --moe-layer-freq is below 1, or a list of another length than the model has layers."""
+    pattern, layers = args.moe_layer_freq, args.num_layers
+    if isinstance(pattern, int) and pattern < 1:
+        raise ValueError(f"--moe-layer-freq {pattern}: must be at least 1")
+    if isinstance(pattern, list) and layers is not None and len(pattern) != layers:
+        raise ValueError(f"--moe-layer-freq {pattern}: {len(pattern)} entries; must be one for each of {layers} layers")
+
+
 def flops_per_token(args: Namespace, ks: Sequence[float]) -> float | None:
     """Forward FLOPs of one token in a sequence of --seq-length. ks: experts that run, one number per MoE layer.
 

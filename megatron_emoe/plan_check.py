@@ -7,7 +7,6 @@ model is built on any machine, by the code that a training run builds it with.
 from __future__ import annotations
 
 import contextlib
-import io
 from argparse import Namespace
 from collections.abc import Iterator
 from copy import copy
@@ -17,14 +16,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.training.arguments import parse_args, validate_args
 
 from megatron_emoe import flag_files
-from megatron_emoe.arguments import add_arguments, command_line
+from megatron_emoe.arguments import completed, parsed, refusing
 from megatron_emoe.layer_spec import elastic_model_config
 from megatron_emoe.plan_layout import Layout, layout_flags
 from megatron_emoe.plan_model import PlannedModel
-from megatron_emoe.plan_parameters import Parameters, padded_vocabulary, stage_parameters
+from megatron_emoe.plan_parameters import Parameters, stage_parameters
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def check_parameters(model: PlannedModel, layout: Layout) -> Iterator[CheckedRan
     args = _arguments(model, layout)
     seen = set()
     for rank in range(layout.gpus):
-        with _as_rank(args, layout, rank):
+        with _as_rank(args, rank):
             place = _place()
             if place not in seen:
                 seen.add(place)
@@ -67,32 +65,25 @@ def check_parameters(model: PlannedModel, layout: Layout) -> Iterator[CheckedRan
 def _arguments(model: PlannedModel, layout: Layout) -> Namespace:
     """Megatron's arguments of a training run on this layout, as its first rank completes them."""
     built = replace(layout, fp8=False, state="fp32")  # changes no parameter, needs no GPU
-    words = flag_files.expand([*model.words, *layout_flags(model.args, built)])
-    try:
-        with command_line(words), contextlib.redirect_stdout(io.StringIO()):
-            args = parse_args(add_arguments)
-            args.rank, args.world_size = 0, layout.gpus
-            validate_args(args)
-    except AssertionError as error:
-        raise ValueError(f"Megatron refuses this layout: {error}") from error
-    args.padded_vocab_size = padded_vocabulary(args, layout.tp)
+    words = flag_files.expand([*model.words])
+    args = completed(parsed(words, layout_flags(model.args, built)), layout.gpus)
     args.use_cpu_initialization, args.perform_initialization = False, False
     args.init_model_with_meta_device = True
     return args
 
 
 @contextlib.contextmanager
-def _as_rank(args: Namespace, layout: Layout, rank: int) -> Iterator[None]:
+def _as_rank(args: Namespace, rank: int) -> Iterator[None]:
     """Inside, this process is the rank `rank` of a fake world."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    torch.distributed.init_process_group("fake", rank=rank, world_size=layout.gpus, store=FakeStore())
+    torch.distributed.init_process_group("fake", rank=rank, world_size=args.world_size, store=FakeStore())
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.etp,
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
             create_gloo_process_groups=False,  # the fake world has no partners to meet over gloo
         )
         args.rank = rank
@@ -121,7 +112,7 @@ def _build(args: Namespace) -> torch.nn.Module:
     device = torch.cuda.current_device
     torch.cuda.current_device = lambda: torch.device("meta")
     try:
-        with torch.device("meta"):
+        with refusing(), torch.device("meta"):
             model_parallel_cuda_manual_seed(1)
             return builder.build_model(ProcessGroupCollection.use_mpu_process_groups(), *_ends())
     finally:

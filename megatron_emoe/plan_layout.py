@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_emoe.flops import moe_layer_numbers
+
 Recompute = Literal["none", "moe", "full"]
 
 RECOMPUTE: dict[str, tuple[str, ...]] = {
@@ -91,7 +93,7 @@ class Layout:
 
     def name(self) -> str:
         """As a person writes it."""
-        experts = f" ETP{self.etp}" if self.tp > 1 else ""
+        experts = f" ETP{self.etp}" if max(self.tp, self.etp) > 1 else ""
         return f"TP{self.tp} PP{self.pp} EP{self.ep}{experts} DP{self.dp}"
 
 
@@ -118,8 +120,10 @@ def layout_flags(args: Namespace, layout: Layout) -> list[str]:
     """Megatron's flags for the layout, as words of a command line; args: the model's."""
     words = ["--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp]
     words += ["--expert-model-parallel-size", layout.ep, "--moe-token-dispatcher-type", "alltoall"]
+    if layout.etp != layout.tp or layout.tp > 1:  # Megatron's default is TP
+        words += ["--expert-tensor-parallel-size", layout.etp]
     if layout.tp > 1:
-        words += ["--expert-tensor-parallel-size", layout.etp, "--sequence-parallel"]
+        words.append("--sequence-parallel")
     first, *rest = stage_layers(args.num_layers, layout.pp)
     if rest and len(first) != len(rest[0]):
         words += ["--decoder-first-pipeline-num-layers", len(first)]
@@ -131,60 +135,124 @@ def layout_flags(args: Namespace, layout: Layout) -> list[str]:
     return [str(word) for word in words]
 
 
+_RECOMPUTED: dict[str | None, Recompute] = {None: "none", "full": "full", "selective": "moe"}
+
+
+def layout_of(args: Namespace, gpus_per_node: int) -> Layout:
+    """The layout of a run with Megatron's completed arguments."""
+    return Layout(
+        gpus=args.world_size,
+        gpus_per_node=gpus_per_node,
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size,
+        micro_batch=args.micro_batch_size,
+        global_batch=args.global_batch_size,
+        seq=args.seq_length,
+        recompute=_RECOMPUTED[args.recompute_granularity],
+    )
+
+
 def broken_rules(args: Namespace, layout: Layout) -> Iterator[str]:
-    """What makes the layout impossible for the model: flag, value, rule. Nothing where it is possible."""
-    yield from _broken_sizes(layout)
-    world, model, experts = layout.gpus, layout.tp * layout.pp, layout.etp * layout.ep * layout.pp
-    if world % model:
-        yield f"--tp {layout.tp} x --pp {layout.pp} = {model}: must divide --gpus {world}"
-    if world % experts:
-        shape = f"--ep {layout.ep} x --etp {layout.etp} x --pp {layout.pp} = {experts}"
-        yield f"{shape}: must divide --gpus {world}"
-    if layout.ep > 1 and args.num_experts % layout.ep:
-        yield f"--ep {layout.ep}: must divide the model's {args.num_experts} experts (--num-experts)"
-    if layout.pp > args.num_layers:
-        yield f"--pp {layout.pp}: more stages than the model's {args.num_layers} layers (--num-layers)"
-    yield from _broken_tensor_rules(args, layout)
-    yield from _broken_batch_rules(args, layout)
+    """What makes the layout impossible for a plan of the model: flag, value, rule. Nothing where it is possible."""
+    if layout.gpus > layout.gpus_per_node and layout.gpus % layout.gpus_per_node:
+        yield f"--gpus {layout.gpus}: must be a multiple of --gpus-per-node {layout.gpus_per_node}, or fit on one node"
+    yield from megatron_rules(args, layout)
+    groups = _groups(args)
+    if groups % layout.tp:  # Megatron also takes a multiple of the groups, and copies them
+        yield f"--tp {layout.tp}: must divide the model's {groups} groups of keys and values (--num-query-groups)"
+    if layout.seq % layout.tp:
+        yield f"--tp {layout.tp}: must divide --seq {layout.seq}, which its ranks share (--sequence-parallel)"
     if layout.fp8:
         yield from _broken_fp8_rules(args, layout)
 
 
+def megatron_rules(args: Namespace, layout: Layout) -> Iterator[str]:
+    """What Megatron refuses, in part only when the ranks have started: flag, value, rule."""
+    model = layout.tp * layout.pp
+    if layout.gpus % model:
+        yield f"--tp {layout.tp} x --pp {layout.pp} = {model}: must divide --gpus {layout.gpus}"
+    yield from expert_rules(args, layout)
+    if layout.pp > args.num_layers:
+        yield f"--pp {layout.pp}: more stages than the model's {args.num_layers} layers (--num-layers)"
+    yield from _broken_tensor_rules(args, layout)
+    yield from _broken_batch_rules(args, layout)
+
+
+def expert_rules(args: Namespace, layout: Layout) -> Iterator[str]:
+    """The same for the experts alone, whose ranks are counted without context parallelism."""
+    experts = layout.etp * layout.ep * layout.pp
+    if layout.gpus % experts:
+        shape = f"--ep {layout.ep} x --etp {layout.etp} x --pp {layout.pp} = {experts}"
+        yield f"{shape}: must divide --gpus {layout.gpus}"
+    if layout.ep > 1 and args.num_experts % layout.ep:
+        yield f"--ep {layout.ep}: must divide the model's {args.num_experts} experts (--num-experts)"
+    if args.moe_ffn_hidden_size % layout.etp:
+        yield f"--etp {layout.etp}: must divide the model's {args.moe_ffn_hidden_size} columns (--moe-ffn-hidden-size)"
+
+
+def _groups(args: Namespace) -> int:
+    return args.num_query_groups if args.group_query_attention else 0
+
+
+def _dense_width(args: Namespace) -> int:
+    """Columns of a dense layer; 0 where every layer has experts."""
+    return args.ffn_hidden_size if len(moe_layer_numbers(args)) < args.num_layers else 0
+
+
 def _broken_fp8_rules(args: Namespace, layout: Layout) -> Iterator[str]:
     """FP8 products take tensors whose sides are multiples of 16."""
+    shared = args.moe_shared_expert_intermediate_size or 0
     sides = {
         f"--micro-batch {layout.micro_batch} x --seq {layout.seq} / --tp {layout.tp}": layout.tokens,
         "the model's --hidden-size": args.hidden_size,
-        f"--ffn-hidden-size / --tp {layout.tp}": args.ffn_hidden_size // layout.tp,
+        f"--ffn-hidden-size / --tp {layout.tp}": _dense_width(args) // layout.tp,
+        f"--moe-shared-expert-intermediate-size / --tp {layout.tp}": shared // layout.tp,
         f"--moe-ffn-hidden-size / --etp {layout.etp}": args.moe_ffn_hidden_size // layout.etp,
+        **_attention_sides(args, layout.tp),
     }
     for side, size in sides.items():
         if size % 16:
             yield f"--precision fp8: {side} = {size} must be a multiple of 16"
 
 
-def _broken_sizes(layout: Layout) -> Iterator[str]:
-    if layout.gpus > layout.gpus_per_node and layout.gpus % layout.gpus_per_node:
-        yield f"--gpus {layout.gpus}: must be a multiple of --gpus-per-node {layout.gpus_per_node}, or fit on one node"
+def _attention_sides(args: Namespace, tp: int) -> dict[str, int]:
+    """Widths of the attention's projections on one rank."""
+    heads = args.num_attention_heads
+    if args.multi_latent_attention:
+        rope, head = args.qk_pos_emb_head_dim, args.qk_head_dim
+        return {
+            "--kv-lora-rank": args.kv_lora_rank,
+            "--kv-lora-rank + --qk-pos-emb-head-dim": args.kv_lora_rank + rope,
+            f"queries' width / --tp {tp}": heads * (head + rope) // tp,
+            f"width of keys and values / --tp {tp}": heads * (head + args.v_head_dim) // tp,
+            f"output's width / --tp {tp}": heads * args.v_head_dim // tp,
+        }
+    queries, keys = heads * args.kv_channels, (_groups(args) or heads) * args.kv_channels
+    together = f"width of queries, keys and values / --tp {tp}"
+    return {f"queries' width / --tp {tp}": queries // tp, together: (queries + 2 * keys) // tp}
 
 
 def _broken_tensor_rules(args: Namespace, layout: Layout) -> Iterator[str]:
     """Everything that tensor-parallel ranks share must split evenly."""
     shared = {
         "attention heads (--num-attention-heads)": args.num_attention_heads,
-        "groups of keys and values (--num-query-groups)": args.num_query_groups if args.group_query_attention else 0,
-        "columns of a dense layer (--ffn-hidden-size)": args.ffn_hidden_size,
+        "columns of a dense layer (--ffn-hidden-size)": _dense_width(args),
         "columns of the shared experts (--moe-shared-expert-intermediate-size)": (
             args.moe_shared_expert_intermediate_size or 0
         ),
+        "rows of the embedding (--padded-vocab-size)": args.padded_vocab_size or 0,
     }
     for what, count in shared.items():
         if count % layout.tp:
             yield f"--tp {layout.tp}: must divide the model's {count} {what}"
-    if layout.seq % layout.tp:
+    groups = _groups(args)
+    if groups and groups % layout.tp and layout.tp % groups:
+        what = "groups of keys and values (--num-query-groups)"
+        yield f"--tp {layout.tp}: must divide the model's {groups} {what}, or be a multiple of them"
+    if args.sequence_parallel and layout.seq % layout.tp:
         yield f"--tp {layout.tp}: must divide --seq {layout.seq}, which its ranks share (--sequence-parallel)"
-    if args.moe_ffn_hidden_size % layout.etp:
-        yield f"--etp {layout.etp}: must divide the model's {args.moe_ffn_hidden_size} columns (--moe-ffn-hidden-size)"
 
 
 def _broken_batch_rules(args: Namespace, layout: Layout) -> Iterator[str]:

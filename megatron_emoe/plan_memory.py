@@ -17,7 +17,7 @@ from itertools import product
 from megatron_emoe.flops import is_gated, moe_layer_numbers
 from megatron_emoe.plan_layout import Layout, stage_layers
 from megatron_emoe.plan_model import PlannedModel
-from megatron_emoe.plan_parameters import padded_vocabulary, stage_parameters
+from megatron_emoe.plan_parameters import padded_vocabulary, stage_parameters, table_size
 
 GIB = 1 << 30
 
@@ -62,7 +62,7 @@ def stage_memory(model: PlannedModel, layout: Layout, stage: int, imbalance: flo
     in_flight = min(layout.pp - stage, layout.micro_batches)
     numbers = stage_layers(args.num_layers, layout.pp)[stage]
     with_experts = len(set(moe_layer_numbers(args)) & set(numbers))
-    row = kept_per_row(args) * layout.tokens * spread if layout.recompute == "none" else 0
+    row = kept_per_row(args, layout.etp) * layout.tokens * spread if layout.recompute == "none" else 0
     kept = sum(kept_of_layer(model, layout, number, spread) for number in numbers)
     last = stage == layout.pp - 1
     experts_above_mean = largest_sum(model.k_distribution, with_experts, model.config.emoe_k_draw == "layer")
@@ -87,7 +87,7 @@ def kept_of_layer(model: PlannedModel, layout: Layout, number: int, spread: floa
     outside = kept_by_attention(model.args) + 2 * _BF16 * model.args.hidden_size  # the second norm's input and output
     if not is_moe:
         return layout.tokens * (outside + _kept_by_mlp(model.args, model.args.ffn_hidden_size))
-    inside = 0 if layout.recompute == "moe" else kept_by_experts(model.args, model.expected_k * spread)
+    inside = 0 if layout.recompute == "moe" else kept_by_experts(model.args, model.expected_k * spread, layout.etp)
     return layout.tokens * (outside + inside)
 
 
@@ -120,17 +120,18 @@ def _latent_width(args: Namespace) -> int:
     return heads * head + (rank + rope) + rank + expanded + rotated + heads * args.v_head_dim
 
 
-def kept_by_experts(args: Namespace, k: float) -> float:
+def kept_by_experts(args: Namespace, k: float, etp: int = 1) -> float:
     """Bytes per token behind the second norm: router, shared experts, and k rows of routed experts."""
     router = args.num_experts * (2 * _FP32 + 8)  # scores twice, and the order of the tokens
     shared = args.moe_shared_expert_intermediate_size or 0
     gate = _BF16 * args.hidden_size if shared and args.moe_shared_expert_gate else 0
-    return router + _kept_by_mlp(args, shared) + gate + k * kept_per_row(args)
+    return router + _kept_by_mlp(args, shared) + gate + k * kept_per_row(args, etp)
 
 
-def kept_per_row(args: Namespace) -> int:
-    """Bytes of one row: a token at one of its experts."""
-    return _BF16 * args.hidden_size + _kept_by_mlp(args, args.moe_ffn_hidden_size) + _ROW_INDICES
+def kept_per_row(args: Namespace, etp: int = 1) -> int:
+    """Bytes of one row: a token at one of its experts. etp: ranks that share an expert and gather each other's rows."""
+    gathered = (etp - 1) * (_BF16 * args.hidden_size + _FP32)  # with their weights
+    return _BF16 * args.hidden_size + gathered + _kept_by_mlp(args, args.moe_ffn_hidden_size) + _ROW_INDICES
 
 
 def _kept_by_mlp(args: Namespace, width: int) -> int:
@@ -143,7 +144,11 @@ def _working(model: PlannedModel, layout: Layout, numbers: range, spread: float)
     if layout.recompute == "none":
         return 0
     args = model.args
-    moe = kept_by_experts(args, model.largest_k * spread) if any(n in model.moe_layers for n in numbers) else 0
+    moe = (
+        kept_by_experts(args, model.largest_k * spread, layout.etp)
+        if any(n in model.moe_layers for n in numbers)
+        else 0
+    )
     if layout.recompute == "moe":
         return layout.tokens * moe
     dense = 0 if all(n in model.moe_layers for n in numbers) else _kept_by_mlp(args, args.ffn_hidden_size)
@@ -169,7 +174,7 @@ def _logits(args: Namespace, layout: Layout) -> float:
 def _fp8_weights(args: Namespace, layout: Layout, stage: int) -> float:
     """Copies of the linear layers' weights: all of the stage but embedding, head, norms and routers."""
     parameters = stage_parameters(args, layout, stage)
-    table = padded_vocabulary(args, layout.tp) // layout.tp * args.hidden_size
+    table = table_size(args, layout.tp)
     tables = (stage == 0) + (stage == layout.pp - 1 and not (layout.pp == 1 and _tied(args)))
     return _FP8_COPIES * max(0, parameters.total - tables * table - parameters.whole)
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-
-from megatron.training.arguments import parse_args, validate_args
 
 from megatron_emoe import flag_files
 from megatron_emoe.active_k import expected_k, k_probabilities
-from megatron_emoe.arguments import add_arguments, command_line
+from megatron_emoe.arguments import completed, parsed
 from megatron_emoe.elastic_config import flag
 from megatron_emoe.flops import moe_layer_numbers
 from megatron_emoe.transformer_config import ElasticTransformerConfig, elastic_config_from_args
@@ -37,8 +32,13 @@ OF_THE_LAYOUT = {
     "--micro-batch-size": "--micro-batch",
     "--global-batch-size": "--global-batch",
     "--seq-length": "--seq",
+    "--fp8-format": "--precision",
+    "--use-precision-aware-optimizer": "--optimizer-state",
 }
 """Flags of Megatron that the planner chooses -> its own flag for the same."""
+
+SETTLED = ["--use-distributed-optimizer", "--moe-token-dispatcher-type", "alltoall"]
+"""Flags of every plan."""
 
 _NOT_PLANNED = {
     "mtp_num_layers": "layers that predict further tokens",
@@ -53,8 +53,24 @@ _NOT_PLANNED = {
     "window_size": "attention within a window",
     "moe_layer_recompute": "recomputation set by flags; the plan chooses it",
     "recompute_granularity": "recomputation set by flags; the plan chooses it",
+    "grad_reduce_in_bf16": "gradients in bf16 by this flag; --optimizer-state has them",
+    "hidden_dropout": "the masks of dropout",
+    "rampup_batch_size": "a batch that grows",
+    "account_for_loss_in_pipeline_split": "stages split by flags; the plan splits them",
+    "account_for_embedding_in_pipeline_split": "stages split by flags; the plan splits them",
+    "decoder_first_pipeline_num_layers": "stages split by flags; the plan splits them",
+    "decoder_last_pipeline_num_layers": "stages split by flags; the plan splits them",
+    "pipeline_model_parallel_layout": "stages split by flags; the plan splits them",
+    "heterogeneous_layers_config_path": "layers that differ",
 }
 """Settings that change memory or traffic in ways that the formulas of a plan do not know -> what they stand for."""
+
+_PLANNED_ALONE = {
+    "emoe_train": ("all", "gradients and optimizer of a part of the weights"),
+    "optimizer": ("adam", "the state of another optimizer"),
+    "context_parallel_size": (1, "context parallelism"),
+}
+"""Settings of which a plan knows one value -> that value, and what the others stand for."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +97,7 @@ class PlannedModel:
 
     @property
     def largest_k(self) -> int:
-        """k_max, experts: the largest that the schedule draws; with top-p the limit, or all experts."""
-        if self.args.emoe_selection == "top-p":
-            return self.args.emoe_top_p_max or self.args.num_experts
+        """k_max, experts: the largest that the schedule draws."""
         return self.config.k_range(self.args.moe_router_topk)[1]
 
     @property
@@ -111,17 +125,16 @@ def read_model(name: str, recipe: str | None, seq_length: int | None) -> Planned
     files = [_model_file(name), *([Path(recipe)] if recipe else [])]
     words = flag_files.expand([f"@{file}" for file in files])
     _refuse_layout(words)
-    length = min(4096, _longest(words)) if seq_length is None else seq_length
-    args, config = _read([*words, "--micro-batch-size", "1", "--seq-length", str(length)])
-    for setting, meaning in _NOT_PLANNED.items():
-        value = getattr(args, setting, None)
-        if value:
-            raise ValueError(f"{flag(setting)} {value}: a plan does not know {meaning}")
-    if args.emoe_train != "all":
-        raise ValueError(f"--emoe-train {args.emoe_train}: a plan counts gradients and optimizer of all weights")
-    if args.vocab_size is None:
+    args = parsed(words, SETTLED)
+    _refuse_unknown(args)
+    args.seq_length = seq_length
+    try:
+        completed(args)
+    except ValueError as error:
+        raise ValueError(f"the flags of the model are refused: {error}") from error
+    if args.vocab_size is None and args.padded_vocab_size is None:
         raise ValueError(f"--model {name}: its flags need --vocab-size, which decides the size of embedding and head")
-    return PlannedModel(name, tuple(f"@{file}" for file in files), args, config)
+    return PlannedModel(name, tuple(f"@{file}" for file in files), args, elastic_config_from_args(args))
 
 
 def _model_file(name: str) -> Path:
@@ -140,18 +153,19 @@ def _refuse_layout(words: Sequence[str]) -> None:
             raise ValueError(f"{word} in the flags of the model: the plan chooses it; give {own} to the planner")
 
 
-def _longest(words: Sequence[str]) -> int:
-    given = dict(pairwise([*words, ""]))
-    return int(given.get("--max-position-embeddings", "4096"))
-
-
-def _read(words: list[str]) -> tuple[Namespace, ElasticTransformerConfig]:
-    """Megatron's own parse for one rank: what it says to a reader of logs is left out, what it refuses is raised."""
-    try:
-        with command_line(words), contextlib.redirect_stdout(io.StringIO()):
-            args = parse_args(add_arguments)
-            args.rank, args.world_size = 0, 1
-            validate_args(args)
-        return args, elastic_config_from_args(args)
-    except AssertionError as error:  # the core checks its own flags by assertions
-        raise ValueError(f"Megatron refuses the flags of the model: {error}") from error
+def _refuse_unknown(args: Namespace) -> None:
+    """ValueError for what no formula of a plan knows."""
+    for name, meaning in _NOT_PLANNED.items():
+        value = getattr(args, name)
+        if value:
+            given = flag(name) if value is True else f"{flag(name)} {value}"
+            raise ValueError(f"{given}: a plan does not know {meaning}")
+    for name, (known, meaning) in _PLANNED_ALONE.items():
+        if getattr(args, name) != known:
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: must be {known}, a plan does not know {meaning}")
+    if args.num_experts is None:
+        raise ValueError("--num-experts is not among the flags of the model: a plan is for one with experts")
+    if not args.bf16:
+        raise ValueError("--bf16 is not among the flags of the model: a plan counts weights and activations in bf16")
+    if args.emoe_selection == "top-p":
+        raise ValueError("--emoe-selection top-p: E[k] depends on the data, a plan cannot know it")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
 from megatron_emoe.flops import is_gated, moe_layer_numbers
 from megatron_emoe.plan_layout import Layout, stage_layers
 
@@ -48,14 +50,20 @@ def stage_parameters(args: Namespace, layout: Layout, stage: int, *, local: bool
 
 def padded_vocabulary(args: Namespace, tp: int) -> int:
     """Rows of the embedding over all ranks, as Megatron pads them."""
-    multiple = args.make_vocab_size_divisible_by * tp
-    return -(-args.vocab_size // multiple) * multiple
+    if args.padded_vocab_size is not None:
+        return args.padded_vocab_size
+    return calculate_padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by, tp, logging_enabled=False)
+
+
+def table_size(args: Namespace, tp: int) -> int:
+    """Elements of a rank's part of the embedding, or of the head."""
+    return padded_vocabulary(args, tp) // tp * args.hidden_size
 
 
 def _ends(args: Namespace, layout: Layout, stage: int) -> Parameters:
     """Embedding on the first stage, last norm and head on the last; a tied head is a copy if the stages differ."""
     first, last = stage == 0, stage == layout.pp - 1
-    table = padded_vocabulary(args, layout.tp) // layout.tp * args.hidden_size
+    table = table_size(args, layout.tp)
     tied = not args.untie_embeddings_and_output_weights
     tables = first + (last and not (tied and first))
     learned = (
@@ -107,13 +115,18 @@ def _dense(args: Namespace, tp: int) -> Parameters:
 
 def _moe(args: Namespace, layout: Layout) -> Parameters:
     """Norm, router, shared experts, and this rank's experts."""
-    noise = args.num_experts if args.emoe_selection == "noisy-topk" else 0
-    rows = args.num_experts + noise + (args.emoe_null_experts or 0)
-    whole = _norm(args, args.hidden_size) + rows * args.hidden_size
+    whole = _norm(args, args.hidden_size) + router_parameters(args)
     shared = args.moe_shared_expert_intermediate_size or 0
     whole += args.hidden_size if shared and args.moe_shared_expert_gate else 0
     expert = args.num_experts // layout.ep * _mlp(args, args.moe_ffn_hidden_size, layout.etp)
     return Parameters(whole + _mlp(args, shared, layout.tp), expert, whole)
+
+
+def router_parameters(args: Namespace) -> int:
+    """Of one layer's router, whole on every rank."""
+    noise = args.num_experts if args.emoe_selection == "noisy-topk" else 0
+    rows = args.num_experts + noise + (args.emoe_null_experts or 0)
+    return rows * args.hidden_size + (args.num_experts if args.add_bias_linear else 0)
 
 
 def _mlp(args: Namespace, width: int, ranks: int) -> int:

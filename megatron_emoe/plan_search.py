@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -219,15 +218,15 @@ def propose(model: PlannedModel, wanted: Wanted, machine: Machine) -> list[Plan]
     Raises:
         ValueError: nothing is possible, or nothing fits: the rule, or what the smallest lacks.
     """
-    broken: Counter[str] = Counter()
-    possible = []
+    possible, broken = [], []
     for layout in wanted.layouts():
         rules = list(broken_rules(model.args, layout))
-        broken.update(rules)
-        if not rules:
+        if rules:
+            broken.append(rules)
+        else:
             possible.append(Plan(model, layout, machine))
     if not possible:
-        raise ValueError(broken.most_common(1)[0][0])
+        raise ValueError(min(broken, key=len)[0])  # of the layout that comes closest, the simplest where several do
     fitting = [plan for plan in possible if plan.fits]
     if not fitting:
         raise ValueError(_too_large(possible))

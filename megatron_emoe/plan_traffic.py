@@ -16,7 +16,7 @@ from typing import Literal
 
 from megatron_emoe.flops import moe_layer_numbers
 from megatron_emoe.plan_layout import Layout, stage_layers
-from megatron_emoe.plan_parameters import padded_vocabulary, stage_parameters
+from megatron_emoe.plan_parameters import stage_parameters, table_size
 
 Kind = Literal["all-to-all", "data parallel", "tensor parallel", "pipeline"]
 KINDS: tuple[Kind, ...] = ("all-to-all", "data parallel", "tensor parallel", "pipeline")
@@ -187,8 +187,9 @@ def _gradients(args: Namespace, layout: Layout, stage: int, local: bool) -> Iter
         yield Transfer("data parallel", "all-gather", ranks, padded * _BF16 * (2 if apart else 1), crosses)
     yield _tensor(layout, "all-reduce", parameters.whole * gradient)
     if layout.pp > 1 and not args.untie_embeddings_and_output_weights and stage in (0, layout.pp - 1):
-        table = padded_vocabulary(args, layout.tp) // layout.tp * args.hidden_size
-        yield Transfer("pipeline", "all-reduce", 2, table * gradient, layout.gpus > layout.gpus_per_node)
+        yield Transfer(
+            "pipeline", "all-reduce", 2, table_size(args, layout.tp) * gradient, layout.gpus > layout.gpus_per_node
+        )
 
 
 def _padded(count: int, ranks: int) -> int:

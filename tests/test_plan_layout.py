@@ -1,14 +1,12 @@
 """Layouts: how layers are split, what is refused and why, and flags that Megatron itself takes."""
 
-import contextlib
-import io
 import shlex
 from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 
-from megatron_emoe.plan_layout import Layout, broken_rules, layout_flags, stage_layers
+from megatron_emoe.plan_layout import Layout, broken_rules, layout_flags, layout_of, megatron_rules, stage_layers
 from tests.distributed import run_ranks
 
 MODEL = Namespace(
@@ -22,6 +20,11 @@ MODEL = Namespace(
     num_experts=60,
     hidden_size=2560,
     max_position_embeddings=8192,
+    kv_channels=128,
+    multi_latent_attention=False,
+    moe_layer_freq=[0] + [1] * 27,
+    padded_vocab_size=None,
+    sequence_parallel=False,
 )
 GOOD = Layout(gpus=16, gpus_per_node=8, tp=2, pp=2, ep=4, etp=1, micro_batch=1, global_batch=256, seq=4096)
 
@@ -66,6 +69,11 @@ BROKEN = [
         "--precision fp8: --micro-batch 1 x --seq 4 / --tp 4 = 1 must be a multiple of 16",
     ),
     ({"fp8": True, "etp": 128}, "--precision fp8: --moe-ffn-hidden-size / --etp 128 = 12 must be a multiple of 16"),
+    ({"fp8": True, "tp": 128}, "--precision fp8: queries' width / --tp 128 = 20 must be a multiple of 16"),
+    (
+        {"fp8": True, "tp": 128},
+        "--precision fp8: --moe-shared-expert-intermediate-size / --tp 128 = 24 must be a multiple of 16",
+    ),
     ({"gpus": 12}, "--gpus 12: must be a multiple of --gpus-per-node 8, or fit on one node"),
 ]
 
@@ -75,31 +83,38 @@ def test_impossible_layouts_are_named_by_rule(change, rule):
     assert rule in list(broken_rules(MODEL, replace(GOOD, **change)))
 
 
-def parsed(name: str, layout: Layout) -> dict:
-    """What Megatron's own parser makes of the flags, with the world that they are for."""
-    from megatron.training.arguments import parse_args, validate_args
+def test_what_a_plan_refuses_and_megatron_takes():
+    """More ranks than groups of keys and values, and a dense layer's odd width where no layer is dense."""
+    model = Namespace(**vars(MODEL) | {"moe_layer_freq": 1, "ffn_hidden_size": 66, "num_query_groups": 2})
+    layout = replace(GOOD, tp=4)
+    assert list(megatron_rules(model, layout)) == []
+    assert list(broken_rules(model, layout)) == [
+        "--tp 4: must divide the model's 2 groups of keys and values (--num-query-groups)"
+    ]
+    dense = Namespace(**vars(model) | {"moe_layer_freq": 2, "num_query_groups": 3})
+    assert [rule.partition(": ")[2] for rule in megatron_rules(dense, layout)] == [
+        "must divide the model's 66 columns of a dense layer (--ffn-hidden-size)",
+        "must divide the model's 3 groups of keys and values (--num-query-groups), or be a multiple of them",
+    ]
 
-    from megatron_emoe import flag_files
-    from megatron_emoe.arguments import add_arguments, command_line
+
+def completed_by_megatron(name: str, layout: Layout) -> Namespace:
+    """What Megatron's own parser makes of the flags, with the world that they are for."""
+    from megatron_emoe import arguments, flag_files
     from megatron_emoe.plan_model import read_model
 
     model = read_model(name, None, None)
     words = flag_files.expand([*model.words, *shlex.split(shlex.join(layout_flags(model.args, layout)))])
-    with command_line(words), contextlib.redirect_stdout(io.StringIO()):
-        args = parse_args(add_arguments)
-        args.rank, args.world_size = 0, layout.gpus
-        validate_args(args)
-    return vars(args)
+    return arguments.completed(arguments.parsed(words), layout.gpus)
 
 
 def test_megatron_takes_the_flags_and_means_the_same():
     layout = replace(GOOD, gpus=32, tp=2, pp=4, ep=4, recompute="moe")
-    args = run_ranks(parsed, 1, "deepseek-v2-lite-16b", layout)[0]
-    assert args["data_parallel_size"] == layout.dp == 4 and args["sequence_parallel"]
-    assert args["expert_tensor_parallel_size"] == 1 and args["expert_model_parallel_size"] == 4
-    assert args["decoder_first_pipeline_num_layers"] == 6 and args["recompute_modules"] == ["moe"]
-    assert args["use_distributed_optimizer"] and args["moe_token_dispatcher_type"] == "alltoall"
-    assert (args["micro_batch_size"], args["global_batch_size"], args["seq_length"]) == (1, 256, 4096)
-    args = run_ranks(parsed, 1, "olmoe-7b", replace(GOOD, gpus=8, tp=1, pp=1, ep=8, recompute="full"))[0]
-    assert args["recompute_granularity"] == "full" and args["recompute_num_layers"] == 1
-    assert not args["sequence_parallel"] and args["data_parallel_size"] == 8
+    args = run_ranks(completed_by_megatron, 1, "deepseek-v2-lite-16b", layout)[0]
+    assert layout_of(args, layout.gpus_per_node) == layout and args.data_parallel_size == layout.dp == 4
+    assert args.decoder_first_pipeline_num_layers == 6 and args.recompute_modules == ["moe"]
+    assert args.use_distributed_optimizer and args.moe_token_dispatcher_type == "alltoall" and args.sequence_parallel
+    layout = replace(GOOD, gpus=8, tp=1, pp=1, ep=4, etp=2, recompute="full")
+    args = run_ranks(completed_by_megatron, 1, "olmoe-7b", layout)[0]
+    assert layout_of(args, layout.gpus_per_node) == layout and layout.name() == "TP1 PP1 EP4 ETP2 DP8"
+    assert args.recompute_num_layers == 1 and not args.sequence_parallel

@@ -72,20 +72,23 @@ def planned(args: Any, layout: Layout) -> Any:
 HIDDEN, WIDTH, TOKENS = 64, 96, 256
 
 
-def kept(k: int, shared: int | None, gate: bool) -> int:
+def kept(k: int, shared: int | None, gate: bool, tp: int = 1) -> int:
     """Bytes that autograd keeps of one MoE layer's forward pass, parameters and the layer's input left out.
+
+    tp: ranks that share the tokens and every expert.
 
     bf16 with a balancing loss and the fused gated activation, as a GPU run has them.
     """
     import torch
 
-    start()
+    start(tensor_model_parallel_size=tp, expert_tensor_parallel_size=tp)
+    split = {"tensor_model_parallel_size": tp, "expert_tensor_parallel_size": tp, "sequence_parallel": tp > 1}
     widths = {"hidden_size": HIDDEN, "ffn_hidden_size": WIDTH, "moe_ffn_hidden_size": WIDTH}
     numbers = {"params_dtype": torch.bfloat16, "bf16": True, "moe_router_dtype": "fp32", "moe_router_topk": k}
     experts = {"moe_shared_expert_intermediate_size": shared, "moe_shared_expert_gate": gate}
     balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
-    layer = build_layer(layer_config(**widths, **numbers, **experts, **balance, bias_activation_fusion=True))
-    x = torch.randn(TOKENS // 2, 2, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    layer = build_layer(layer_config(**widths, **numbers, **experts, **balance, **split, bias_activation_fusion=True))
+    x = torch.randn(TOKENS // 2 // tp, 2, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     outside = {tensor.untyped_storage().data_ptr() for tensor in [x, *layer.parameters()]}
     storages: dict[int, Any] = {}
 
@@ -111,6 +114,9 @@ def test_what_experts_keep_is_what_autograd_keeps(shared, gate):
     )
     for k in (1, 2, 5):
         assert run_ranks(kept, 1, k, shared, gate)[0] == pytest.approx(TOKENS * kept_by_experts(args, k), rel=0.01)
+    if shared is None:
+        planned = TOKENS // 2 * kept_by_experts(args, 5, etp=2)
+        assert run_ranks(kept, 2, 5, shared, gate, 2)[0] == pytest.approx(planned, rel=0.01)
 
 
 def test_larger_draws_by_brute_force():
@@ -153,6 +159,7 @@ BY_HAND = SimpleNamespace(
     untie_embeddings_and_output_weights=True,
     position_embedding_type="rope",
     max_position_embeddings=64,
+    padded_vocab_size=None,
 )
 
 

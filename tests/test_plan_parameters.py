@@ -1,6 +1,7 @@
 """Planned parameters equal those of models really built: all four at full size, every distinct rank of some layouts."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,12 +55,14 @@ def test_every_rank_of_every_layout_holds_what_is_planned(name):
         assert all(rank.built.total and rank.agrees for rank in ranks), [rank for rank in ranks if not rank.agrees]
 
 
+BIAS = "--moe-layer-freq [0,1,1,1]"  # and no --disable-bias-linear
 FEATURES = [
     "--add-qkv-bias --num-query-groups 2 --group-query-attention",
     "--qk-layernorm --normalization LayerNorm",
     "--emoe-selection null-experts --emoe-null-experts 3 --moe-layer-freq 2",
     "--emoe-selection noisy-topk --moe-shared-expert-intermediate-size 48 --moe-shared-expert-gate",
-    "--position-embedding-type learned_absolute",
+    "--position-embedding-type learned_absolute --padded-vocab-size 160",
+    BIAS,
 ]
 
 
@@ -69,15 +72,48 @@ def checked_file(path: str, layout: Layout) -> list[Any]:
 
 @pytest.mark.parametrize("words", FEATURES)
 def test_features_that_the_four_models_have_not(words, tmp_path):
-    file = tmp_path / "model.args"
+    layout = replace(on(4, 2, 2, 2, 1), seq=64, global_batch=4)
+    ranks = run_ranks(checked_file, 1, tiny_file(tmp_path, words), layout)[0]
+    assert len(ranks) == 4 and all(rank.agrees for rank in ranks), ranks
+
+
+def tiny_file(folder: Path, words: str) -> str:
+    file = folder / "model.args"
     file.write_text(
         "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --vocab-size 100 "
-        "--max-position-embeddings 64 --swiglu --disable-bias-linear --num-experts 8 --moe-ffn-hidden-size 16 "
-        "--normalization RMSNorm --bf16 " + words
+        "--max-position-embeddings 64 --swiglu --num-experts 8 --moe-ffn-hidden-size 16 "
+        "--normalization RMSNorm --bf16 --hidden-dropout 0 "
+        + ("" if words == BIAS else "--disable-bias-linear ")
+        + words
     )
-    layout = replace(on(4, 2, 2, 2, 1), seq=64, global_batch=4)
-    ranks = run_ranks(checked_file, 1, str(file), layout)[0]
-    assert len(ranks) == 4 and all(rank.agrees for rank in ranks), ranks
+    return str(file)
+
+
+def built_on(path: str, layout: Layout) -> str | tuple[list[bool], list[int]]:
+    try:
+        ranks = checked_file(path, layout)
+    except ValueError as error:
+        return str(error)
+    return [rank.agrees for rank in ranks], [rank.built.expert for rank in ranks]
+
+
+def test_ranks_that_share_experts_are_built_as_the_flags_say(tmp_path):
+    layout = replace(on(2, 1, 1, 1, 2), seq=64, global_batch=4)
+    agree, experts = run_ranks(built_on, 1, tiny_file(tmp_path, FEATURES[0]), layout)[0]
+    assert agree == [True, True] and experts == [4 * 8 * 3 * 32 * 16 // 2] * 2
+    assert "Bias in Moe is only supported when ETP==1" in run_ranks(built_on, 1, tiny_file(tmp_path, BIAS), layout)[0]
+
+
+def wrong_vocabulary(path: str, layout: Layout) -> list[bool]:
+    from megatron_emoe import plan_parameters
+
+    plan_parameters.calculate_padded_vocab_size = lambda size, *args, **kwargs: size
+    return [rank.agrees for rank in checked_file(path, layout)]
+
+
+def test_a_wrong_vocabulary_does_not_agree(tmp_path):
+    path, layout = tiny_file(tmp_path, FEATURES[0]), replace(ONE, seq=64, global_batch=4)
+    assert run_ranks(wrong_vocabulary, 1, path, layout)[0] == [False]
 
 
 def broken_check(name: str) -> list[bool]:

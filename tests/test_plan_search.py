@@ -1,7 +1,5 @@
 """The search, its measure, and tools/plan_job.py as a user calls it."""
 
-import contextlib
-import io
 import json
 import shlex
 from typing import Any
@@ -109,10 +107,7 @@ def test_each_model_has_a_layout_that_megatron_takes(gpus, memory):
 
 def accepted(gpus: int, memory: int) -> dict[str, int]:
     """The world size that Megatron's own checks find right for the flags of each model's plan."""
-    from megatron.training.arguments import parse_args, validate_args
-
-    from megatron_emoe import flag_files
-    from megatron_emoe.arguments import add_arguments, command_line
+    from megatron_emoe import arguments, flag_files
     from megatron_emoe.plan_model import read_model
 
     worlds = {}
@@ -121,10 +116,7 @@ def accepted(gpus: int, memory: int) -> dict[str, int]:
         answer = run_tool("plan_job", *words)
         assert answer.status == 0, (name, answer.err)
         flags = [*read_model(name, None, None).words, f"@{RECIPE}", *shlex.split(answer.out)]
-        with command_line(flag_files.expand(flags)), contextlib.redirect_stdout(io.StringIO()):
-            args = parse_args(add_arguments)
-            args.rank, args.world_size = 0, gpus
-            validate_args(args)
+        args = arguments.completed(arguments.parsed(flag_files.expand(flags)), gpus)
         worlds[name] = args.data_parallel_size * args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     return worlds
 
@@ -155,6 +147,11 @@ REFUSED = [
         ],
         "--gpu-memory 80 less --reserve 8 is 72",
     ),
+    (
+        ["--gpus", 7, "--pp", 1, "--model", "ernie-4.5-21b"],
+        "--global-batch 256: must be a multiple of --micro-batch 1 x 7",
+    ),
+    (["--gpus", 1000, "--model", "olmoe-7b"], "--global-batch 256: must be a multiple of --micro-batch 1 x 1000"),
     (["--gpus", 8, "--model", "gpt-5"], "--model gpt-5: neither a flag file nor one of olmoe-7b"),
     (["--gpus", 8, "--model", "olmoe-7b", "--recipe", "missing.args"], "no flag file"),
 ]

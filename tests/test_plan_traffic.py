@@ -8,7 +8,7 @@ import pytest
 
 from megatron_emoe.active_k import Place, scheduled_k
 from megatron_emoe.elastic_config import ElasticConfig
-from megatron_emoe.plan_layout import Layout
+from megatron_emoe.plan_layout import layout_of
 from megatron_emoe.plan_traffic import stage_transfers
 from tests.distributed import run_ranks
 from tests.tiny import flags, train
@@ -156,28 +156,12 @@ def counted_run(words: list[str]) -> tuple[dict, Any]:
     return dict(counted.payloads), args
 
 
-def layout_of(ranks: int, args: Any) -> Layout:
-    recompute = {None: "none", "full": "full", "selective": "moe"}[args.recompute_granularity]
-    return Layout(
-        gpus=ranks,
-        gpus_per_node=ranks,
-        tp=args.tensor_model_parallel_size,
-        pp=args.pipeline_model_parallel_size,
-        ep=args.expert_model_parallel_size,
-        etp=args.expert_tensor_parallel_size,
-        micro_batch=args.micro_batch_size,
-        global_batch=args.global_batch_size,
-        seq=args.seq_length,
-        recompute=recompute,
-    )
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_planned_bytes_equal_those_of_every_collective(case):
     ranks, changes = CASES[case]
     runs = run_ranks(counted_run, ranks, flags(**TINY | changes))
     args = runs[0][1]
-    layout = layout_of(ranks, args)
+    layout = layout_of(args, ranks)
     counted: Counter = Counter()
     for payloads, _ in runs:
         counted.update(payloads)
@@ -198,5 +182,5 @@ def test_bytes_follow_the_k_that_each_layer_drew():
     changes = {"expert_model_parallel_size": 2, "emoe_k_draw": "layer"} | drawn
     runs = run_ranks(counted_run, 2, flags(**TINY | changes))
     counted = sum(payloads["all-to-all", "all-to-all"] for payloads, _ in runs)
-    transfers = stage_transfers(runs[0][1], layout_of(2, runs[0][1]), 0, sum(ks) / 2, local=True)
+    transfers = stage_transfers(runs[0][1], layout_of(runs[0][1], 2), 0, sum(ks) / 2, local=True)
     assert counted == 2 * sum(t.payload for t in transfers if t.operation == "all-to-all")

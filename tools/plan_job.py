@@ -24,17 +24,11 @@ from megatron_emoe import host_mode  # noqa: E402
 host_mode.enable(force=True)  # a plan asks nothing of a GPU
 
 from megatron_emoe import plan_report  # noqa: E402
+from megatron_emoe.arguments import whole  # noqa: E402
 from megatron_emoe.plan_check import check_parameters  # noqa: E402
 from megatron_emoe.plan_layout import OPTIMIZER_STATES  # noqa: E402
 from megatron_emoe.plan_model import MODELS, read_model  # noqa: E402
 from megatron_emoe.plan_search import RECOMPUTATIONS, Machine, Plan, Wanted, propose  # noqa: E402
-
-
-def whole(word: str) -> int:
-    """A whole number above 0."""
-    if not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r}: must be a whole number above 0")
-    return int(word)
 
 
 def positive(word: str) -> float:
