@@ -4,6 +4,7 @@ those of a job that is requeued, and room for its checkpoints. Nothing is built 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -22,9 +23,11 @@ import torch
 
 from megatron_emoe import flag_files, host_mode
 from megatron_emoe.arguments import parse
-from megatron_emoe.plan_layout import Layout, broken_rules
+from megatron_emoe.elastic_config import flag
+from megatron_emoe.flops import moe_layer_numbers
+from megatron_emoe.plan_layout import Layout, expert_rules, layout_of, megatron_rules
 from megatron_emoe.plan_model import OF_THE_LAYOUT
-from megatron_emoe.plan_parameters import stage_parameters
+from megatron_emoe.plan_parameters import router_parameters, stage_parameters
 
 WRITERS: dict[str, Any] = {"tensorboard_dir": None, "wandb_project": "", "exit_signal_handler": False}
 """Set for the check alone: it opens no log and leaves signals as they are."""
@@ -56,12 +59,16 @@ def check(job: Job, words: list[str]) -> Namespace:
     words = flag_files.expand(words)
     os.environ |= {"WORLD_SIZE": str(job.world_size), "RANK": "0", "LOCAL_RANK": "0"}
     _demand(_given_rules(job, words))
+    check_writable("--save", job.save)
     with contextlib.redirect_stdout(io.StringIO()), _device(job):  # Megatron prints every argument
         sys.argv[1:] = _on_device(job, words)
         args = parse(**WRITERS)
+    _demand(_run_rules(args))
     _demand(_folder_rules(job, args))
     _demand(_layout_rules(job, args))
-    check_writable(Path(args.save))
+    logs = _tensorboard_dir(words)
+    if logs is not None:
+        check_writable("--tensorboard-dir", logs)
     check_room(Path(args.save), checkpoint_bytes(args))
     return args
 
@@ -105,6 +112,14 @@ def _given_rules(job: Job, words: list[str]) -> Iterator[str]:
         yield "--exit-signal-handler is not given: the run would not save before its time ends"
 
 
+def _run_rules(args: Namespace) -> Iterator[str]:
+    """What Megatron asks for only when the optimizer is built."""
+    if args.lr is None:
+        yield "--lr is not given: the learning rate"
+    if args.train_iters is None and args.train_samples is None:
+        yield "--train-iters is not given, nor --train-samples: the length of the run"
+
+
 def _folder_rules(job: Job, args: Namespace) -> Iterator[str]:
     """What makes a job that is stopped and requeued lose its work."""
     if Path(args.save).resolve() != job.save.resolve():
@@ -116,49 +131,52 @@ def _folder_rules(job: Job, args: Namespace) -> Iterator[str]:
         yield "--finetune: a requeued job would start over; weights to start from are EMOE_BASE"
     if args.ckpt_step is not None:
         yield f"--ckpt-step {args.ckpt_step}: a requeued job would start from that iteration again; leave it out"
+    for name in ("no_save_optim", "no_load_optim", "no_save_rng", "no_load_rng"):
+        if getattr(args, name):
+            state = "optimizer state" if "optim" in name else "random numbers"
+            yield f"{flag(name)}: a requeued job would go on without its {state}; leave it out"
 
 
 def _layout_rules(job: Job, args: Namespace) -> Iterator[str]:
-    """The rules of the planner, in Megatron's words; most of them Megatron checks only once the ranks have started."""
-    layout = Layout(
-        gpus=job.world_size,
-        gpus_per_node=job.processes,
-        tp=args.tensor_model_parallel_size,
-        pp=args.pipeline_model_parallel_size,
-        ep=args.expert_model_parallel_size,
-        etp=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
-        micro_batch=args.micro_batch_size,
-        global_batch=args.global_batch_size,
-        seq=args.seq_length,
-    )
-    if args.context_parallel_size > 1:
-        return  # the planner knows no context parallelism; Megatron has checked the world size
-    for rule in broken_rules(args, layout):
-        for flag, short in {**OF_THE_LAYOUT, "the world size": "--gpus"}.items():
-            rule = rule.replace(f"{short} ", f"{flag} ")
+    """Rules of which Megatron checks most only once the ranks have started, in its own words."""
+    layout = layout_of(args, job.processes)
+    rules = expert_rules if args.context_parallel_size > 1 else megatron_rules  # the others count without it
+    for rule in rules(args, layout):
+        for name, short in {**OF_THE_LAYOUT, "the world size": "--gpus"}.items():
+            rule = rule.replace(f"{short} ", f"{name} ")
         yield rule
 
 
 def checkpoint_bytes(args: Namespace) -> int:
-    """Size of one checkpoint: every parameter, and its optimizer state unless --no-save-optim.
+    """Size of one checkpoint: every parameter, and the optimizer state of those that are trained.
 
-    Adam keeps two fp32 values, and a third, the parameter itself, where that is of 16 bits.
+    Adam keeps two fp32 values (as much is planned for other optimizers, half of it for SGD), and a third, the parameter
+    itself, where that is of 16 bits.
     """
     whole = Layout(1, 1, 1, 1, 1, 1, 1, 1, args.seq_length)
-    parameters = stage_parameters(args, whole, 0).total
+    parameters = trained = stage_parameters(args, whole, 0).total
+    if args.emoe_train == "router":
+        trained = len(moe_layer_numbers(args)) * router_parameters(args)
     half = args.bf16 or args.fp16
-    state = 0 if args.no_save_optim else 12 if half else 8
-    return parameters * ((2 if half else 4) + state)
+    state = (4 if args.optimizer == "sgd" else 8) + (4 if half else 0)
+    return parameters * (2 if half else 4) + trained * state
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(name: str, folder: Path) -> None:
     """ValueError unless a file can be made in `folder`, or in the nearest folder above it that exists."""
     place = existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
             return
     except OSError as error:
-        raise ValueError(f"--save {folder}: cannot be written ({error.strerror}: {place})") from error
+        raise ValueError(f"{name} {folder}: cannot be written ({error.strerror}: {place})") from error
+
+
+def _tensorboard_dir(words: list[str]) -> Path | None:
+    """As given: WRITERS has taken it out of the arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tensorboard-dir", type=Path)
+    return parser.parse_known_args(words)[0].tensorboard_dir
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -171,6 +189,6 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def existing(folder: Path) -> Path:
-    """`folder`, or the nearest path above it that exists."""
+    """`folder`, or the nearest path above it that exists. A link that leads nowhere does: it is in a folder's way."""
     folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    return next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())

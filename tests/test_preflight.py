@@ -67,6 +67,10 @@ LOSES_WORK = [
     ({"load": None}, "--load None: must be the job's folder"),
     ({"save_interval": None}, "--save-interval is not given: a run that dies would start over"),
     ({"exit_signal_handler": None}, "--exit-signal-handler is not given"),
+    ({"no_save_optim": True}, "--no-save-optim: a requeued job would go on without its optimizer state"),
+    ({"no_load_optim": True}, "--no-load-optim: a requeued job would go on without its optimizer state"),
+    ({"no_save_rng": True}, "--no-save-rng: a requeued job would go on without its random numbers"),
+    ({"no_load_rng": True}, "--no-load-rng: a requeued job would go on without its random numbers"),
 ]
 
 
@@ -75,12 +79,20 @@ def test_what_would_lose_work_when_the_job_is_requeued_is_refused(change, told, 
     assert told in str(check(tmp_path, **change))
 
 
+# Of GPUs alone: host mode has no context parallelism.
+ON_GPUS = {"nodes": 1, "processes": 4, "gpus": 4, "bf16": True, "no_rope_fusion": True, "expert_model_parallel_size": 8}
 IMPOSSIBLE = [
     ({"nodes": 3, "tensor_model_parallel_size": 2}, "world size (3) is not divisible by total_model_size"),
     ({"nodes": 4, "expert_model_parallel_size": 3}, "experts should be a multiple of expert model parallel"),
     ({"nodes": 2, "expert_model_parallel_size": 8}, "must divide the world size 2"),
     ({"nodes": 2, "processes": 8, "gpus": 4}, "8 processes on a node: at most one for each of its 4 GPUs"),
     ({"nodes": 3}, "global_batch_size (8) must be divisible by"),
+    (ON_GPUS | {"context_parallel_size": 2}, "must divide the world size 4"),
+    ({"moe_layer_freq": "[1]"}, "--moe-layer-freq [1]: 1 entries; must be one for each of 2 layers"),
+    ({"moe_layer_freq": "[1,1,1]"}, "--moe-layer-freq [1, 1, 1]: 3 entries"),
+    ({"hidden_size": 0}, "--hidden-size 0: must be at least 1"),
+    ({"lr": None}, "--lr is not given"),
+    ({"train_iters": None}, "--train-iters is not given, nor --train-samples"),
 ]
 
 
@@ -93,6 +105,21 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "save").write_text("a file in the way")
     said = str(check(tmp_path))
     assert f"--save {tmp_path}/save: cannot be written" in said
+
+
+def test_logs_that_cannot_be_written_and_a_link_that_leads_nowhere_are_named(tmp_path):
+    (tmp_path / "logs").write_text("a file in the way")
+    logs = tmp_path / "logs" / "tensorboard"
+    assert f"--tensorboard-dir {logs}: cannot be written" in str(check(tmp_path, tensorboard_dir=str(logs)))
+    (tmp_path / "save").symlink_to(tmp_path / "gone")
+    assert f"--save {tmp_path}/save: cannot be written" in str(check(tmp_path))
+
+
+def test_what_megatron_takes_though_a_plan_does_not(tmp_path):
+    """More ranks than groups of keys and values; an odd width of dense layers where there are none."""
+    tensor = {"tensor_model_parallel_size": 4, "sequence_parallel": True, "expert_tensor_parallel_size": 1}
+    odd = {"group_query_attention": True, "num_query_groups": 2, "ffn_hidden_size": 66}
+    assert check(tmp_path, nodes=4, expert_model_parallel_size=4, **tensor, **odd) is None
 
 
 def test_too_little_disk_for_one_checkpoint_is_refused_with_both_sizes(tmp_path):
@@ -138,7 +165,11 @@ def stored_and_planned(folder: Path, changes: dict) -> tuple[int, int]:
     return stored, checkpoint_bytes(arguments(words))
 
 
-@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "precision",
+    [{}, {"bf16": True}, {"bf16": True, "optimizer": "sgd"}, {"bf16": True, "emoe_train": "router"}],
+    ids=["fp32", "bf16", "sgd", "routers"],
+)
 def test_the_size_of_a_checkpoint_is_what_one_takes_on_disk(precision, tmp_path):
     """Weights and optimizer; a tiny model's headers come on top, a few hundred bytes for each of its 1 KiB tensors."""
     shape = precision | {"hidden_size": 128, "ffn_hidden_size": 256, "moe_ffn_hidden_size": 128, "train_iters": 1}

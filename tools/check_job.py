@@ -10,21 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_emoe.arguments import fail
+from megatron_emoe.arguments import fail, whole
 from megatron_emoe.preflight import Job, check
-
-
-def count(text: str) -> int:
-    """A whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
-    return int(text)
 
 
 def read_job(words: list[str]) -> Job:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=count, required=True, help="Nodes of the job.")
-    parser.add_argument("--processes", type=count, required=True, help="Ranks on each node.")
+    parser.add_argument("--nodes", type=whole, required=True, help="Nodes of the job.")
+    parser.add_argument("--processes", type=whole, required=True, help="Ranks on each node.")
     parser.add_argument("--gpus", type=int, help="GPUs on each node; 0: host mode. Default: as many as processes.")
     parser.add_argument("--save", type=Path, required=True, help="Folder of the job's checkpoints.")
     args = parser.parse_args(words)
