@@ -5,7 +5,7 @@ TE ?= .te
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-convert test test-te test-slurm check bench study clean
+.PHONY: help setup demo demo-convert test test-te test-gpu test-slurm check bench bench-gpu study clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -29,6 +29,9 @@ test-te: setup ## build Transformer Engine (20 to 40 minutes, once), and test it
 	@VENV="$(VENV)" TE="$(TE)" bash tools/setup_te.sh
 	@source $(TE)/env.sh && $(BIN)/python -m pytest -q -m te tests/te $(PYTEST_ARGS)
 
+test-gpu: setup ## tests that need a CUDA device (on one GPU; skipped, with the reason, where there is none)
+	@$(BIN)/python -m pytest -q -rs -m gpu tests $(PYTEST_ARGS)
+
 test-slurm: setup ## jobs on a real Slurm of two nodes on this machine (as root on Debian or Ubuntu; about 20 minutes)
 	@tests/slurm/cluster.sh with $(BIN)/python -m pytest -q -rs -m slurm tests/slurm $(PYTEST_ARGS)
 
@@ -39,6 +42,9 @@ check: setup ## lint, formatting and types
 
 bench: setup ## what elastic training costs against plain top-k, and conversion against copying
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+bench-gpu: setup ## stock top-k against elastic on one GPU: step, memory, sweep, router kernel; writes docs/gpu.md
+	@$(BIN)/python benchmarks/bench_gpu.py $(BENCH_ARGS)
 
 study: setup ## what each method gains and costs: hours, goes on where it was stopped; writes docs/study.md
 	@$(BIN)/python benchmarks/study.py $(STUDY_ARGS)
