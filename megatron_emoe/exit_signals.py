@@ -2,14 +2,19 @@
 
 Megatron's --exit-signal-handler knows one signal, from the moment it has parsed its arguments, and looks at it after
 whole steps. Here both count from the first moment of the process, and an evaluation in progress ends early.
+
+Slurm signals every process of a step. So the signals are blocked, which every program that a rank starts inherits (a
+compiler, a compile worker: a handler would leave them to die of it), and looked for where somebody asks. Children that
+are forked without a new program, such as data loaders' workers, still end when their own rank terminates them.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
 from types import FrameType
 
 from megatron_emoe import flag_files
@@ -19,9 +24,10 @@ _FLAG = "--exit-signal-handler"
 
 
 class _Request:
-    """Whether a signal came. Handlers run between two instructions of this thread, so they set a flag and no more."""
+    """Whether a signal came, and the signals that are listened for (none without the flag)."""
 
     came = False
+    numbers: frozenset[int] = frozenset()
 
 
 _request = _Request()
@@ -37,17 +43,39 @@ def start() -> None:
     except ValueError:
         return  # the same file is read again and refused with a message
     if _FLAG in words:
-        _handle(_note)
-        atexit.register(_handle, signal.SIG_IGN)  # the interpreter's end restores the defaults: a repeat would kill
+        _listen(frozenset(SIGNALS))
 
 
-def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    for number in SIGNALS:
-        signal.signal(number, handler)
+def _listen(numbers: frozenset[int]) -> None:
+    if not _request.numbers:
+        os.register_at_fork(after_in_child=_hear_parent)
+        atexit.register(_ignore)
+    _request.numbers |= numbers
+    for number in numbers:
+        signal.signal(number, _note)  # where it is not blocked: in threads that are older than this
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     _request.came = True
+
+
+def _ignore() -> None:
+    """The interpreter's end restores the defaults: a repeat would kill where it is not blocked."""
+    for number in _request.numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _hear_parent() -> None:
+    """In a forked child: a program that ends terminates those that are left by SIGTERM, and waits for them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _request.numbers)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)  # as torch's workers do
 
 
 def hand_over() -> None:
@@ -56,19 +84,20 @@ def hand_over() -> None:
 
     if not get_args().exit_signal_handler:
         return
-    core, core_number = signal.getsignal(get_signal_handler().sig), get_signal_handler().sig
-    assert callable(core)
+    handler = get_signal_handler()
+    gather = handler.signals_received
 
-    def note_for_both(number: int, frame: FrameType | None) -> None:
-        _note(number, frame)
-        core(core_number, frame)
+    def look_and_gather() -> list[int]:
+        handler._signal_received = came()
+        return gather()
 
-    for number in {*SIGNALS, core_number}:
-        signal.signal(number, note_for_both)
-    if _request.came:
-        signal.raise_signal(core_number)
+    handler.signals_received = look_and_gather
+    _listen(frozenset({*SIGNALS, handler.sig}))
 
 
 def came() -> bool:
-    """Whether this process was asked to end; other ranks may not have been yet."""
+    """Whether this process was asked to end; other ranks may not have been yet. System calls, no waiting."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _request.numbers)  # multiprocessing's resource tracker unblocks SIGTERM
+    while signal.sigtimedwait(_request.numbers, 0) is not None:
+        _request.came = True
     return _request.came

@@ -1,7 +1,11 @@
 """A signal at any moment of a run: it saves, ends with status 0, and goes on bit by bit."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import run_ranks
-from tests.tiny import Run, flags, train
+from tests.distributed import REPO, free_port, run_ranks
+from tests.tiny import Run, flags, tiny_datasets, train
 
 RUN = {
     "expert_model_parallel_size": 2,
@@ -143,3 +147,88 @@ def test_without_the_flag_a_signal_ends_the_run_as_ever(number: int):
     words = flags(**RUN | {"exit_signal_handler": None})
     with pytest.raises(RuntimeError, match="rank 1 died without a word"):
         run_ranks(train, 2, words, False, partial(in_step, number, True, 1))
+
+
+def signal_group(number: int) -> None:
+    """Send the signal to every process of this group, as Slurm does to a step: from outside the group."""
+    kill = ["kill", f"-{signal.Signals(number).name}", "--", f"-{os.getpgrp()}"]
+    subprocess.run(["setsid", "--wait", *kill], check=True)
+
+
+def signalled_with_programs(number: int, said: Path) -> None:
+    """Train; in the second step every process of the group gets the signal. said: gets what lived through it."""
+    import pretrain_emoe
+    from megatron_emoe.training import ElasticLoop
+
+    forward, seen = ElasticLoop.forward_step, []
+
+    def watched(self, data_iterator, model):
+        seen.append(None)
+        if len(seen) == 3:  # two micro-batches a step
+            program = subprocess.Popen(["sleep", "300"])
+            workers = multiprocessing.active_children()
+            signal_group(number)
+            time.sleep(0.5)  # what dies of it takes a moment
+            said.write_text(f"{program.poll()} {[worker.is_alive() for worker in workers]}")
+            program.kill()
+        return forward(self, data_iterator, model)
+
+    ElasticLoop.forward_step = watched
+    pretrain_emoe.build_datasets = tiny_datasets
+    pretrain_emoe.main()
+
+
+def run_alone(code: str, *words: str) -> subprocess.CompletedProcess:
+    """Run the program in a session of its own, as the only rank."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0"}
+    env = os.environ | address | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(
+        command, cwd=REPO, env=env, start_new_session=True, timeout=200, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [USR1, TERM], ids=["USR1", "TERM"])
+def test_a_signal_to_every_process_kills_neither_programs_nor_workers_and_the_run_saves(number: int, tmp_path: Path):
+    said = tmp_path / "said"
+    code = (
+        "import pretrain_emoe; from pathlib import Path; from tests.test_exit_signals import signalled_with_programs; "
+        f"signalled_with_programs({int(number)}, Path({str(said)!r}))"
+    )
+    one_rank = {"expert_model_parallel_size": 1, "eval_iters": 0, "emoe_eval_k": None, "num_workers": 2}
+    words = flags(**RUN | one_rank | {"save": tmp_path})
+    ended = run_alone(code, "--host-mode", *words)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    assert said.read_text() == f"None {[True] * 6}"  # no status yet; two workers for each of the three data sets
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+def test_a_worker_that_never_ends_is_ended_by_its_rank_and_by_nobody_else():
+    code = """
+import multiprocessing, signal, time
+from megatron_emoe import exit_signals
+exit_signals.start()
+from tests.test_exit_signals import signal_group
+worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,), daemon=True)
+worker.start()
+for number in exit_signals.SIGNALS:
+    signal_group(number)
+worker.join(timeout=0.5)
+print(worker.is_alive(), exit_signals.came())
+"""  # the end of the program terminates its daemons and waits for them
+    ended = run_alone(code, "--exit-signal-handler")
+    assert (ended.returncode, ended.stdout) == (0, "True True\n"), ended.stderr
+
+
+def test_a_signal_is_heard_where_something_unblocked_it():
+    code = """
+import os, signal
+from megatron_emoe import exit_signals
+exit_signals.start()
+signal.pthread_sigmask(signal.SIG_UNBLOCK, exit_signals.SIGNALS)
+os.kill(os.getpid(), signal.SIGTERM)
+print(exit_signals.came(), set(exit_signals.SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+    ended = run_alone(code, "--exit-signal-handler")
+    assert (ended.returncode, ended.stdout) == (0, "True True\n"), ended.stderr
