@@ -217,7 +217,7 @@ def _slope(x, scores, SCORE: tl.constexpr):
     if SCORE == SIGMOID:
         slope = scores * (1 - scores)
     else:
-        slope = tl.where(scores > 0, _scores(x, 0.0, 1.0, SIGMOID) / (2 * scores), 0.0)
+        slope = _scores(x, 0.0, 1.0, SIGMOID) / tl.where(scores > 0, 2 * scores, 1.0)  # both 0 far below: slope 0
     return slope
 
 

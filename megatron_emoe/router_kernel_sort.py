@@ -30,25 +30,18 @@ def packed(x, low):
 
 
 @triton.jit
-def _bit(J: tl.constexpr, N: tl.constexpr):
-    """Bit J of a column's number, in a tile of shape [rows, 2, ..., 2] with N twos."""
-    return tl.reshape(tl.arange(0, 2), [1] * (N - J) + [2] + [1] * J)
-
-
-@triton.jit
-def _exchange(h, J: tl.constexpr, STAGE: tl.constexpr, N: tl.constexpr):
-    """Put columns that differ in bit J into order: larger last where bit STAGE is 0, else (and if there is no such bit)
-    larger first."""
-    other = tl.sum(h, N - J, keep_dims=True) - h  # exact with integers, also where the sum wraps around
-    takes_larger = _bit(J, N) ^ (1 if STAGE == N else _bit(STAGE, N))
-    return tl.where((h > other) != (takes_larger != 0), other, h)
-
-
-@triton.jit
 def _merge(h, STAGE: tl.constexpr, N: tl.constexpr):
-    """Sort bitonic runs of 2**STAGE columns: up and down in turn, or down where there is one run alone."""
-    for step in tl.static_range(STAGE):
-        h = _exchange(h, STAGE - 1 - step, STAGE, N)
+    """Sort bitonic runs of 2**STAGE columns in a tile [rows, 2, ..., 2] with N twos, the bits of a column's number.
+
+    Larger numbers go last where bit STAGE is 0, and first where it is 1 or where one run is all there is.
+    """
+    down = 1
+    if STAGE < N:
+        down = tl.reshape(tl.arange(0, 2), [1] * (N - STAGE) + [2] + [1] * STAGE)
+    for step in tl.static_range(STAGE):  # columns that differ in one bit, from the highest bit of a run to the lowest
+        bit = tl.reshape(tl.arange(0, 2), [1] * (N - STAGE + 1 + step) + [2] + [1] * (STAGE - 1 - step))
+        other = tl.sum(h, N - STAGE + 1 + step, keep_dims=True) - h  # exact, also where a sum of integers wraps around
+        h = tl.where((h > other) != ((bit ^ down) != 0), other, h)
     return h
 
 

@@ -1,0 +1,84 @@
+"""The fused router's kernels on a GPU, compiled, against selection.py on the same GPU; tests/test_router_kernel.py runs
+the same comparisons in Triton's interpreter.
+"""
+
+import pytest
+import torch
+
+from megatron_emoe import router_kernel
+from megatron_emoe.router_kernel import RoutingRule, Wanted
+from tests import router_kernel_cases as cases
+
+pytestmark = pytest.mark.gpu
+
+TOKENS = 4099  # a last block that is not full at any number of experts
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_selection_weights_losses_and_gradient(name, dtype):
+    if name == "1024 experts" and dtype != "fp32":
+        pytest.skip("16 bits have too few different numbers")
+    cases.check(name, dtype, TOKENS, device="cuda")
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("part", ["p", "h", "b"])
+def test_the_gradient_of_each_output_alone(name, part):
+    cases.check(name, "fp32", 67, part, device="cuda")
+    cases.check_bare(name, 67, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_of_equal_logits_the_lower_expert_ranks_first_and_of_equal_numbers_the_better_rank(dtype):
+    cases.check_equal_logits(dtype, TOKENS, device="cuda")
+
+
+def test_equal_groups_and_scores_that_rounding_makes_equal():
+    cases.check_equal_groups(device="cuda")
+    cases.check_rounded_scores(device="cuda")
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_extreme_logits(score_function):
+    cases.check_extremes(score_function, device="cuda")
+
+
+@pytest.mark.parametrize("name", [name for name in cases.CASES if name.startswith("few")])
+def test_the_gradient_is_that_of_finite_differences(name):
+    cases.check_finite_differences(name, device="cuda")
+
+
+def test_runs_of_the_same_numbers_are_bit_equal():
+    rule, logits_TE, bias_E, u_TP = cases.inputs("softmax after, pool", "bf16", TOKENS, "cuda")
+    first, *others = [router_kernel.route(logits_TE, rule, bias_E, u_TP, cases.ALL) for _ in range(20)]
+    for other in others:
+        assert all(torch.equal(ours, wanted) for ours, wanted in zip(other, first, strict=True))
+
+
+def test_the_host_never_waits():
+    rule, logits_TE, bias_E, u_TP = cases.inputs("groups, sigmoid bias", "fp32", TOKENS, "cuda")
+    logits_TE.requires_grad_()
+    router_kernel.route(logits_TE, rule, bias_E, u_TP, cases.ALL).probs_TE.sum().backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        router_kernel.route(logits_TE, rule, bias_E, u_TP, cases.ALL).probs_TE.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_drawn_k_compiles_nothing():
+    """k from 1 to 31 with pools of 32, keeps and factors: one kernel forward, one back."""
+    logits_TE = cases.random_logits(64, 64, torch.float32, "cuda").requires_grad_()
+    u_TP = cases.random_numbers(64, 33, "cuda")
+    compiled = set()
+    for k in range(1, 32):
+        rule = RoutingRule("softmax", k, 32, True, pool=None, keep=k // 2, prob=1 - k / 64, scale=1.0 + k)
+        router_kernel.route(logits_TE, rule, None, u_TP, Wanted(entropy=True)).probs_TE.sum().backward()
+        compiled.add((variants(router_kernel.device.forward_kernel), variants(router_kernel.device.backward_kernel)))
+    assert len(compiled) == 1
+
+
+def variants(kernel) -> int:
+    """How many binaries Triton holds of a kernel on this device."""
+    return len(kernel.device_caches[torch.cuda.current_device()][0])
