@@ -2,7 +2,8 @@
 
 Formulas follow Megatron-Core with the all-to-all dispatcher, sequence parallelism wherever TP > 1, the distributed
 optimizer and no overlap of communication. Tests compare them with every collective of a host-mode run. Not counted:
-what has no weight, such as the batch within a tensor-parallel group, norms of gradients, and logged values.
+what has no weight, such as the batch within a tensor-parallel group, norms of gradients, the balancing loss's counts of
+tokens per expert (8 bytes each), and logged values.
 """
 
 from __future__ import annotations

@@ -43,6 +43,10 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 MOE = {"recompute_granularity": "selective", "recompute_modules": "moe"}
 SHARED = {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True}
 
+AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
+BALANCE, LOG = "tokens per expert, for the balancing loss", "logged losses of the layers"
+UNCOUNTED = {BALANCE, LOG}  # by a plan: a few hundred bytes a layer
+
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "EP": (2, {"expert_model_parallel_size": 2}),
     "DP": (2, {}),
@@ -56,6 +60,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "PP and EP": (4, STAGES | {"expert_model_parallel_size": 2}),
     "PP of uneven stages": (2, STAGES | {"num_layers": 3, "decoder_first_pipeline_num_layers": 1}),
     "TP and EP and DP": (4, APART),
+    "TP with a balancing loss": (2, SPLIT | AUX),
+    "EP with a balancing loss": (2, {"expert_model_parallel_size": 2} | AUX),
+    "ETP alone": (2, {"expert_tensor_parallel_size": 2}),
 }
 
 
@@ -67,24 +74,29 @@ class Counted:
         self.step, self.inside = 0, False
 
     def add(self, operation: str, group: Any, payload: int) -> None:
-        kind = self._kind(operation, group)
-        if kind is not None and self.step == 2:
-            self.payloads[kind, operation] += payload
+        if self.step == 2 and (group is None or group.size() > 1):  # groups of one rank send nothing
+            self.payloads[self._kind(operation, group), operation] += payload
 
     @staticmethod
-    def _kind(operation: str, group: Any) -> str | None:
-        """By who takes part; groups of one rank send nothing."""
+    def _kind(operation: str, group: Any) -> str:
+        """By who takes part; no group may be unknown."""
         from megatron.core import parallel_state as state
 
-        if group is None or group.size() == 1:
-            return None
-        if group is state.get_tensor_model_parallel_group() or group is state.get_expert_tensor_parallel_group():
-            return "tensor parallel"
-        if operation == "all-to-all" or group is state.get_expert_tensor_and_model_parallel_group():
-            return "all-to-all"
-        if operation in ("reduce-scatter", "all-gather"):
-            return "data parallel"
-        return "pipeline" if group is state.get_embedding_group(check_initialized=False) else None
+        groups = {
+            "tensor parallel": (state.get_tensor_model_parallel_group(), state.get_expert_tensor_parallel_group()),
+            "all-to-all": (state.get_expert_model_parallel_group(), state.get_expert_tensor_and_model_parallel_group()),
+            "data parallel": (
+                state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True),
+                state.get_expert_data_parallel_group(partial_expert_data_parallel=True),
+            ),
+            "pipeline": (state.get_embedding_group(check_initialized=False),),
+            BALANCE: (state.get_tensor_and_context_parallel_group(),),
+            LOG: (None,),  # all ranks
+        }
+        for kind, members in groups.items():
+            if any(group is member for member in members):
+                return kind
+        raise AssertionError(f"{operation} over an unknown group of {group.size()} ranks")
 
 
 def size(tensors: Any) -> int:
@@ -169,8 +181,11 @@ def test_planned_bytes_equal_those_of_every_collective(case):
     for stage in range(layout.pp):
         for transfer in stage_transfers(args, layout, stage, args.moe_router_topk, local=True):
             planned[transfer.kind, transfer.operation] += transfer.payload * ranks // layout.pp
-    assert {key: value for key, value in counted.items() if value} == dict(planned)
+    assert {key: value for key, value in counted.items() if value and key[0] not in UNCOUNTED} == dict(planned)
     assert planned
+    balanced = layout.tp > 1 and "moe_aux_loss_coeff" in changes
+    layers_and_batches = args.num_layers * layout.micro_batches
+    assert counted[BALANCE, "all-reduce"] == (ranks * layers_and_batches * args.num_experts * 8 if balanced else 0)
 
 
 def test_bytes_follow_the_k_that_each_layer_drew():

@@ -135,7 +135,6 @@ def test_missing_data_and_another_model_s_checkpoint_are_refused(tmp_path):
     assert check(tmp_path, nodes=1) is None
 
 
-@pytest.mark.slow
 def test_a_resubmission_in_another_layout_is_refused_and_really_dies(tmp_path):
     """DP 1 to 2 goes on; EP 2 to 1 is refused, and is what Megatron cannot load."""
     run = {"use_distributed_optimizer": True, "bf16": True, "save": tmp_path / "save", "save_interval": 2}
