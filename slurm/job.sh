@@ -4,10 +4,8 @@ set -euo pipefail
 source "$EMOE_HOME/slurm/settings.sh"
 
 submit() {
-  local site=()
-  [ "$EMOE_ACCOUNT" = none ] || site+=(--account="$EMOE_ACCOUNT")
-  [ "$EMOE_PARTITION" = none ] || site+=(--partition="$EMOE_PARTITION")
-  [ "$EMOE_GPUS_PER_NODE" = 0 ] || site+=(--gpus-per-node="$EMOE_GPUS_PER_NODE")
+  local site
+  site_options
   submission=(sbatch "${site[@]}" ${options[@]+"${options[@]}"} --nodes="$nodes" --export=ALL
     "$EMOE_HOME/slurm/$EMOE_SCRIPT" ${flags[@]+-- "${flags[@]}"})
   [ -z "$dry_run" ] || return 0
@@ -24,24 +22,34 @@ show_plan() {
     "$EMOE_PROCS_PER_NODE" "$(shown pretrain_emoe.py ${data[@]+"${data[@]}"} "${words[@]}")"
 }
 
-# Words as a shell takes them, without quotes where none are needed.
-shown() {
-  local word
-  for word in "$@"; do [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] && printf '%s ' "$word" || printf '%q ' "$word"; done
-}
-
 newest_checkpoint() { cat "$EMOE_SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || echo none; }
 
-# Two jobs that write into one folder destroy each other's checkpoints.
+# Two jobs that write into one folder destroy each other's checkpoints. The claim is read again after a moment: of two
+# jobs that start at once the later one's stays, and the other one sees it.
 claim_folder() {
   local owner=""
-  mkdir -p "$logs" || die "EMOE_SAVE $EMOE_SAVE: cannot be written"
+  mkdir -p "$EMOE_SAVE" || die "EMOE_SAVE $EMOE_SAVE: cannot be written"
+  mkdir -p "$logs" || die "EMOE_LOGS ${EMOE_LOGS:-$EMOE_SAVE/logs}: cannot be written"
   owner=$(cat "$EMOE_SAVE/running_job" 2>/dev/null) || true
-  [ "$owner" != "$SLURM_JOB_ID" ] || owner=""
-  if [ -n "$owner" ] && [ "$(squeue -h -j "$owner" -o %T 2>/dev/null)" = RUNNING ]; then
-    die "EMOE_SAVE $EMOE_SAVE: job $owner, which is running, writes there; wait for it or take another folder"
-  fi
+  [ -z "$owner" ] || [ "$owner" = "$SLURM_JOB_ID" ] || await_end_of "$owner"
   echo "$SLURM_JOB_ID" >"$EMOE_SAVE/running_job"
+  sleep "$EMOE_REMIND_SECONDS"
+  owner=$(cat "$EMOE_SAVE/running_job" 2>/dev/null) || true
+  [ "$owner" = "$SLURM_JOB_ID" ] || die "EMOE_SAVE $EMOE_SAVE: job $owner took it at the same moment"
+}
+
+# A job that was cancelled may still save: it is waited for. One whose state is not known counts as running.
+await_end_of() {
+  local state="" second
+  for second in $(seq "$EMOE_SAVE_SECONDS"); do
+    state=$(squeue -h -j "$1" -o %T 2>&1) || [[ $state == *"Invalid job id"* ]] || state="of unknown state ($state)"
+    case $state in
+      "" | PENDING | *"Invalid job id"*) return 0 ;;
+      COMPLETING) sleep 1 ;;
+      *) break ;;
+    esac
+  done
+  die "EMOE_SAVE $EMOE_SAVE: job $1, which is $state, writes there; wait for it or take another folder"
 }
 
 check_allocation() {
@@ -57,18 +65,19 @@ first_address() {
   scontrol show node "$name" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
 }
 
-# --kill-on-bad-exit: a node that fails ends the others at once, which would wait for it for minutes.
+# A node that fails tells the others (node.sh); --wait is for one that could not.
 start_step() {
   local container=()
   if [ -n "$EMOE_CONTAINER" ] && [ "$EMOE_CONTAINER_KIND" = pyxis ]; then
     container=(--container-image="$EMOE_CONTAINER"
-      --container-mounts="$EMOE_HOME,$EMOE_SAVE${EMOE_MOUNTS:+,$EMOE_MOUNTS}")
+      --container-mounts="$EMOE_HOME,$EMOE_SAVE,$logs${EMOE_MOUNTS:+,$EMOE_MOUNTS}")
   fi
   export EMOE_RDZV_ADDRESS EMOE_RDZV_PORT=$((20000 + SLURM_JOB_ID % 10000)) EMOE_RUN_ID=$SLURM_JOB_ID.$restarts
   EMOE_RDZV_ADDRESS=$(first_address)
   export EMOE_LOGS=$logs EMOE_PYTHON EMOE_PROCS_PER_NODE EMOE_GPUS_PER_NODE EMOE_DATA EMOE_STAGE EMOE_CONTAINER
-  export EMOE_CONTAINER_KIND EMOE_MOUNTS EMOE_SAVE
-  srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpu-bind=none --export=ALL ${container[@]+"${container[@]}"} \
+  export EMOE_CONTAINER_KIND EMOE_MOUNTS EMOE_SAVE EMOE_FINISHED=$logs/finished
+  srun --kill-on-bad-exit=0 --wait=120 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
+    --ntasks-per-node=1 --cpu-bind=none --export=ALL ${container[@]+"${container[@]}"} \
     bash "$EMOE_HOME/slurm/node.sh" "${words[@]}" &
   step=$!
 }
@@ -116,26 +125,45 @@ after_death() {
   exit 1
 }
 
-# Why the step ended decides what comes next. A rank that was signalled saves and ends with status 0 like one that is
-# done, so node.sh leaves a mark; a preemption with a grace time signals the ranks alone.
+# Why the step ended decides what comes next. A rank that was signalled saves and ends with status 0, like one that is
+# done: pretrain_emoe.py leaves a mark at the end of all training, node.sh one at a signal (a preemption with a grace time
+# signals the ranks alone). A signal that brought no checkpoint counts as a death, or data that take longer to stage than
+# a job may run would be staged for ever.
 decide() {
   local newest
   newest=$(newest_checkpoint)
+  if [ -e "$logs/finished" ] && [ "$status" = 0 ]; then finish; fi
+  if [ -e "$EMOE_SAVE/emoe_stopped.txt" ]; then stopped_by_watch; fi
   if [ "$status" = late ]; then after_death "no checkpoint in EMOE_SAVE_SECONDS $EMOE_SAVE_SECONDS after the signal"; fi
   if [ "$asked" = TERM ]; then
     say "ended by SIGTERM at checkpoint $newest: it goes on when Slurm requeues it, or when it is submitted again"
     exit "$status"
   fi
   if [ "$status" != 0 ]; then after_death "the run died with status $status"; fi
-  if [ -n "$asked" ] || [ -e "$logs/signalled" ]; then requeue "saved checkpoint $newest on a signal"; fi
+  if [ -n "$asked" ] || [ -e "$logs/signalled" ]; then
+    [ "$newest" != "$first_checkpoint" ] || after_death "a signal came before there was anything to save"
+    requeue "saved checkpoint $newest on a signal"
+  fi
+  finish
+}
+
+finish() {
   rm -f "$EMOE_SAVE/deaths"
   say "finished"
+  exit 0
+}
+
+stopped_by_watch() {
+  say "stopped by --emoe-router-watch: $EMOE_SAVE/emoe_stopped.txt says why; it is not started again:"
+  cat "$EMOE_SAVE/emoe_stopped.txt" >&2
+  exit 1
 }
 
 run() {
   restarts=${SLURM_RESTART_COUNT:-0}
   logs=${EMOE_LOGS:-$EMOE_SAVE/logs}/$SLURM_JOB_ID.$restarts
   claim_folder
+  first_checkpoint=$(newest_checkpoint)
   if [ "$restarts" = 0 ]; then
     rm -f "$EMOE_SAVE/deaths"
     check_allocation
@@ -151,7 +179,8 @@ trap 'asked=USR1' USR1  # from the first moment: without a trap the signal would
 trap 'asked=TERM' TERM
 read_words "$@"
 load_settings
-[ -n "$dry_run" ] || check_settings
+check_values EMOE_SAVE EMOE_BASE EMOE_DATA
+[ -n "$dry_run" ] || check_files
 count_nodes
 find_layout
 make_command

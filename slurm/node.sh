@@ -7,8 +7,13 @@ set -uo pipefail
 # that is done); torchrun and all that it starts begin with the signals ignored, so that nothing dies of them, and the
 # ranks put their own handlers in place.
 mark=$EMOE_LOGS/signalled
-trap ': >"$mark"' USR1 TERM
+note_signals() {
+  trap 'echo USR1 >>"$mark"' USR1
+  trap 'echo TERM >>"$mark"' TERM
+}
+note_signals
 
+source "$EMOE_HOME/slurm/words.sh"
 say() { echo "node.sh on ${SLURMD_NODENAME:-$(hostname)}: $*" >&2; }
 
 here=$EMOE_LOGS/node$SLURM_NODEID
@@ -29,41 +34,57 @@ environment() {
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 }
 
+# Sets inside: what a command runs inside the container with; nothing without one. Under pyxis this script is inside
+# already. apptainer starts its command with the signals at their defaults: they are ignored anew there.
+enter_container() {
+  inside=()
+  [ -n "$EMOE_CONTAINER" ] && [ "$EMOE_CONTAINER_KIND" = apptainer ] || return 0
+  inside=(apptainer exec --nv --bind "$EMOE_HOME,$EMOE_SAVE,$EMOE_LOGS${EMOE_MOUNTS:+,$EMOE_MOUNTS}" "$EMOE_CONTAINER"
+    bash -c 'trap "" USR1 TERM; exec "$@"' bash)
+}
+
 # Sets launcher. Its own handler of SIGTERM would end the ranks, and kill them 30 seconds later in the midst of a save.
 make_launcher() {
   local last=$((EMOE_PROCS_PER_NODE - 1)) address
   address=$(scontrol show node "$SLURMD_NODENAME" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-  launcher=("$EMOE_PYTHON" -m torch.distributed.run
+  launcher=(${inside[@]+"${inside[@]}"} "$EMOE_PYTHON" -m torch.distributed.run
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$EMOE_PROCS_PER_NODE"
     --rdzv-backend=c10d --rdzv-endpoint="$EMOE_RDZV_ADDRESS:$EMOE_RDZV_PORT" --rdzv-id="$EMOE_RUN_ID"
     --rdzv-conf="is_host=$((SLURM_NODEID == 0))" --max-restarts=0 ${address:+--local-addr="$address"}
     --log-dir="$here" --redirects=3 --tee="$([ $last = 0 ] || echo 0:3,)$last:3")
   export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
-  ! takes_flag signals.to.handle || launcher+=(--signals-to-handle=$TORCHELASTIC_SIGNALS_TO_HANDLE)
-  ! takes_flag shutdown.timeout || launcher+=(--shutdown-timeout=10)
-  [ -z "$EMOE_CONTAINER" ] || [ "$EMOE_CONTAINER_KIND" != apptainer ] ||
-    launcher=(apptainer exec --nv --bind "$EMOE_HOME,$EMOE_SAVE${EMOE_MOUNTS:+,$EMOE_MOUNTS}"
-      "$EMOE_CONTAINER" "${launcher[@]}")
+  ! has_signals_flag || launcher+=(--signals-to-handle=$TORCHELASTIC_SIGNALS_TO_HANDLE)
 }
 
-# Newer versions of torchrun have flags for what older ones read from the environment, and overwrite that.
-takes_flag() {
-  [ -z "$EMOE_CONTAINER" ] || return 0  # containers bring a new torch
-  local torch
-  torch=$("$EMOE_PYTHON" -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')
-  grep -q -- "$1" "$torch/distributed/run.py"
+# Newer versions of torchrun have a flag for what older ones read from the environment, and overwrite that.
+has_signals_flag() {
+  ${inside[@]+"${inside[@]}"} "$EMOE_PYTHON" -c '
+import importlib.util, pathlib, sys
+torch = pathlib.Path(importlib.util.find_spec("torch").origin).parent
+sys.exit("--signals-to-handle" not in (torch / "distributed" / "run.py").read_text())'
 }
 
 # Runs torchrun with the signals ignored; its messages also go to a file, from which the first failed rank is read.
+# When another node has failed, SIGHUP has torchrun end this node's ranks, which would wait for the lost ones. (srun's
+# --kill-on-bad-exit would do that too, but Slurm sends what a node did not answer again a minute later, and so to the
+# requeued job's step, whose number is the same.)
 launch() {
-  local data=()
-  [ "$EMOE_DATA" = none ] || read -r -a data <<<"--data-path $EMOE_DATA"
+  local words told=""
+  split EMOE_DATA
+  [ "$EMOE_DATA" = none ] || set -- --data-path "${words[@]}" "$@"
   (
     trap '' USR1 TERM
-    "${launcher[@]}" "$EMOE_HOME/pretrain_emoe.py" ${data[@]+"${data[@]}"} "$@" 2> >(tee -a "$here/torchrun.log" >&2)
+    exec "${launcher[@]}" "$EMOE_HOME/pretrain_emoe.py" "$@" 2> >(tee -a "$here/torchrun.log" >&2)
   ) &
   torchrun=$!
-  while kill -0 $torchrun 2>/dev/null; do wait $torchrun; done
+  while kill -0 $torchrun 2>/dev/null; do
+    if [ -z "$told" ] && [ -e "$EMOE_LOGS/first_failure" ]; then
+      kill -HUP $torchrun 2>/dev/null
+      told=yes  # a second one would interrupt it as it ends its ranks
+    fi
+    sleep 2 &
+    wait -n $torchrun $! 2>/dev/null
+  done
   wait $torchrun
 }
 
@@ -81,13 +102,20 @@ report_failure() {
   } 2>/dev/null >"$EMOE_LOGS/first_failure" || true
 }
 
+# What the site's file does runs with the signals ignored as well, its copies would die of them.
+stage() {
+  [ -n "$EMOE_STAGE" ] || return 0
+  trap '' USR1 TERM
+  source "$EMOE_STAGE"
+  local status=$?
+  note_signals
+  [ $status = 0 ] || say "error: EMOE_STAGE $EMOE_STAGE ended with status $status" 2>&1 | tee -a "$here/torchrun.log" >&2
+  return $status
+}
+
 environment
-if [ -n "$EMOE_STAGE" ]; then
-  source "$EMOE_STAGE" || { say "error: EMOE_STAGE $EMOE_STAGE ended with status $?"; exit 1; }
-  [ ! -e "$mark" ] || exit 0
-fi
-make_launcher
-launch "$@"
+enter_container
+stage && make_launcher && launch "$@"
 status=$?
 [ $status = 0 ] || report_failure
 exit $status

@@ -1,6 +1,7 @@
 # Sourced by job.sh and sweep.sh: settings from the environment and cluster.env, the command line they make, messages.
 # Expected: EMOE_HOME (the repository), EMOE_SCRIPT (name of the script, for messages), EMOE_MODEL, EMOE_MODEL_ARGS.
 
+source "$EMOE_HOME/slurm/words.sh"
 say() { echo "$EMOE_SCRIPT: $*" >&2; }
 die() { echo "$EMOE_SCRIPT: error: $*" >&2; exit 2; }
 
@@ -26,7 +27,8 @@ load_settings() {
   EMOE_CLUSTER_ENV=${EMOE_CLUSTER_ENV:-$EMOE_HOME/slurm/cluster.env}
   local example=$EMOE_HOME/slurm/cluster.env.example
   if [ -f "$EMOE_CLUSTER_ENV" ]; then
-    source "$EMOE_CLUSTER_ENV" || die "EMOE_CLUSTER_ENV $EMOE_CLUSTER_ENV: bash cannot read it (its message is above)"
+    bash -n "$EMOE_CLUSTER_ENV" || die "EMOE_CLUSTER_ENV $EMOE_CLUSTER_ENV: bash cannot read it (its message is above)"
+    source "$EMOE_CLUSTER_ENV" || true  # its last line may be a test that does not hold
   elif [ -n "$dry_run" ]; then
     say "no $EMOE_CLUSTER_ENV: these are the values of cluster.env.example"
     source "$example"
@@ -64,9 +66,9 @@ demand_file() {
   [ -z "${!1}" ] || [ "${!1}" = none ] || [ -e "${!1}" ] || die "$1 ${!1}: no such file"
 }
 
-# Everything that needs no Python: numbers, names, files.
-check_settings() {
-  demand EMOE_ACCOUNT EMOE_PARTITION EMOE_SAVE EMOE_BASE EMOE_DATA
+# What needs neither Python nor a file: a dry run is refused too.
+check_values() {
+  demand EMOE_ACCOUNT EMOE_PARTITION "$@"
   demand_number EMOE_GPUS_PER_NODE 0
   demand_number EMOE_PROCS_PER_NODE 1
   demand_number EMOE_DEATHS 1
@@ -78,8 +80,11 @@ check_settings() {
     pyxis | apptainer) ;;
     *) die "EMOE_CONTAINER_KIND $EMOE_CONTAINER_KIND: must be pyxis or apptainer" ;;
   esac
+}
+
+check_files() {
   demand_file EMOE_STAGE
-  [ "$EMOE_BASE" = none ] || [ -d "$EMOE_BASE" ] || die "EMOE_BASE $EMOE_BASE: no such folder"
+  [ "${EMOE_BASE:-none}" = none ] || [ -d "$EMOE_BASE" ] || die "EMOE_BASE $EMOE_BASE: no such folder"
   [ -n "$EMOE_CONTAINER" ] || type -P "$EMOE_PYTHON" >/dev/null ||
     die "EMOE_PYTHON $EMOE_PYTHON: no such program; make it with 'make setup', or name another interpreter"
 }
@@ -98,16 +103,24 @@ count_nodes() {
   world_size=$((nodes * EMOE_PROCS_PER_NODE))
 }
 
+# The planner takes the recipe as a file of flags, whatever words EMOE_RECIPE holds.
 plan() {
-  local memory=(--gpus-per-node "$EMOE_PROCS_PER_NODE" --gpu-memory "$EMOE_GPU_MEMORY") more=()
-  read -r -a more <<<"$EMOE_PLAN_FLAGS"
-  [[ ! $EMOE_RECIPE =~ ^@[^\ ]+$ ]] || memory+=(--recipe "${EMOE_RECIPE#@}")
+  local words recipe status=0
+  recipe=$(mktemp)
+  split EMOE_RECIPE
+  shown ${words[@]+"${words[@]}"} >"$recipe"
+  split EMOE_PLAN_FLAGS
   PYTHONWARNINGS=ignore PYTHONPATH=$EMOE_HOME "$EMOE_CHECK_PYTHON" "$EMOE_HOME/tools/plan_job.py" \
-    --model "$EMOE_MODEL" --gpus "$world_size" "${memory[@]}" ${more[@]+"${more[@]}"} "$@"
+    --model "$EMOE_MODEL" --gpus "$world_size" --gpus-per-node "$EMOE_PROCS_PER_NODE" \
+    --gpu-memory "$EMOE_GPU_MEMORY" --recipe "$recipe" ${words[@]+"${words[@]}"} "$@" || status=$?
+  rm -f "$recipe"
+  return $status
 }
 
 # Megatron's flags of the layout: EMOE_LAYOUT, or the planner's best that fits.
 find_layout() {
+  [ -n "$EMOE_LAYOUT" ] || [ "$EMOE_CHECK_PYTHON" != none ] ||
+    die "EMOE_CHECK_PYTHON none: the planner cannot run; give the layout in EMOE_LAYOUT"
   [ -n "$EMOE_LAYOUT" ] || EMOE_LAYOUT=$(plan --print-flags) ||
     die "no layout for $EMOE_MODEL on $nodes x $EMOE_PROCS_PER_NODE GPUs of $EMOE_GPU_MEMORY GB (the rule is above)"
 }
@@ -115,20 +128,28 @@ find_layout() {
 # Sets words: the flags of pretrain_emoe.py without --data-path, which a node may have staged elsewhere.
 # The first start takes weights from EMOE_BASE; every later one goes on from the newest checkpoint in EMOE_SAVE.
 make_command() {
-  local model=() recipe=() training=() layout=() base=()
-  read -r -a model <<<"$EMOE_MODEL_FLAGS"
-  read -r -a recipe <<<"$EMOE_RECIPE"
-  read -r -a training <<<"$EMOE_TRAIN_FLAGS"
-  read -r -a layout <<<"$EMOE_LAYOUT"
-  [ "$EMOE_BASE" = none ] || base=(--pretrained-checkpoint "$EMOE_BASE")
-  words=("${model[@]}" ${recipe[@]+"${recipe[@]}"} ${training[@]+"${training[@]}"} ${layout[@]+"${layout[@]}"}
-    ${base[@]+"${base[@]}"} --load "$EMOE_SAVE" --save "$EMOE_SAVE" --exit-signal-handler ${flags[@]+"${flags[@]}"})
+  local setting all=()
+  for setting in EMOE_MODEL_FLAGS EMOE_RECIPE EMOE_TRAIN_FLAGS EMOE_LAYOUT; do
+    split "$setting"
+    all+=(${words[@]+"${words[@]}"})
+  done
+  [ "$EMOE_BASE" = none ] || all+=(--pretrained-checkpoint "$EMOE_BASE")
+  words=("${all[@]}" --load "$EMOE_SAVE" --save "$EMOE_SAVE" --exit-signal-handler ${flags[@]+"${flags[@]}"})
 }
 
 # Sets data: the words of --data-path, or nothing.
 data_words() {
+  local words
+  split EMOE_DATA
   data=()
-  [ "$EMOE_DATA" = none ] || read -r -a data <<<"--data-path $EMOE_DATA"
+  [ "$EMOE_DATA" = none ] || data=(--data-path "${words[@]}")
+}
+
+# Sets site: account, partition and GPUs for sbatch. Without GPUs that is said too: the script itself asks for them.
+site_options() {
+  site=(--gpus-per-node="$EMOE_GPUS_PER_NODE")
+  [ "$EMOE_ACCOUNT" = none ] || site+=(--account="$EMOE_ACCOUNT")
+  [ "$EMOE_PARTITION" = none ] || site+=(--partition="$EMOE_PARTITION")
 }
 
 # What pretrain_emoe.py would refuse, and what only a job can get wrong; exit status 2 with the rule.

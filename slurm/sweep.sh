@@ -31,12 +31,18 @@ done
 source "$EMOE_HOME/slurm/settings.sh"
 
 check_sweep() {
-  local k
-  demand EMOE_SWEEP_LOAD EMOE_SWEEP_K EMOE_SWEEP_OUT EMOE_ACCOUNT EMOE_PARTITION
+  local k seen=" "
+  check_values EMOE_SWEEP_LOAD EMOE_SWEEP_K EMOE_SWEEP_OUT
   for k in $EMOE_SWEEP_K; do
     [[ $k =~ ^[1-9][0-9]*$ ]] || die "EMOE_SWEEP_K $EMOE_SWEEP_K: $k is no number of experts"
+    [[ $seen != *" $k "* ]] || die "EMOE_SWEEP_K $EMOE_SWEEP_K: $k is given twice"
+    seen+="$k "
   done
   [[ $EMOE_SWEEP_OUT == *.json ]] || die "EMOE_SWEEP_OUT $EMOE_SWEEP_OUT: must end in .json"
+  [ -z "$EMOE_CONTAINER" ] || die "EMOE_CONTAINER $EMOE_CONTAINER: sweep.sh runs without one; give EMOE_CONTAINER="
+  [ -n "$dry_run" ] || check_files
+  [ -n "$dry_run" ] || [ -w "$(dirname "$EMOE_SWEEP_OUT")" ] ||
+    die "EMOE_SWEEP_OUT $EMOE_SWEEP_OUT: its folder is not there, or cannot be written"
   [ -n "$dry_run" ] || [ -e "$EMOE_SWEEP_LOAD/latest_checkpointed_iteration.txt" ] ||
     die "EMOE_SWEEP_LOAD $EMOE_SWEEP_LOAD: no checkpoint in it (latest_checkpointed_iteration.txt is missing)"
 }
@@ -49,24 +55,34 @@ make_sweep_command() {
 }
 
 run_task() {
-  local parts
   make_sweep_command "${ks[$SLURM_ARRAY_TASK_ID]}"
   export PYTHONPATH=$EMOE_HOME OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  srun --kill-on-bad-exit=1 --cpu-bind=none --export=ALL "${command[@]}"
-  parts=("${EMOE_SWEEP_OUT%.json}".k*.json)
-  flock "$EMOE_SWEEP_OUT.lock" "$EMOE_PYTHON" "$EMOE_HOME/tools/join_sweeps.py" "${parts[@]}" --out "$EMOE_SWEEP_OUT"
+  srun --cpu-bind=none --export=ALL "${command[@]}"
+  join_parts
+}
+
+# Joins what is there, and again if another task's part has come meanwhile: whichever task writes last, all are in it.
+join_parts() {
+  local k part parts=() joined=-1
+  while [ ${#parts[@]} -gt $joined ]; do
+    joined=${#parts[@]} parts=()
+    for k in "${ks[@]}"; do
+      part=${EMOE_SWEEP_OUT%.json}.k$k.json
+      [ ! -e "$part" ] || parts+=("$part")
+    done
+    [ ${#parts[@]} = $joined ] ||
+      "$EMOE_PYTHON" "$EMOE_HOME/tools/join_sweeps.py" "${parts[@]}" --out "$EMOE_SWEEP_OUT"
+  done
 }
 
 submit_sweep() {
-  local site=() k
-  [ "$EMOE_ACCOUNT" = none ] || site+=(--account="$EMOE_ACCOUNT")
-  [ "$EMOE_PARTITION" = none ] || site+=(--partition="$EMOE_PARTITION")
-  [ "$EMOE_GPUS_PER_NODE" = 0 ] || site+=(--gpus-per-node="$EMOE_GPUS_PER_NODE")
+  local site k
+  site_options
   submission=(sbatch "${site[@]}" --array="0-$((${#ks[@]} - 1))" ${options[@]+"${options[@]}"} --export=ALL
     "$EMOE_HOME/slurm/sweep.sh" ${flags[@]+-- "${flags[@]}"})
   [ -n "$dry_run" ] || exec "${submission[@]}"
-  echo "${submission[*]}"
-  for k in "${ks[@]}"; do make_sweep_command "$k"; echo "${command[*]}"; done
+  printf '%s\n' "$(shown "${submission[@]}")"
+  for k in "${ks[@]}"; do make_sweep_command "$k"; printf '%s\n' "$(shown "${command[@]}")"; done
 }
 
 read_words "$@"

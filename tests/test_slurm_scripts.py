@@ -5,6 +5,7 @@ sbatch is a stand-in that writes down its words; the planner and the check are t
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def site(tmp_path: Path) -> Site:
 def test_every_script_submits_itself_with_the_settings_of_the_site_and_passes_flags_on(script, site):
     done = site.run(script, "--time=1:00:00", "-N4", "--", "--lr", "1e-5", cwd=site.folder / "elsewhere")
     assert done.returncode == 0, done.stderr
-    own = ["--account=physics", "--partition=gpu", "--gpus-per-node=8", "--time=1:00:00", "-N4", "--nodes=4"]
+    own = ["--gpus-per-node=8", "--account=physics", "--partition=gpu", "--time=1:00:00", "-N4", "--nodes=4"]
     assert site.submitted() == [*own, "--export=ALL", str(REPO / "slurm" / script), "--", "--lr", "1e-5"]
 
 
@@ -116,7 +117,7 @@ def test_the_planner_s_refusal_ends_the_submission(site):
     site.settings |= {"EMOE_GPU_MEMORY": "10", "EMOE_CHECK_PYTHON": sys.executable}
     done = site.run("emoe_7b.sh")
     assert done.returncode == 2 and site.submitted() is None
-    assert "no layout fits 8 GPUs" in done.stderr and "EMOE_GPU_MEMORY" not in done.stdout
+    assert "no layout fits 8 GPUs" in done.stderr and "no layout for olmoe-7b on 1 x 8 GPUs of 10 GB" in done.stderr
 
 
 REFUSED = [
@@ -129,6 +130,7 @@ REFUSED = [
     ({"EMOE_GPUS_PER_NODE": "many"}, (), "EMOE_GPUS_PER_NODE many: must be a whole number of at least 0"),
     ({"EMOE_PROCS_PER_NODE": "16"}, (), "EMOE_PROCS_PER_NODE 16: at most one process for each"),
     ({}, ("--nodes=2-4",), "--nodes 2-4: must be one number"),
+    ({"EMOE_LAYOUT": ""}, (), "EMOE_CHECK_PYTHON none: the planner cannot run; give the layout in EMOE_LAYOUT"),
 ]
 
 
@@ -144,6 +146,49 @@ def test_a_missing_cluster_env_is_refused_with_the_way_to_one(site):
     done = site.run("emoe_21b.sh", EMOE_CLUSTER_ENV="/no/cluster.env")
     assert done.returncode == 2 and site.submitted() is None
     assert "EMOE_CLUSTER_ENV /no/cluster.env: no such file; copy" in done.stderr
+
+
+def test_a_dry_run_is_refused_by_the_same_rules(site):
+    site.settings["EMOE_PROCS_PER_NODE"] = "many"
+    done = site.run("emoe_21b.sh", "--dry-run")
+    assert done.returncode == 2
+    assert done.stderr.startswith("emoe_21b.sh: error: EMOE_PROCS_PER_NODE many: must be a whole number")
+
+
+def test_settings_may_have_several_lines_and_folders_with_spaces(site):
+    spaced = site.folder / "two words"
+    spaced.mkdir()
+    (spaced / "model.args").write_text("--num-layers 2\n")
+    env = {"EMOE_BASE": str(spaced), "EMOE_TRAIN_FLAGS": "--lr 1e-5\n--train-iters 7", "EMOE_RECIPE": ""}
+    done = site.run("emoe_21b.sh", "--dry-run", **env)
+    words = shlex.split(done.stdout.rstrip().splitlines()[-1])
+    assert f"@{spaced}/model.args" in words and str(spaced) in words
+    assert words[words.index("--lr") :][:4] == ["--lr", "1e-5", "--train-iters", "7"]
+
+
+@pytest.mark.slow
+def test_the_planner_sees_a_recipe_of_several_words(site):
+    del site.settings["EMOE_LAYOUT"]
+    site.settings |= {"EMOE_CHECK_PYTHON": sys.executable}
+    recipe = f"@{REPO}/examples/recipe.args --emoe-k-max 16"
+    done = site.run("emoe_7b.sh", "--dry-run", EMOE_RECIPE=recipe)
+    assert "k_max = 16 of 64" in done.stdout, done.stderr
+
+
+def test_a_cluster_env_whose_last_test_does_not_hold_is_fine_and_one_that_bash_cannot_read_is_refused(site):
+    path = site.folder / "own.env"
+    text = "".join(f': "${{{name}={value}}}"\n' for name, value in site.settings.items())
+    path.write_text(text + '[ -n "${NO_SUCH:-}" ] && export NO_SUCH\n')
+    assert site.run("emoe_21b.sh", "--dry-run", EMOE_CLUSTER_ENV=str(path)).returncode == 0
+    path.write_text(text + "if\n")
+    done = site.run("emoe_21b.sh", "--dry-run", EMOE_CLUSTER_ENV=str(path))
+    assert done.returncode == 2 and f"EMOE_CLUSTER_ENV {path}: bash cannot read it" in done.stderr
+
+
+def test_a_cluster_without_gpus_is_asked_for_none(site):
+    site.settings |= {"EMOE_GPUS_PER_NODE": "0", "EMOE_PROCS_PER_NODE": "2"}
+    assert site.run("emoe_21b.sh").returncode == 0
+    assert "--gpus-per-node=0" in (site.submitted() or [])
 
 
 @pytest.mark.slow
@@ -182,13 +227,33 @@ def test_the_example_settings_are_read_by_bash_and_have_every_name():
 def test_a_sweep_is_an_array_with_one_k_a_task(site):
     (site.folder / "run").mkdir()
     (site.folder / "run" / "latest_checkpointed_iteration.txt").write_text("4")
-    asked = {"EMOE_SWEEP_LOAD": str(site.folder / "run"), "EMOE_SWEEP_K": "4 8 24", "EMOE_SWEEP_OUT": "out/sweep.json"}
+    asked = {"EMOE_SWEEP_LOAD": str(site.folder / "run"), "EMOE_SWEEP_K": "4 8 24", "EMOE_SWEEP_OUT": "sweep.json"}
     shown = site.run("sweep.sh", "--dry-run", "--", "--data-path", "held", **asked).stdout
-    assert "--k 8 --out out/sweep.k8.json --data-path held" in shown and site.submitted() is None
+    assert "--k 8 --out sweep.k8.json --data-path held" in shown and site.submitted() is None
     assert site.run("sweep.sh", "--", "--data-path", "held", **asked).returncode == 0
     assert "--array=0-2" in (site.submitted() or [])
-    wrong = site.run("sweep.sh", **asked | {"EMOE_SWEEP_K": "4 all"})
-    assert wrong.returncode == 2 and "EMOE_SWEEP_K 4 all: all is no number of experts" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("EMOE_SWEEP_K", "4 all", "all is no number of experts"),
+        ("EMOE_SWEEP_K", "4 8 4", "4 is given twice"),
+        ("EMOE_SWEEP_OUT", "/no/such/sweep.json", "its folder is not there, or cannot be written"),
+        ("EMOE_SWEEP_OUT", "sweep.csv", "must end in .json"),
+        ("EMOE_CONTAINER", "image.sif", "sweep.sh runs without one"),
+        ("EMOE_PROCS_PER_NODE", "many", "must be a whole number of at least 1"),
+        ("EMOE_PYTHON", "/no/python", "no such program"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_submission(name, value, rule, site):
+    (site.folder / "run").mkdir()
+    (site.folder / "run" / "latest_checkpointed_iteration.txt").write_text("4")
+    asked = {"EMOE_SWEEP_LOAD": str(site.folder / "run"), "EMOE_SWEEP_K": "4 8", "EMOE_SWEEP_OUT": "sweep.json"}
+    site.settings.pop(name, None)
+    done = site.run("sweep.sh", cwd=site.folder, **asked | {name: value})
+    assert done.returncode == 2 and site.submitted() is None
+    assert f"sweep.sh: error: {name} {value}: {rule}" in done.stderr
 
 
 def test_the_parts_of_a_sweep_are_joined_in_order_of_k(tmp_path):

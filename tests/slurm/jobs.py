@@ -137,6 +137,11 @@ class TinyJob:
         logs = self.save.glob(f"logs/{self.number}.{start}/node*/*/attempt_0/*/stdout.log")
         return max((int(n) for log in logs for n in re.findall(r"iteration +(\d+)/", log.read_text())), default=-1)
 
+    def signals(self) -> dict[int, list[str]]:
+        """Names of the signals that the nodes of each start of the job noted, in their order."""
+        marks = self.save.glob(f"logs/{self.number}.*/signalled")
+        return {int(mark.parent.name.partition(".")[2]): mark.read_text().split() for mark in marks}
+
     def ranks(self) -> list[int]:
         """Process ids of the ranks that run now: torchrun's children, not the processes that they fork to write."""
         pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
