@@ -140,8 +140,8 @@ class ElasticConfig:
     """At every evaluation, also report the validation loss at each of these k' (experts), on the same batches."""
 
     emoe_router_watch: Literal["off", "warn", "stop"] = "warn"
-    """What to do on logged steps where routing has broken down: entropy that is no number or below 5 % of log E, more
-    than half of a layer's experts without a token. stop: end the run after three such steps in a row."""
+    """What to do on logged steps where routing of a layer has broken down: an entropy that is no number, the same
+    experts for all tokens, half of the experts without a token. stop: end the run after three such steps in a row."""
 
     emoe_coactivation_interval: int = 0
     """Iterations between measurements of the expert-by-expert co-activation matrix. 0: never."""

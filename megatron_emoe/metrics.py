@@ -40,6 +40,12 @@ def load_statistics(counts_LE: Tensor) -> dict[str, Tensor]:
     return dict(zip(LOADS, values, strict=True))
 
 
+def load_entropy(counts_LE: Tensor) -> Tensor:
+    """Entropy of the load of each layer's experts, nats, fp32 [L]; log E where all have the same, 0 without tokens."""
+    share_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.special.entr(share_LE).sum(dim=1)
+
+
 def coverage(pairs_LEE: Tensor, at_least: int = 1) -> Tensor:
     """Share of the E(E-1)/2 expert pairs used together by at least `at_least` tokens, fp32 [L]."""
     rows, columns = torch.triu_indices(pairs_LEE.shape[-1], pairs_LEE.shape[-1], offset=1, device=pairs_LEE.device)
@@ -131,7 +137,8 @@ class ElasticMetricsTracker(MoEMetricsTracker):
         means = packed[:, 1 : 1 + len(SUMS)] / packed[:, :1]
         sums = dict(zip(SUMS, means.t(), strict=True))
         sums = {name: value for name, value in sums.items() if name not in OPTIONAL or value.any()}
-        values = sums | load_statistics(packed[:, 1 + len(SUMS) :])
+        counts_LE = packed[:, 1 + len(SUMS) :]
+        values = sums | {"load entropy": load_entropy(counts_LE)} | load_statistics(counts_LE)
         self.mean_k = values["active k"].mean().item()
         layers = [place + 1 for place in moe_layers.nonzero().flatten().tolist()]
         if writer is not None:

@@ -1,4 +1,7 @@
-"""Routing that has broken down: values that are no numbers, one expert for everything, experts that nobody uses.
+"""Routing that has broken down: values that are no numbers, the same experts for every token, experts that nobody uses.
+
+A router that is sure of itself has not broken down: the hierarchical loss asks for that, token by token. It has where
+the tokens are all sure of the same, so it is their load that counts.
 
 What is looked at was measured for the log already: on logged steps, over all ranks, so every rank sees the same and
 stops at the same step. Nothing is added to other steps.
@@ -7,13 +10,15 @@ stops at the same step. Nothing is added to other steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from torch import Tensor
 
-COLLAPSED_SHARE = 0.05  # of log E, the entropy of uniform routing
+COLLAPSED_SHARE = 0.05  # of the way from the least to the largest entropy
+SAME_SHARE = 0.95  # of the tokens, that use one expert
 DEAD_SHARE = 0.5  # of the experts of a layer
 PATIENCE = 3  # logged steps in a row
 MARKER = "emoe_stopped.txt"
@@ -27,23 +32,41 @@ class RoutingFailure(RuntimeError):
 def troubles(values: Mapping[str, Tensor], layers: Sequence[int], num_experts: int) -> list[str]:
     """What is wrong with the routing of each layer, a line each; none: nothing.
 
-    values: of the metrics tracker, by name, fp32 [L]. layers: their numbers, from 1.
+    values: of the metrics tracker, by name, fp32 [L] on the CPU. layers: their numbers, from 1.
     """
     lines = []
-    entropy, dead = values["router entropy"], values["dead experts"]
-    numbers = torch.stack([values["router entropy"], values["hierarchical router loss"]]).isfinite().all(dim=0)
-    limit = COLLAPSED_SHARE * math.log(num_experts)
     for place, layer in enumerate(layers):
-        if not numbers[place]:
-            lines.append(f"layer {layer}: router entropy {entropy[place]:.3g}: no finite number")
-        elif entropy[place] < limit:
-            lines.append(
-                f"layer {layer}: router entropy {entropy[place]:.3g} nats, below {limit:.3g}: "
-                "routing has collapsed to one expert"
-            )
-        if dead[place] > DEAD_SHARE * num_experts:
-            lines.append(f"layer {layer}: {dead[place]:.0f} of {num_experts} experts got no token")
+        of_layer = {name: value[place].item() for name, value in values.items()}
+        found = (*_collapse(of_layer, num_experts), *_dead(of_layer, num_experts))
+        lines += [f"layer {layer}: {what}" for what in found]
     return lines
+
+
+def _collapse(values: Mapping[str, float], num_experts: int) -> Iterator[str]:
+    """A token uses an expert once, so k experts that every token uses have a load of entropy log k, the least there is.
+
+    One expert that takes all weight shows in the load only as the one that every token uses.
+    """
+    entropy, load, k = values["router entropy"], values["load entropy"], max(1.0, values["active k"])
+    least, largest = math.log(k), math.log(num_experts)
+    limit, sure = least + COLLAPSED_SHARE * (largest - least), COLLAPSED_SHARE * largest
+    if not (math.isfinite(entropy) and math.isfinite(values["hierarchical router loss"])):
+        yield f"router entropy {entropy:.3g}: no finite number"
+    elif k < num_experts and load < limit:
+        collapsed = "routing has collapsed to the same experts for all tokens"
+        yield f"load entropy {load:.3g} nats, below {limit:.3g}: {collapsed}"
+    elif k <= num_experts / 2 and entropy < sure and values["load max"] * k >= SAME_SHARE * num_experts:
+        yield (
+            f"router entropy {entropy:.3g} nats, below {sure:.3g}, with one expert in every token's choice: "
+            "routing has collapsed to one expert"
+        )
+
+
+def _dead(values: Mapping[str, float], num_experts: int) -> Iterator[str]:
+    """E - k are the most that can be: then all tokens use the same k."""
+    dead, most = values["dead experts"], num_experts - values["active k"]
+    if dead > 0 and dead >= min(DEAD_SHARE * num_experts, most - 1e-3):
+        yield f"{dead:.0f} of {num_experts} experts got no token"
 
 
 class RouterWatch:
@@ -83,7 +106,8 @@ def check_marker(folder: str | None) -> None:
     """ValueError where an earlier run in `folder` stopped itself: going on would repeat it."""
     path = Path(folder) / MARKER if folder else None
     if path is not None and path.is_file():
+        tracker = get_checkpoint_tracker_filename(folder)
         raise ValueError(
-            f"--save {folder}: the run stopped itself ({path.read_text().strip()}). Start from an earlier checkpoint "
-            f"(--ckpt-step) or with other settings; delete {path} to go on"
+            f"--save {folder}: the run stopped itself ({path.read_text().strip()}). To go on from an earlier "
+            f"checkpoint, write its iteration into {tracker}; to go on, with other settings or not, delete {path}"
         )

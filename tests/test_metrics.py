@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_logging
 from safetensors import safe_open
 
-from megatron_emoe.metrics import ElasticMetricsTracker, coverage, get_elastic_tracker, load_statistics
+from megatron_emoe.metrics import ElasticMetricsTracker, coverage, get_elastic_tracker, load_entropy, load_statistics
 
 
 def dense(*experts_of_token: tuple[int, ...], experts: int = 4) -> torch.Tensor:
@@ -40,6 +40,12 @@ def test_load_statistics_of_a_layer_without_tokens():
     statistics = load_statistics(torch.zeros(1, 4))
     assert statistics["dead experts"].tolist() == [4.0]
     assert statistics["load max"].tolist() == [0.0]  # not 0/0
+
+
+def test_load_entropy_by_hand():
+    # Even: ln 4. Halves: ln 2. 1/2 1/4 1/4 0: ln 2 / 2 + ln 4 / 2. No token: 0.
+    loads = torch.tensor([[5.0, 5, 5, 5], [3, 3, 0, 0], [2, 1, 1, 0], [0, 0, 0, 0]])
+    assert load_entropy(loads).tolist() == pytest.approx([1.386294, 0.693147, 1.039721, 0])
 
 
 def test_coverage_by_hand():
@@ -93,6 +99,7 @@ def test_nothing_is_recorded_on_other_steps(one_rank):
     line = step(one_rank, 1.0, iteration=1)
     # Had the first step been counted, the sums would hold two passes; loads are 2 1 1 0 either way, entropy is not.
     assert " active k: 2 | pool size: 2 | hierarchical router loss: -1 | router entropy: 1 |" in line
+    assert " load entropy: 1.04 |" in line  # of 1/2 1/4 1/4 0: ln 2 / 2 + ln 4 / 2
     # Loads 2 1 1 0 are shares 2 1 1 0: sorted 0 1 1 2, 5 % at .15 of the way up: .15; 95 % at 2.85: 1.85.
     assert " load min: 0 | load p5: 0.15 | load p50: 1 | load p95: 1.85 | load max: 2 | dead experts: 1 |" in line
 
@@ -116,18 +123,18 @@ def test_a_report_starts_the_next_one_afresh(one_rank):
 
 @pytest.mark.parametrize(("entropy", "warns"), [(0.0, True), (0.069, True), (0.070, False), (1.0, False)])
 def test_collapsed_routing_is_said(one_rank, entropy, warns):
-    # The limit is 5 % of the largest entropy, .05 ln 4 = .0693 nats. 0 is the complete collapse.
+    # Both tokens use expert 0. The limit is 5 % of the largest entropy, .05 ln 4 = .0693 nats.
     line = step(one_rank, entropy, iteration=1)
-    warning = f"router entropy {entropy:.3g} nats, below 0.0693: routing has collapsed to one expert"
+    warning = f"layer 2: router entropy {entropy:.3g} nats, below 0.0693, with one expert in every token's choice"
     assert (warning in line) is warns and ("WARNING" in line) is warns
 
 
 def test_one_collapsed_layer_among_others_is_said(one_rank):
     one_rank.begin_step(1, log_interval=2, coactivation_interval=0)
-    for layer, entropy in ((1, 1.3), (2, 0.01)):
-        one_rank.add_values(layer, {"router entropy": torch.tensor(entropy)})
-        one_rank.add_routing(layer, dense((0, 1)), None, 2, 2)
-    assert "WARNING: layer 2: router entropy 0.01 nats" in one_rank.report(1.0, iteration=2, num_layers=2)
+    for layer, tokens in ((1, [(0, 1), (2, 3)]), (2, [(0, 1), (0, 1)])):
+        one_rank.add_values(layer, {"router entropy": torch.tensor(0.01)})
+        one_rank.add_routing(layer, dense(*tokens), None, 2, 2)
+    assert "WARNING: layer 2: load entropy 0.693 nats" in one_rank.report(1.0, iteration=2, num_layers=2)
 
 
 class Writer(dict):
