@@ -1,0 +1,233 @@
+"""Training runs and layers that do the same on the CPU in host mode and on a GPU: tests/gpu compares with them there,
+test_device_runs.py here. A run is a process of its own, with the flags that its device needs and no compiler.
+"""
+
+import contextlib
+import functools
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from importlib import import_module
+from itertools import cycle
+from typing import Any
+
+from tests.distributed import REPO, free_port, run_ranks
+
+sys.path.insert(0, str(REPO / "benchmarks"))
+# What the core needs on a GPU without Transformer Engine and Apex.
+ON_CUDA = """--distributed-backend nccl --transformer-impl local --attention-backend unfused --num-workers 0
+    --use-cpu-initialization --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm
+    --no-rope-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion""".split()
+ON_DEVICE = {"cpu": ["--host-mode"], "cuda": ON_CUDA}
+WAITS = (
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+)
+"""What the profiler calls an operation that makes the host wait; copies to the host are called Memcpy DtoH ..."""
+
+
+def on(device: str, function: Callable[..., Any], *args: Any) -> Any:
+    """What function(*args) returned as the only rank on the device: cpu (host mode) or cuda."""
+    return run_ranks(function, 1, *args)[0] if device == "cpu" else in_process(device, function, *args)
+
+
+def in_process(device: str, function: Callable[..., Any], *args: Any) -> Any:
+    """The same in a new interpreter. `function` is one of a module's; args and result are pickled (tensors: CPU)."""
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+    env |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": path}
+    env |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}  # --deterministic-mode demands them
+    command = [sys.executable, "-m", "tests.device_runs", device]
+    task = pickle.dumps((function.__module__, function.__name__, args))
+    done = subprocess.run(command, input=task, capture_output=True, cwd=REPO, env=os.environ | env, timeout=900)
+    if done.returncode != 0:
+        raise RuntimeError(f"{function.__name__} on {device} failed:\n{done.stderr.decode()[-6000:]}")
+    return pickle.loads(done.stdout)
+
+
+def main(device: str) -> None:
+    module, name, args = pickle.loads(sys.stdin.buffer.read())
+    answer = os.dup(1)
+    os.dup2(2, 1)  # whatever prints must not end up in the answer
+    import torch
+
+    if device == "cpu":
+        from megatron_emoe import host_mode
+
+        host_mode.enable(force=True)
+    elif not torch.cuda.is_available():
+        sys.exit("no CUDA device")
+    result = getattr(import_module(module), name)(*args)
+    with os.fdopen(answer, "wb") as out:
+        out.write(pickle.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def trained(words: list[str], stock: bool = False, same_weights: bool = False, nudge: float = 0.0) -> dict[str, Any]:
+    """A tiny training run: losses of its micro-batches, last gradients, weights; tensors on the CPU.
+
+    same_weights: the ones that follow from their names, and random numbers drawn on the CPU, so that devices can be
+    compared. nudge: relative noise on these weights, to see what rounding does to a run.
+    """
+    from tests.tiny import train
+
+    run = train(words, stock=stock, prepare=functools.partial(make_equal, nudge) if same_weights else None)
+    return {
+        "losses": run.losses,
+        "gradients": [gradient.cpu() for gradient in run.gradients[-1]],
+        "weights": {name: weight.cpu() for name, weight in run.weights.items()},
+        "routed": [int(route.map_TE.sum()) for route in run.routes],
+    }
+
+
+def make_equal(nudge: float) -> None:
+    """From now on models start with the same weights, and selection draws the same numbers, on every device.
+
+    The draws of a device are a function of the seed, but another one on the CPU than on a GPU.
+    """
+    import torch
+
+    from megatron_emoe import selection
+    from tests import tiny
+
+    numbers = selection.uniform_numbers
+    selection.uniform_numbers = lambda rows, columns, seed, device: numbers(
+        rows, columns, seed, torch.device("cpu")
+    ).to(device)
+    tiny.fill_weights()
+    if nudge:
+        from megatron_emoe.layer_spec import ElasticGPTModelBuilder
+
+        build = ElasticGPTModelBuilder.build_model
+
+        def build_and_nudge(self: Any, *args: Any, **kwargs: Any) -> Any:
+            model = build(self, *args, **kwargs)
+            for weight in model.parameters():
+                weight.data *= 1 + nudge * torch.randn_like(weight)
+            return model
+
+        ElasticGPTModelBuilder.build_model = build_and_nudge
+
+
+def waits(words: list[str]) -> dict[str, Counter[str]]:
+    """How often the host waits for the device in one unlogged training step: of stock Megatron, and of the elastic
+    model of these flags. Both with Megatron's own train_step; stock has a forward step without anything of ours."""
+    from megatron_emoe import host_mode
+
+    sys.argv = ["device_runs.py", *host_mode.setup(words)]
+    from megatron.core.rerun_state_machine import RerunDataIterator
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.initialize import initialize_megatron
+    from paired import build
+
+    from megatron_emoe.arguments import parse
+    from megatron_emoe.layer_spec import elastic_model_config
+    from megatron_emoe.training import ElasticLoop
+
+    with contextlib.redirect_stdout(sys.stderr):
+        args = parse()
+        initialize_megatron()
+        config = elastic_model_config(args)
+        loop = ElasticLoop(args, config.transformer)
+        batches = RerunDataIterator(cycle(_device_batches(args)))
+        steps = {
+            "stock": build(args, gpt_config_from_args(args), _stock_step, batches)[1],
+            "elastic": build(args, config, loop.forward_step, batches)[1],
+        }
+    return {name: _waits_of(step) for name, step in steps.items()}
+
+
+def _device_batches(args: Any) -> list[dict[str, Any]]:
+    import torch
+    from paired import random_batches
+
+    from megatron_emoe.evaluation import current_device
+
+    batches = random_batches(args, args.vocab_size, distinct=2)
+    made = [next(batches) for _ in range(2)]
+    assert all(isinstance(tensor, torch.Tensor) for batch in made for tensor in batch.values())
+    return [{name: tensor.to(current_device()) for name, tensor in batch.items()} for batch in made]
+
+
+def _stock_step(batches: Any, model: Any) -> tuple[Any, Any]:
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, functools.partial(_stock_loss, batch["loss_mask"])
+
+
+def _stock_loss(mask: Any, losses: Any) -> tuple[Any, Any, dict[str, Any]]:
+    import torch
+
+    total, count = (losses.float() * mask).sum(), mask.sum().int()
+    return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
+
+
+def _waits_of(step: Callable[[int], None]) -> Counter[str]:
+    """Counted in the fourth step, after everything that happens once."""
+    import torch
+
+    for iteration in range(1, 4):
+        step(iteration)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        step(4)
+    found = Counter({event.key: event.count for event in profile.key_averages()})
+    assert found["aten::mm"], "the profiler saw no step"
+    return Counter({name: n for name, n in found.items() if name in WAITS or name.startswith("Memcpy DtoH")})
+
+
+def layer_without_waits(elastic: dict[str, Any] | None, **changes: Any) -> str | None:
+    """What torch says where a layer's forward and backward pass makes the host wait for the GPU; None: nothing.
+
+    elastic: settings of the elastic layer; None: the stock layer.
+    """
+    import torch
+
+    from megatron_emoe.evaluation import current_device
+    from tests.tiny import begin, build_layer, hidden_states, layer_config, start
+
+    device = current_device()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    start()
+    layer = build_layer(layer_config(stock=elastic is None, **changes, **(elastic or {}))).to(device)
+    hidden = hidden_states().detach().to(device).requires_grad_()
+    for iteration in range(3):
+        begin(iteration)
+        with _errors_on_waits() if iteration == 2 else contextlib.nullcontext():
+            try:
+                output, _ = layer(hidden)
+                output.backward(torch.ones_like(output))
+            except RuntimeError as error:
+                return str(error).splitlines()[0]
+    assert hidden.grad is not None and bool(hidden.grad.abs().sum() > 0)
+    return None
+
+
+@contextlib.contextmanager
+def _errors_on_waits():
+    import torch
+
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
