@@ -207,7 +207,9 @@ def check_bare(name: str, tokens: int, device: str = "cpu") -> None:
 def check_equal_logits(dtype: str, tokens: int, device: str = "cpu") -> None:
     """Few different logits and random numbers: the lower expert, then the better rank, and no worse a score."""
     generator = torch.Generator().manual_seed(5)
-    logits_TE = torch.randint(-2, 3, (tokens, 60), generator=generator).to(DTYPES[dtype]).to(device)
+    values_TE = torch.randint(0, 20, (tokens, 60), generator=generator) - 18.0  # mostly below 0
+    signs_TE = torch.randint(0, 2, (tokens, 60), generator=generator) * 2 - 1  # 0 and -0 are equal
+    logits_TE = torch.where(values_TE < 0, 0 * signs_TE.float(), values_TE).to(DTYPES[dtype]).to(device)
     u_TP = (torch.randint(0, 4, (tokens, 13), generator=generator) / 4).to(device)
     rule = RoutingRule("softmax", 5, 12, True)
     ranked_TP = logits_TE.sort(dim=1, descending=True, stable=True).indices[:, :12]
