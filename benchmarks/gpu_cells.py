@@ -93,7 +93,7 @@ def chosen(only: Iterable[str], quick: bool) -> list[Cell]:
 
 
 def why_skipped(cell: Cell, engine: bool, fp8: bool, asked: bool) -> str | None:
-    """Why this machine leaves the cell out. engine: Transformer Engine is there. fp8: the GPU has it. asked: by name."""
+    """Why this machine leaves the cell out. engine: Transformer Engine is there. fp8: the GPU has it. asked: named."""
     if cell.layers == "te" and not engine:
         return "Transformer Engine is not installed"
     if cell.precision == "fp8" and not fp8:
