@@ -136,14 +136,14 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
     checkpoint = _located(args, found)
     stored = stored_args(checkpoint, source)
     check_shape(args, stored, f"{source} {folder}")
-    if not (starts_anew(args) or args.no_load_optim or stored.no_save_optim or checkpoint.name == "release"):
-        check_layout(args, stored, f"{source} {folder}")
     changes = elastic_changes(args, stored)
     if changes and not starts_anew(args):
         raise ValueError(
             f"{source} {folder}: elastic settings differ from the stored ones: {'; '.join(changes)}. "
             "Keep them to continue this run, or start a new one from its weights with --finetune"
         )
+    if not (starts_anew(args) or args.no_load_optim or stored.no_save_optim or checkpoint.name == "release"):
+        check_layout(args, stored, f"{source} {folder}")
     for change in changes:
         report(f"elastic setting changed: {change}")
 

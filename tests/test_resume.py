@@ -145,8 +145,8 @@ def test_a_changed_elastic_setting_is_refused_on_resume_and_told_when_finetuning
 
 
 def test_settings_that_only_measure_may_change_on_resume(saved):
-    resume = RUN | {"expert_model_parallel_size": None, "load": saved[0]}
-    status, text = run_ranks(load, 1, resume | {"emoe_eval_k": [2], "emoe_coactivation_interval": 5})[0]
+    resume = RUN | {"load": saved[0]}
+    status, text = run_ranks(load, 2, resume | {"emoe_eval_k": [2], "emoe_coactivation_interval": 5})[0]
     assert status is None and "elastic setting" not in text
 
 
