@@ -64,8 +64,19 @@ torch = pathlib.Path(importlib.util.find_spec("torch").origin).parent
 sys.exit("--signals-to-handle" not in (torch / "distributed" / "run.py").read_text())'
 }
 
+# The ranks of this node and what they have forked, whoever their parent is now: Slurm without control groups does not
+# find the process that a killed rank left writing.
+end_ranks() {
+  local environment pid
+  for environment in /proc/[0-9]*/environ; do
+    grep -qsxz "TORCHELASTIC_RUN_ID=$EMOE_RUN_ID" "$environment" || continue
+    pid=${environment#/proc/}
+    ! grep -qsxz "SLURM_NODEID=$SLURM_NODEID" "$environment" || kill -KILL "${pid%/environ}" 2>/dev/null
+  done
+}
+
 # Runs torchrun with the signals ignored; its messages also go to a file, from which the first failed rank is read.
-# When another node has failed, SIGHUP has torchrun end this node's ranks, which would wait for the lost ones. (srun's
+# When another node has failed, this node's ranks are ended, which would wait for the lost ones. (srun's
 # --kill-on-bad-exit would do that too, but Slurm sends what a node did not answer again a minute later, and so to the
 # requeued job's step, whose number is the same.)
 launch() {
@@ -74,13 +85,13 @@ launch() {
   [ "$EMOE_DATA" = none ] || set -- --data-path "${words[@]}" "$@"
   (
     trap '' USR1 TERM
-    exec "${launcher[@]}" "$EMOE_HOME/pretrain_emoe.py" "$@" 2> >(tee -a "$here/torchrun.log" >&2)
+    "${launcher[@]}" "$EMOE_HOME/pretrain_emoe.py" "$@" 2> >(tee -a "$here/torchrun.log" >&2)
   ) &
   torchrun=$!
   while kill -0 $torchrun 2>/dev/null; do
     if [ -z "$told" ] && [ -e "$EMOE_LOGS/first_failure" ]; then
-      kill -HUP $torchrun 2>/dev/null
-      told=yes  # a second one would interrupt it as it ends its ranks
+      end_ranks
+      told=yes
     fi
     sleep 2 &
     wait -n $torchrun $! 2>/dev/null
@@ -117,5 +128,6 @@ environment
 enter_container
 stage && make_launcher && launch "$@"
 status=$?
+end_ranks
 [ $status = 0 ] || report_failure
 exit $status

@@ -157,13 +157,30 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
+RANK = "env TORCHELASTIC_RUN_ID=77.0 sleep 300"
+
+
 def test_a_node_whose_neighbour_failed_ends_its_ranks(job):
-    with start_node(job, TORCHRUN_DOES="exec sleep 300") as node:
+    with start_node(job, TORCHRUN_DOES=f"{RANK}; exit $?") as node:
         wait_for(job.folder / "torchrun")
         (job.folder / "logs" / "first_failure").write_text("rank 0")
-        _, _ = node.communicate(timeout=30)
-    assert node.returncode == 128 + signal.SIGHUP
+        node.communicate(timeout=30)
+    assert node.returncode == 128 + signal.SIGKILL
     assert (job.folder / "logs" / "first_failure").read_text() == "rank 0"
+
+
+def test_what_a_rank_left_behind_ends_with_the_node_and_another_node_s_does_not(job):
+    left = f"""
+setsid {RANK} >/dev/null 2>&1 & echo $! >"$NOTES/ours"
+SLURM_NODEID=0 setsid {RANK} >/dev/null 2>&1 & echo $! >"$NOTES/other"
+exit 3
+"""
+    with start_node(job, TORCHRUN_DOES=left) as node:
+        node.communicate(timeout=30)
+    ours, other = (int((job.folder / name).read_text()) for name in ("ours", "other"))
+    os.kill(other, signal.SIGKILL)
+    with pytest.raises(ProcessLookupError):
+        os.kill(ours, signal.SIGKILL)
 
 
 def test_a_node_that_fails_says_so_for_the_others(job):
