@@ -170,9 +170,9 @@ def test_a_node_whose_neighbour_failed_ends_its_ranks(job):
 
 
 def test_what_a_rank_left_behind_ends_with_the_node_and_another_node_s_does_not(job):
-    left = f"""
-setsid {RANK} >/dev/null 2>&1 & echo $! >"$NOTES/ours"
-SLURM_NODEID=0 setsid {RANK} >/dev/null 2>&1 & echo $! >"$NOTES/other"
+    left = f"""  # without the pipe of standard error, as torchrun starts ranks
+setsid {RANK} >/dev/null 2>&1 63>&- & echo $! >"$NOTES/ours"
+SLURM_NODEID=0 setsid {RANK} >/dev/null 2>&1 63>&- & echo $! >"$NOTES/other"
 exit 3
 """
     with start_node(job, TORCHRUN_DOES=left) as node:
