@@ -16,7 +16,7 @@ submit() {
 
 show_plan() {
   data_words
-  [ "$EMOE_CHECK_PYTHON" = none ] || plan || die "no plan (the rule is above)"
+  printf '%s\n' "${planned:-layout as given in EMOE_LAYOUT, not planned: $EMOE_LAYOUT}"
   submit
   printf '\nsubmission:\n%s\n\non each of %d nodes, %d processes:\n%s\n' "$(shown "${submission[@]}")" "$nodes" \
     "$EMOE_PROCS_PER_NODE" "$(shown pretrain_emoe.py ${data[@]+"${data[@]}"} "${words[@]}")"
@@ -126,9 +126,9 @@ after_death() {
 }
 
 # Why the step ended decides what comes next. A rank that was signalled saves and ends with status 0, like one that is
-# done: pretrain_emoe.py leaves a mark at the end of all training, node.sh one at a signal (a preemption with a grace time
-# signals the ranks alone). A signal that brought no checkpoint counts as a death, or data that take longer to stage than
-# a job may run would be staged for ever.
+# done: pretrain_emoe.py leaves a mark at the end of all training, node.sh one at a signal (a preemption with a grace
+# time signals the ranks alone). A signal that brought no checkpoint counts as a death, or data that take longer to stage
+# than a job may run would be staged for ever.
 decide() {
   local newest
   newest=$(newest_checkpoint)

@@ -120,7 +120,8 @@ stage() {
   source "$EMOE_STAGE"
   local status=$?
   note_signals
-  [ $status = 0 ] || say "error: EMOE_STAGE $EMOE_STAGE ended with status $status" 2>&1 | tee -a "$here/torchrun.log" >&2
+  [ $status = 0 ] ||
+    say "error: EMOE_STAGE $EMOE_STAGE ended with status $status" 2>&1 | tee -a "$here/torchrun.log" >&2
   return $status
 }
 

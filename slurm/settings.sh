@@ -117,12 +117,22 @@ plan() {
   return $status
 }
 
-# Megatron's flags of the layout: EMOE_LAYOUT, or the planner's best that fits.
+# Megatron's flags of the layout: EMOE_LAYOUT, or the planner's best that fits; then planned holds what it printed.
 find_layout() {
-  [ -n "$EMOE_LAYOUT" ] || [ "$EMOE_CHECK_PYTHON" != none ] ||
+  planned=""
+  [ -z "$EMOE_LAYOUT" ] || return 0
+  [ "$EMOE_CHECK_PYTHON" != none ] ||
     die "EMOE_CHECK_PYTHON none: the planner cannot run; give the layout in EMOE_LAYOUT"
-  [ -n "$EMOE_LAYOUT" ] || EMOE_LAYOUT=$(plan --print-flags) ||
+  if ! type -P "$EMOE_CHECK_PYTHON" >/dev/null; then
+    local missing="EMOE_CHECK_PYTHON $EMOE_CHECK_PYTHON: no such program"
+    [ -n "$dry_run" ] || die "$missing; make it with 'make setup'"
+    say "$missing, so no plan and no layout below; make it with 'make setup'"
+    planned="no plan"
+    return
+  fi
+  planned=$(plan) ||
     die "no layout for $EMOE_MODEL on $nodes x $EMOE_PROCS_PER_NODE GPUs of $EMOE_GPU_MEMORY GB (the rule is above)"
+  EMOE_LAYOUT=$(sed -n 's/^flags: *//p' <<<"$planned")
 }
 
 # Sets words: the flags of pretrain_emoe.py without --data-path, which a node may have staged elsewhere.

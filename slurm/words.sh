@@ -1,7 +1,7 @@
 # Sourced by settings.sh and node.sh: how the value of a setting becomes words.
 
-# Sets words from the setting named $1: white space separates, line ends too. One that is @FILE, and FILE is there, is one
-# word, whatever its folders are called.
+# Sets words from the setting named $1: white space separates, line ends too. One that is @FILE, and FILE is there, is
+# one word, whatever its folders are called.
 split() {
   words=()
   if [[ ${!1} == @* ]] && [ -f "${!1#@}" ]; then

@@ -111,6 +111,17 @@ def test_dry_run_needs_no_cluster_env_and_shows_the_planner_s_layout(site, tmp_p
     assert "these are the values of cluster.env.example" in done.stderr
 
 
+def test_dry_run_where_nothing_is_set_up_shows_the_command_without_a_plan(site, tmp_path):
+    nowhere = {"EMOE_CLUSTER_ENV": str(tmp_path / "none"), "EMOE_PYTHON": "/no/python"}
+    done = site.run("emoe_7b.sh", "--dry-run", **nowhere)
+    assert done.returncode == 0 and "pretrain_emoe.py --data-path" in done.stdout
+    assert "EMOE_CHECK_PYTHON /no/python: no such program, so no plan and no layout below" in done.stderr
+    del site.settings["EMOE_LAYOUT"], site.settings["EMOE_CHECK_PYTHON"]
+    site.settings |= {"EMOE_PYTHON": "/no/python", "EMOE_CONTAINER": "image"}  # whose interpreter nobody looks for here
+    done = site.run("emoe_7b.sh")
+    assert done.returncode == 2 and "EMOE_CHECK_PYTHON /no/python: no such program" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_planner_s_refusal_ends_the_submission(site):
     del site.settings["EMOE_LAYOUT"]
