@@ -127,7 +127,7 @@ after_death() {
 
 # Why the step ended decides what comes next. A rank that was signalled saves and ends with status 0, like one that is
 # done: pretrain_emoe.py leaves a mark at the end of all training, node.sh one at a signal (a preemption with a grace
-# time signals the ranks alone). A signal that brought no checkpoint counts as a death, or data that take longer to stage
+# time signals the ranks alone). A signal that brought no checkpoint counts as a death: data that take longer to stage
 # than a job may run would be staged for ever.
 decide() {
   local newest
