@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_cells import GB, Cell, chosen, layers_that_fit, why_skipped
-from gpu_report import peak_of, section, with_results
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))  # started as a file, Python puts benchmarks/ there alone; nothing need be installed
+from gpu_cells import GB, Cell, chosen, layers_that_fit, why_skipped  # noqa: E402
+from gpu_report import peak_of, section, with_results  # noqa: E402
+
 PAIRS, QUICK_PAIRS, ROUNDS = 30, 10, 5
 KERNEL = {"tokens": [8192, 262144], "samples": 20, "calls": 20, "copied": 1 << 30, "device": "cuda"}
 

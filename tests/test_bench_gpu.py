@@ -148,11 +148,11 @@ def test_what_cannot_be_measured_is_refused_before_work(words, told, monkeypatch
     assert capsys.readouterr().err.startswith(f"bench_gpu.py: error: {told}")
 
 
-def test_the_command_ends_with_status_2_without_a_gpu():
-    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
-    done = subprocess.run(
-        [sys.executable, "benchmarks/bench_gpu.py", "--quick"], cwd=REPO, env=hidden, capture_output=True, text=True
-    )
+def test_the_command_starts_where_nothing_of_this_is_installed_and_ends_with_status_2_without_a_gpu(tmp_path):
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    hidden.pop("PYTHONPATH", None)
+    words = [sys.executable, REPO / "benchmarks/bench_gpu.py", "--quick"]
+    done = subprocess.run(words, cwd=tmp_path, env=hidden, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("bench_gpu.py: error: no CUDA device"), done.stderr
 
 
