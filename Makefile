@@ -30,7 +30,7 @@ test-te: setup ## build Transformer Engine (20 to 40 minutes, once), and test it
 	@source $(TE)/env.sh && $(BIN)/python -m pytest -q -m te tests/te $(PYTEST_ARGS)
 
 test-gpu: setup ## tests that need a CUDA device (on one GPU; skipped, with the reason, where there is none)
-	@$(BIN)/python -m pytest -q -rs -m gpu tests $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -v -rs --tb=short --durations=15 -m gpu tests/gpu $(PYTEST_ARGS)
 
 test-slurm: setup ## jobs on a real Slurm of two nodes on this machine (as root on Debian or Ubuntu; about 20 minutes)
 	@tests/slurm/cluster.sh with $(BIN)/python -m pytest -q -rs -m slurm tests/slurm $(PYTEST_ARGS)

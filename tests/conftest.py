@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+TESTS = Path(__file__).resolve().parent
+GPU = TESTS / "gpu"  # every test marked gpu is in there
+sys.path.insert(0, str(TESTS.parent))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` alone imports nothing but tests/gpu: other tests need packages that a GPU machine need not have."""
+    if config.getoption("markexpr") != "gpu" or TESTS not in collection_path.parents:
+        return None
+    return None if collection_path == GPU or GPU in collection_path.parents else True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,10 +1,14 @@
 """The comparisons of tests/gpu, run in host mode: what can go wrong in them without a GPU goes wrong here first."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
 from tests.device_runs import in_process, on, trained, waits
+from tests.distributed import REPO
 from tests.gpu_comparisons import (
     ELASTIC,
     FIRST_STEP,
@@ -72,3 +76,21 @@ def test_a_wait_in_a_layer_would_be_seen():
 def test_a_layer_alone_runs_forward_and_backward(dispatcher):
     for elastic in (None, *ELASTIC.values()):
         assert on("cpu", one_layer, elastic, dispatcher) is None
+
+
+MORE_THAN_A_GPU_MACHINE_NEEDS = ("pydantic", "lm_eval", "transformers", "matplotlib")
+MARK = "\npytestmark = pytest.mark.gpu"
+
+
+@pytest.mark.slow
+def test_the_gpu_tests_are_found_with_torch_megatron_and_pytest_alone(tmp_path):
+    for name in MORE_THAN_A_GPU_MACHINE_NEEDS:
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not on this machine')\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    engine = {"tests/gpu/test_fp8.py"}  # found where there is Transformer Engine
+    marked = [path for path in (REPO / "tests").rglob("test_*.py") if MARK in path.read_text()]
+    assert found - engine == {str(path.relative_to(REPO)) for path in marked} - engine != set()
