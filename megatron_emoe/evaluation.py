@@ -103,8 +103,8 @@ class Evaluator:
 def counting_rows(model: list[nn.Module]) -> Iterator[Callable[[], dict[int, int]]]:
     """Count the rows that reach the experts inside; the value is a collective function giving rows by layer number.
 
-    Rows, not flags, prove which k ran: tokens x k over all ranks. Shapes are read on the host: no sync. In FP8, rows
-    without a token, which have no weight, fill the blocks of the kernels: they do not count.
+    Rows, not flags, prove which k ran: tokens x k over all ranks. Shapes are read on the host: no sync. Rows that a
+    dispatcher adds to fill the blocks of FP8 kernels do not count; see ElasticMoELayer.rows_of_tokens.
     """
     local: Counter[int] = Counter()
     hooks = []
@@ -119,12 +119,10 @@ def counting_rows(model: list[nn.Module]) -> Iterator[Callable[[], dict[int, int
 
 
 def _row_counter(rows: Counter[int], layer: ElasticMoELayer) -> Callable[[nn.Module, tuple], None]:
-    number, config = layer.router.global_layer_number, layer.token_dispatcher.config
-    padded = config.fp8 or config.fp4
+    number, shards = layer.router.global_layer_number, parallel_state.get_expert_tensor_parallel_world_size()
 
     def count(_module: nn.Module, inputs: tuple) -> None:
-        hidden, _, weights = inputs
-        rows[number] += (weights != 0).sum() if padded else hidden.shape[0]
+        rows[number] += layer.rows_of_tokens(inputs[0].shape[0], shards)
 
     return count
 
@@ -132,7 +130,7 @@ def _row_counter(rows: Counter[int], layer: ElasticMoELayer) -> Callable[[nn.Mod
 def _sum_over_ranks(local: Counter[int]) -> dict[int, int]:
     """Every rank's rows; ranks that share an expert by tensor parallelism see the same rows, which count once."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    mine = {layer: int(rows) for layer, rows in local.items()}  # sync: FP8 only, once per evaluation
+    mine = {layer: int(rows) for layer, rows in local.items()}  # sync: padded rows only, once per evaluation
     torch.distributed.all_gather_object(everyone, mine)
     total = sum((Counter(rows) for rows in everyone), Counter())
     copies = parallel_state.get_expert_tensor_parallel_world_size()

@@ -45,15 +45,40 @@ class ElasticMoELayer(MoELayer):
         """
         self._tell_dispatcher(self.router.topk)
         # The flex dispatcher pads what it has received and leaves the map as it is.
-        flex = isinstance(self.token_dispatcher, MoEFlexTokenDispatcher)
-        if self.token_dispatcher.config.moe_router_padding_for_quantization and not flex:
+        if self.token_dispatcher.config.moe_router_padding_for_quantization and not self._flex():
             routing_map = self._padded_apart(routing_map)
-        return super().preprocess(hidden_states, probs, routing_map)
+        asked = routing_map.sum() if self.pads() and not self.training else None  # before rows are added in place
+        preprocessed = super().preprocess(hidden_states, probs, routing_map)
+        if asked is not None:
+            self._asked = asked
+            self._added = 0 if self._flex() else self.token_dispatcher.routing_map.sum() - asked
+        return preprocessed
+
+    def pads(self) -> bool:
+        """Whether the dispatcher may hand the experts rows that are no token's, to fill the blocks of FP8 kernels."""
+        config = self.token_dispatcher.config
+        return get_align_size_for_quantization(config) > 0 and (
+            self._flex() or config.moe_router_padding_for_quantization
+        )
+
+    def rows_of_tokens(self, received: int, shards: int) -> int | Tensor:
+        """How many of the rows that the experts have received in an evaluation pass count as tokens', so that the sum
+        over all ranks is right: a rank takes off what it had added. A row's weight does not tell; it may be 0.
+
+        What the flex dispatcher adds, its library knows alone: there, what this rank's tokens ask for counts instead.
+        shards: ranks that share an expert and receive the same rows.
+        """
+        if not self.pads():
+            return received
+        return shards * self._asked if self._flex() else received - shards * self._added
+
+    def _flex(self) -> bool:
+        return isinstance(self.token_dispatcher, MoEFlexTokenDispatcher)
 
     def _tell_dispatcher(self, k: int) -> None:
         dispatcher = self.token_dispatcher
         dispatcher.config.moe_router_topk = k
-        if isinstance(dispatcher, MoEFlexTokenDispatcher) and self._looks_up_experts():
+        if self._flex() and self._looks_up_experts():
             dispatcher._comm_manager.router_topk = dispatcher.tp_size * k  # the core repeats a token for each TP rank
 
     def _looks_up_experts(self) -> bool:

@@ -112,14 +112,30 @@ def test_padded_rows_are_seen_by_nobody(selection, ranks):
             assert {"active k", "router entropy", "core's load_balancing_loss"} <= one.keys()
 
 
-def counted(settings: dict[str, Any], ks: list[int]) -> list[int]:
+COUNTED: dict[str, dict[str, Any]] = {
+    "alltoall": {},
+    "tail 0": {"emoe_tail_scale": ["0.0"]},
+    "allgather, which adds no rows": {"moe_token_dispatcher_type": "allgather"},
+    "hybridep, which adds its own": {
+        "moe_token_dispatcher_type": "flex",
+        "moe_flex_dispatcher_backend": "hybridep",
+        "moe_router_dtype": "fp32",
+        "emoe_tail_scale": ["0.0"],
+    },
+}
+
+
+def counted(settings: dict[str, Any], parallel: dict[str, int], ks: list[int], padded: bool = True) -> list[int]:
     """Rows that an evaluation counts at each k' over two ranks."""
     from megatron_emoe.active_k import get_active_k
     from megatron_emoe.evaluation import counting_rows
+    from tests.dispatch_stand_ins import install_deep_ep
 
-    start(expert_model_parallel_size=2)
-    layer = build_layer(layer_config(**settings | {"expert_model_parallel_size": 2})).eval()
-    pad(layer, "mxfp8")
+    install_deep_ep()
+    start(**parallel)
+    layer = build_layer(layer_config(**settings | parallel)).eval()
+    if padded:
+        pad(layer, "mxfp8")
     seen = []
     for k in ks:
         with torch.no_grad(), get_active_k().evaluating(k), counting_rows([layer]) as count:
@@ -128,8 +144,23 @@ def counted(settings: dict[str, Any], ks: list[int]) -> list[int]:
     return seen
 
 
-def test_rows_that_prove_the_k_of_an_evaluation_are_those_of_tokens():
-    assert run_ranks(counted, 2, PREFIX, [1, 2, 5, EXPERTS])[0] == [2 * TOKENS * k for k in (1, 2, 5, EXPERTS)]
+@pytest.mark.parametrize("name", COUNTED)
+def test_rows_that_prove_the_k_of_an_evaluation_are_those_of_tokens(name):
+    ks = [1, 2, 5, EXPERTS]
+    counts = run_ranks(counted, 2, PREFIX | COUNTED[name], {"expert_model_parallel_size": 2}, ks)
+    assert counts == [[2 * TOKENS * k for k in ks]] * 2
+
+
+def test_rows_count_once_where_two_ranks_share_an_expert():
+    sharded = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+    counts = run_ranks(counted, 2, PREFIX | {"sequence_parallel": True}, sharded, [1, EXPERTS])
+    assert counts[0] == [2 * TOKENS, 2 * TOKENS * EXPERTS]  # each rank has its half of the sequence
+
+
+def test_rows_of_tokens_that_have_each_their_own_count_are_those_of_the_map():
+    ours = run_ranks(counted, 2, SELECTIONS["top-p"], {"expert_model_parallel_size": 2}, [2], True)
+    assert 0 < ours[0][0] < 2 * TOKENS * EXPERTS
+    assert ours == run_ranks(counted, 2, SELECTIONS["top-p"], {"expert_model_parallel_size": 2}, [2], False)
 
 
 def test_blocks_are_those_of_the_recipe():
