@@ -11,14 +11,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 REPO = Path(__file__).resolve().parent.parent
 
-# What every rank needs before torch is imported: one thread each, and no compiler.
-_RANK_ENV = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+# What every rank needs before torch is imported: one thread each, no compiler, and no GPU, should there be one.
+_RANK_ENV = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
@@ -104,9 +106,10 @@ def free_port() -> int:
 
 def _fork_server() -> Any:
     """A process that has imported what ranks need, so that each starts in milliseconds, not in ten seconds."""
-    os.environ.update(_RANK_ENV)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
+    with patch.dict(os.environ, _RANK_ENV):  # no longer than it takes to start: it keeps a copy
+        forkserver.ensure_running()
     return context
 
 
@@ -124,7 +127,7 @@ def _rank_main(env: dict[str, str], pipe: Connection, fn: Callable[..., Any], ar
 def _run_one(fn: Callable[..., Any], args: tuple) -> Any:
     from megatron_emoe import host_mode
 
-    host_mode.enable()
+    host_mode.enable(force=True)
     import torch.distributed as dist
 
     dist.init_process_group("gloo")

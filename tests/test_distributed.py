@@ -37,6 +37,19 @@ def test_each_rank_answers():
     assert run_ranks(summed, 2, 10) == [21, 22]
 
 
+def surroundings() -> dict[str, str]:
+    return dict(os.environ)
+
+
+def test_ranks_see_no_gpu_and_change_nothing_here(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    before = dict(os.environ)
+    seen = run_ranks(surroundings, 1)[0]
+    assert (seen["CUDA_VISIBLE_DEVICES"], seen["TORCHDYNAMO_DISABLE"], seen["OMP_NUM_THREADS"]) == ("", "1", "1")
+    assert os.environ == before
+
+
 def test_a_failing_rank_is_reported_with_its_traceback_and_ends_the_others():
     with pytest.raises(RuntimeError, match="rank 1 failed:(?s:.*)one_fails(?s:.*)ValueError: a rank's own words"):
         run_ranks(one_fails, 2)

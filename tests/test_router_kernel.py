@@ -20,7 +20,7 @@ from tests import router_kernel_cases as cases
 from tests.distributed import REPO, free_port
 from tests.tiny import COACTIVATION, begin, build_layer, hidden_states, layer_config, start
 
-ENV = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+ENV = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def on_one_rank(function: Callable[..., Any], *args: Any) -> Any:
     from megatron_emoe import host_mode
 
     if not dist.is_initialized():
-        host_mode.enable()
+        host_mode.enable(force=True)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
         dist.init_process_group("gloo")
         start()
