@@ -17,13 +17,21 @@ def top_p_map(probs_TE: Tensor, p: float, most: int | None = None) -> Tensor:
     A rank belongs to the set while the ranks before it sum to less than p, so every token has at least one expert.
 
     probs_TE: softmax over all E experts. most: no token gets more experts than that, whatever their sum.
+
+    Sums are of whole multiples of 2^-40: a cumulative sum of floats has no deterministic kernel on CUDA, and its
+    rounding differs between devices; p is rounded to the dtype of `probs_TE` first, as a comparison with it would.
     """
     ordered_TE, ranked_TE = probs_TE.sort(dim=1, descending=True)
-    before_TE = pad(ordered_TE.cumsum(dim=1)[:, :-1], (1, 0))
-    kept_TE = before_TE < p
+    before_TE = pad(_fixed_point(ordered_TE).cumsum(dim=1)[:, :-1], (1, 0))
+    kept_TE = before_TE < _fixed_point(probs_TE.new_full((), p))  # filled on the device: no copy, no sync
     if most is not None:
         kept_TE[:, most:] = False
     return torch.zeros_like(kept_TE).scatter_(1, ranked_TE, kept_TE)
+
+
+def _fixed_point(shares: Tensor) -> Tensor:
+    """Numbers from 0 to 1 as int64 multiples of 2^-40; a sum of 2^23 of them still fits."""
+    return (shares.double() * 2**40).long()
 
 
 def selected_weights(probs_TE: Tensor, map_TE: Tensor, *, normalize: bool, scale: float | None) -> Tensor:
