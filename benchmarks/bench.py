@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import textwrap
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+from paired import ratio_with_interval
 
 REPO = Path(__file__).resolve().parent.parent
 STEP_GOAL, ROUTER_GOAL, CONVERSION_GOAL = 1.01, 1.5, 0.5
@@ -71,14 +72,6 @@ def _measure(name: str, *words: str, ranks: int | None = None) -> dict:
         if run.returncode != 0:
             sys.exit(f"{' '.join(command)} failed:\n{(run.stdout + run.stderr)[-4000:]}")
         return json.loads(out.read_text())
-
-
-def ratio_with_interval(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Median of the paired ratios ours / theirs and its 95 % bootstrap interval (2000 resamples, fixed seed)."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return statistics.median(ratios), medians[50], medians[1949]
 
 
 def _table(results: dict) -> str:

@@ -1,11 +1,12 @@
 """Stock Megatron-Core top-k against elastic training on one GPU; writes the results section of docs/gpu.md.
 
-    make bench-gpu                                         # everything: a quarter of an hour to half an hour
+    make bench-gpu                                         # everything
     make bench-gpu BENCH_ARGS="--quick"                    # live routing, two elastic settings, fewer pairs
-    make bench-gpu BENCH_ARGS="--only bf16 recipe"         # the cells with all of these words; other results stay
+    make bench-gpu BENCH_ARGS="--only bf16 recipe"         # the cells with all of these words
 
 A bare machine with torch (CUDA) and megatron-core suffices; what needs Transformer Engine is skipped without it. What
-was measured is kept in docs/gpu.json. Exit status 2 where nothing can be measured, 1 where a cell failed.
+was measured is kept in docs/gpu.json and written after each cell: a run can be ended at any time, and go on with other
+cells later. Exit status 2 where nothing can be measured, 1 where a cell failed.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -27,8 +28,10 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # started as a file, Python puts benchmarks/ there alone; nothing need be installed
 from gpu_cells import GB, Cell, chosen, layers_that_fit, why_skipped  # noqa: E402
 from gpu_report import peak_of, section, with_results  # noqa: E402
+from gpu_results import better, results_of, write_whole  # noqa: E402
 
 PAIRS, QUICK_PAIRS, ROUNDS = 30, 10, 5
+LIMIT = 1200  # seconds of one cell: no measurement, a guard against one that hangs
 KERNEL = {"tokens": [8192, 262144], "samples": 20, "calls": 20, "copied": 1 << 30, "device": "cuda"}
 
 
@@ -51,8 +54,12 @@ def read_options(words: list[str]) -> argparse.Namespace:
     return chosen_options
 
 
-def plan(options: argparse.Namespace) -> tuple[list[Cell], dict[str, Any]]:
-    """The cells to measure, and what is said of this machine (ValueError where nothing can be measured)."""
+def plan(options: argparse.Namespace) -> tuple[list[Cell], dict[str, Any], dict[str, Any]]:
+    """The cells to measure, what results there are, and what is said of this run.
+
+    Raises:
+        ValueError: nothing can be measured, or what was measured before is another machine's.
+    """
     cells = chosen(options.only, options.quick)
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device: torch.cuda.is_available() is False; nothing was measured")
@@ -65,26 +72,29 @@ def plan(options: argparse.Namespace) -> tuple[list[Cell], dict[str, Any]]:
         raise ValueError(
             f"the GPU has {memory / GB:.0f} GB: two models of one layer need 34 GB; --layers 1 tries anyway"
         )
-    return cells, describe(options, layers, memory)
+    return cells, results_of(options.results, describe_machine(options, memory)), describe_run(options, layers)
 
 
-def describe(options: argparse.Namespace, layers: int, memory: int) -> dict[str, Any]:
-    """Hardware, versions, date and command."""
+def describe_machine(options: argparse.Namespace, memory: int) -> dict[str, Any]:
+    """What all results of one page have in common."""
     device = torch.cuda.get_device_name(0)
+    peak = options.peak_tflops or peak_of(device)
+    versions = {"torch": _version("torch"), "megatron-core": _version("megatron-core")}
+    return {"device": device, "memory": memory, "peak_tflops": peak} | versions
+
+
+def describe_run(options: argparse.Namespace, layers: int) -> dict[str, Any]:
+    """What may differ from cell to cell: date, command, driver, versions, sizes."""
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    packages = {"torch": "torch", "triton": "triton", "Transformer Engine": "transformer-engine"}
-    packages |= {"megatron-core": "megatron-core"}
-    versions = {"CUDA": torch.version.cuda or "none"} | {name: _version(package) for name, package in packages.items()}
+    versions = {"CUDA": torch.version.cuda or "none", "triton": _version("triton")}
+    versions |= {"Transformer Engine": _version("transformer-engine")}
     return {
         "date": str(date.today()),
-        "device": device,
-        "memory": memory,
+        "command": " ".join(["make bench-gpu", *([f'BENCH_ARGS="{" ".join(sys.argv[1:])}"'] if sys.argv[1:] else [])]),
         "driver": driver[0] if driver else "unknown",
         "versions": versions,
-        "command": " ".join(["make bench-gpu", *([f'BENCH_ARGS="{" ".join(sys.argv[1:])}"'] if sys.argv[1:] else [])]),
         "layers": layers,
         "pairs": options.repeats or (QUICK_PAIRS if options.quick else PAIRS),
-        "peak_tflops": options.peak_tflops or peak_of(device),
     }
 
 
@@ -102,65 +112,89 @@ def _said(*command: str) -> str:
         return ""
 
 
-def run_script(name: str, asked: dict[str, Any], env: dict[str, str] | None = None) -> dict[str, Any]:
-    """What benchmarks/NAME.py measured, in a process of its own; where it failed, the last line of what it said."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        rank |= {"MASTER_PORT": str(probe.getsockname()[1]), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        probe.close()  # the measurement listens there
+def run_script(
+    name: str, asked: dict[str, Any], log: Path, env: dict[str, str] | None = None, limit: float = LIMIT
+) -> dict[str, Any]:
+    """What benchmarks/NAME.py measured, in a process of its own; its streams go to the end of `log`.
+
+    Where it failed, or took longer than `limit` seconds: why, and the parts that were measured before.
+    """
+    with tempfile.TemporaryDirectory() as folder:
         cell, out = Path(folder) / "cell.json", Path(folder) / "result.json"
         cell.write_text(json.dumps(asked))
-        path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, str(REPO / f"benchmarks/{name}.py"), str(cell), str(out)]
-        full = os.environ | rank | {"PYTHONPATH": path} | (env or {})
-        done = subprocess.run(command, cwd=REPO, env=full, capture_output=True, text=True)
-        if done.returncode == 0:
-            return {"measured": json.loads(out.read_text())}
-    said = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
-    print("\n".join(said[-30:]), file=sys.stderr)
-    cause = next((line for line in reversed(said) if "Error" in line), said[-1])
-    return {"skipped": f"failed: {cause.strip().replace('|', '/')[:100]}", "failed": True}
+        with open(log, "ab") as stream:
+            begin = stream.tell()
+            cause = _run(command, os.environ | _rank() | (env or {}), stream, limit)
+        found = {"measured": json.loads(out.read_text())} if out.is_file() else {}
+    if cause is None:
+        return found
+    said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()[-30:]
+    print("\n".join(said), file=sys.stderr)
+    told = next((line for line in reversed(said) if "Error" in line), said[-1] if said else cause)
+    why = told if cause.startswith("exit") else cause
+    return found | {"failed": f"failed: {why.strip().replace('|', '/')[:100]}"}
 
 
-def measure(cells: list[Cell], options: argparse.Namespace, machine: dict[str, Any]) -> dict[str, Any]:
-    """Every cell after the other; those that this machine cannot serve say why."""
+def _run(command: list[str], env: dict[str, str], stream: BinaryIO, limit: float) -> str | None:
+    """Why the command failed; None: it did not."""
+    try:
+        done = subprocess.run(command, cwd=REPO, env=env, stdout=stream, stderr=stream, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"no end within {limit:g} s"
+    return f"exit status {done.returncode}" if done.returncode else None
+
+
+def _rank() -> dict[str, str]:
+    """The environment of an only rank, with a port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+    return rank | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": path}
+
+
+def measure(cells: list[Cell], options: argparse.Namespace, results: dict[str, Any], run: dict[str, Any]) -> bool:
+    """Router kernel and every cell, one after the other; each is written before the next begins. False: one failed.
+
+    Cells that this machine cannot serve say why.
+    """
+    log = options.results.with_suffix(".log")
+    kernel = run_script("measure_gpu_router", KERNEL, log)
+    kernel |= {name: kernel["measured"].pop(name) for name in ("skipped",) if name in kernel.get("measured", {})}
+    results["kernel"] = better(results["kernel"], kernel | {"run": run})
+    write(options, results)
     engine, fp8 = find_spec("transformer_engine") is not None, torch.cuda.get_device_capability() >= (8, 9)
-    found: dict[str, Any] = {}
+    well = "failed" not in kernel
     for cell in cells:
         if reason := why_skipped(cell, engine, fp8, cell.layers in options.only):
-            found[cell.name] = {"skipped": f"skipped: {reason}"}
+            found: dict[str, Any] = {"skipped": f"skipped: {reason}"}
         else:
-            found[cell.name] = run_script("measure_gpu", cell.job(machine["layers"], machine["pairs"], ROUNDS))
-        print(f"{cell.name}: {found[cell.name].get('skipped', 'measured')}", flush=True)
-    return found
+            found = run_script("measure_gpu", cell.job(run["layers"], run["pairs"], ROUNDS), log)
+        well &= "failed" not in found
+        results["cells"][cell.name] = better(results["cells"].get(cell.name), found | {"run": run})
+        write(options, results)
+        print(f"{cell.name}: {found.get('skipped') or found.get('failed') or 'measured'}", flush=True)
+    return well
 
 
-def kept(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    """Results of before on the same machine and versions with as many layers; nothing where anything differs."""
-    if not path.is_file():
-        return {}
-    old = json.loads(path.read_text())
-    same = all(old["machine"][name] == machine[name] for name in ("device", "driver", "versions", "layers", "pairs"))
-    return old["cells"] if same else {}
+def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Numbers and page as they now are."""
+    write_whole(options.results, json.dumps(results, indent=1) + "\n")
+    write_whole(options.out, with_results(options.out.read_text(), section(results)))
 
 
 def main() -> int:
     try:
         options = read_options(sys.argv[1:])
-        cells, machine = plan(options)
+        cells, results, run = plan(options)
     except ValueError as error:
         print(f"bench_gpu.py: error: {error}", file=sys.stderr)
         return 2
-    kernel = run_script("measure_gpu_router", KERNEL)
-    kernel = kernel.get("measured", kernel)
-    machine["copy"] = kernel.get("copy", float("nan"))
-    cells_found = (kept(options.results, machine) if options.only else {}) | measure(cells, options, machine)
-    results = {"machine": machine, "cells": cells_found, "kernel": kernel}
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
-    options.out.write_text(with_results(options.out.read_text(), section(results)))
-    print(f"written: {options.results}, {options.out}")
-    return 1 if any("failed" in result for result in [kernel, *cells_found.values()]) else 0
+    well = measure(cells, options, results, run)
+    print(f"written: {options.results}, {options.out}; log: {options.results.with_suffix('.log')}")
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_emoe import flag_files
+from megatron_emoe import flag_files, host_mode
 
 REPO = Path(__file__).resolve().parent.parent
 GB = 1e9
@@ -20,8 +20,7 @@ JOB = """--emoe-qk-norm core --seq-length 4096 --micro-batch-size 1 --global-bat
     --no-gradient-accumulation-fusion"""
 LAYERS = {
     "te": "--transformer-impl transformer_engine --moe-grouped-gemm",
-    "local": """--transformer-impl local --attention-backend unfused --no-masked-softmax-fusion --no-persist-layer-norm
-        --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion""",
+    "local": " ".join(host_mode.words_of(host_mode.LOCAL_LAYERS)),
 }
 PRECISION = {"bf16": "", "fp8": "--fp8-format hybrid"}
 ROUTING = {"balanced": "--moe-router-force-load-balancing", "live": ""}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from bench import ratio_with_interval
 from gpu_cells import Cell, all_cells
+from paired import ratio_with_interval
 
 BEGIN, END = "<!-- results: make bench-gpu -->", "<!-- end of results -->"
 PEAKS = {"B200": 2250, "GB200": 2500, "H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "A100": 312}
 PEAKS |= {"L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 6000 Ada": 364}
 """Part of a device's name -> its bf16 peak, dense, TFLOP/s, by NVIDIA's data sheets. FP8 has twice that."""
 NOT_RUN = "not run yet"
+VARIANTS = ("stock", "elastic")
 GIB = 2**30
 
 
@@ -34,33 +35,51 @@ def with_results(page: str, section: str) -> str:
 def section(results: dict[str, Any] | None) -> str:
     """Everything between the marks; None: nothing was run."""
     found = results or {"cells": {}, "machine": {}}
-    head = _machine(found["machine"]) if results else "Not run yet: no GPU was at hand. Every row below says so."
+    head = _machine(found) if results else "`make bench-gpu` was not run yet: no GPU was at hand. Every row says so."
     tables = [_steps(found), _throughput(found), _sweep(found), _kernel(found.get("kernel"))]
     return "\n\n".join([head, *tables])
 
 
-def _machine(machine: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    peak = machine["peak_tflops"]
+def _machine(found: dict[str, Any]) -> str:
+    machine, kernel = found["machine"], (found.get("kernel") or {}).get("measured", {})
+    peak, copy = machine["peak_tflops"], kernel.get("copy")
     stated = f"{peak:g} TFLOP/s (bf16, dense; twice that in FP8)" if peak else "not known: no MFU is stated"
-    return "\n".join(
-        [
-            f"- {machine['date']}, {machine['device']}, {machine['memory'] / GIB:.0f} GiB, driver {machine['driver']}",
-            f"- {versions}",
-            f"- `{machine['command']}`; {machine['layers']} layers, {machine['pairs']} pairs of steps",
-            f"- peak: {stated}; copy bandwidth measured: {machine['copy'] / 1e12:.2f} TB/s",
-        ]
-    )
+    copied = f"; copy bandwidth measured: {copy / 1e12:.2f} TB/s" if copy else ""
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "megatron-core"))
+    lines = [f"- {machine['device']}, {machine['memory'] / GIB:.0f} GiB; {versions}", f"- peak: {stated}{copied}"]
+    return "\n".join([*lines, *_runs(found)])
+
+
+def _runs(found: dict[str, Any]) -> list[str]:
+    """A line for each run that results are of, and how many of the cells."""
+    cells = [result["run"] for result in found["cells"].values() if "measured" in result]
+    kinds = [run for number, run in enumerate(cells) if run not in cells[:number]]
+    kernel = found.get("kernel")
+    of_kernel = [f"- router kernel: {_run(kernel['run'])}"] if kernel and "measured" in kernel else []
+    return [f"- {_run(run)}: {cells.count(run)} cells" for run in kinds] + of_kernel
+
+
+def _run(run: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    sizes = f"{run['layers']} layers, {run['pairs']} pairs of steps"
+    return f"{run['date']}, `{run['command']}`, driver {run['driver']}, {versions}; {sizes}"
+
+
+def _why(result: dict[str, Any] | None, part: str) -> str | None:
+    """Why this part of a result is not there; None: it is."""
+    if part in (result or {}).get("measured", {}):
+        return None
+    return NOT_RUN if result is None else result.get("skipped") or result.get("failed") or "-"
 
 
 def _rows(found: dict[str, Any], columns: int, row: Any, cells: list[Cell] | None = None) -> list[str]:
     """A line for each cell: its numbers, or in the first column why there are none."""
     lines = []
     for cell in cells or all_cells():
-        result = found["cells"].get(cell.name, {"skipped": NOT_RUN})
+        result = found["cells"].get(cell.name)
         what = f"| {cell.layers} | {cell.precision} | {cell.routing} | {cell.elastic} "
-        if "skipped" in result:
-            lines.append(what + f"| {result['skipped']} " + "| " * (columns - 1) + "|")
+        if why := _why(result, "step"):
+            lines.append(what + f"| {why} " + "| " * (columns - 1) + "|")
         else:
             lines.append(what + "".join(f"| {value} " for value in row(cell, result["measured"])) + "|")
     return lines
@@ -69,30 +88,26 @@ def _rows(found: dict[str, Any], columns: int, row: Any, cells: list[Cell] | Non
 def _steps(found: dict[str, Any]) -> str:
     def row(_: Cell, measured: dict[str, Any]) -> list[str]:
         ratio, low, high = ratio_with_interval(measured["step"]["elastic"], measured["step"]["stock"])
-        stock, elastic = (1000 * statistics.median(measured["step"][name]) for name in ("stock", "elastic"))
+        stock, elastic = (1000 * statistics.median(measured["step"][name]) for name in VARIANTS)
         flops = measured["flops"]["elastic"] / measured["flops"]["stock"]
-        shares = [f"{router_share(measured, name):.1%}" for name in ("stock", "elastic")]
-        mean = f"{measured['mean_k']:.2f}"
+        sums = sum(measured["step"]["elastic"]) / sum(measured["step"]["stock"])
+        shares = [f"{router_share(measured, name):.1%}" if "router" in measured else "-" for name in VARIANTS]
         return [
-            mean,
+            f"{measured['mean_k']:.2f}",
             f"{stock:.1f}",
             f"{elastic:.1f}",
             f"{ratio:.3f}",
             f"{low:.3f} to {high:.3f}",
+            f"{sums:.3f}",
             f"{flops:.3f}",
+            *(f"{measured['load'][name]:.2f}" for name in VARIANTS),
             *shares,
         ]
 
     head = "| layers | precision | routing | elastic | mean k | stock, ms | elastic, ms | ratio | 95 % interval "
-    head += (
-        "| FLOPs ratio | router share, stock | elastic |\n"
-        + "| --- " * 4
-        + "| ---: " * 4
-        + "| --- "
-        + "| ---: " * 3
-        + "|"
-    )
-    return "\n".join(["### Training step, elastic against stock top-k", "", head, *_rows(found, 8, row)])
+    head += "| ratio of sums | FLOPs ratio | busiest expert, stock | elastic | router share, stock | elastic |\n"
+    head += "| --- " * 4 + "| ---: " * 4 + "| --- " + "| ---: " * 6 + "|"
+    return "\n".join(["### Training step, elastic against stock top-k", "", head, *_rows(found, 11, row)])
 
 
 def router_share(measured: dict[str, Any], name: str) -> float:
@@ -106,11 +121,11 @@ def _throughput(found: dict[str, Any]) -> str:
 
     def row(cell: Cell, measured: dict[str, Any]) -> list[str]:
         values: list[str] = []
-        for name in ("stock", "elastic"):
-            seconds = statistics.median(measured["step"][name])
+        for name in VARIANTS:
+            seconds = statistics.fmean(measured["step"][name])  # as FLOPs: of all measured steps together
             tflops = measured["flops"][name] / seconds / 1e12
             share = f"{tflops / (peak * (2 if cell.precision == 'fp8' else 1)):.1%}" if peak else "-"
-            memory = measured["peak_bytes"]
+            memory = measured.get("peak_bytes")
             held = f"{memory[name] / 1e9:.1f}" if memory else "-"
             values += [f"{measured['tokens'] / seconds:,.0f}", f"{tflops:.1f}", share, held]
         return values
@@ -129,11 +144,11 @@ def _sweep(found: dict[str, Any]) -> str:
     ]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for cell in (cell for cell in all_cells() if cell.sweep):
-        result = found["cells"].get(cell.name, {"skipped": NOT_RUN})
+        result = found["cells"].get(cell.name)
         for k in cell.sweep:
             start = f"| {cell.layers} | {cell.precision} | {k} | "
-            if "skipped" in result:
-                lines.append(start + f"{result['skipped']} | | |")
+            if why := _why(result, "sweep"):
+                lines.append(start + f"{why} | | |")
                 continue
             at, base = (result["measured"]["sweep"][str(which)] for which in (k, cell.sweep[0]))
             rate, first = (point["tokens"] / statistics.median(point["seconds"]) for point in (at, base))
@@ -146,12 +161,11 @@ def _kernel(kernel: dict[str, Any] | None) -> str:
         "### Router kernel against the bandwidth floor\n\n| pass | bytes it must move, MB | floor, us | kernel, us | "
     )
     head += "floor / kernel | reference, us |\n| --- | ---: | ---: | ---: | ---: | ---: |"
-    if kernel is None or "skipped" in kernel:
-        why = kernel["skipped"] if kernel else NOT_RUN
+    if why := _why(kernel, "passes"):
         return "\n".join([head, *(f"| {name} | {why} | | | | |" for name in ("forward", "forward + backward"))])
-    rows = []
-    for name, row in kernel["passes"].items():
-        floor, seconds, reference = row["bytes"] / kernel["copy"], *(statistics.median(row[of]) for of in TIMED)
+    rows, measured = [], kernel["measured"]
+    for name, row in measured["passes"].items():
+        floor, seconds, reference = row["bytes"] / measured["copy"], *(statistics.median(row[of]) for of in TIMED)
         times = f"{1e6 * floor:.1f} | {1e6 * seconds:.1f} | {floor / seconds:.2f} | {1e6 * reference:.1f}"
         rows.append(f"| {name} | {row['bytes'] / 1e6:.1f} | {times} |")
     return "\n".join([head, *rows])

@@ -5,10 +5,11 @@
 CELL: flags, and the numbers of pairs. The device is the GPU, or with --host-mode among the flags the CPU.
 """
 
+import gc
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice, product
 from pathlib import Path
 from statistics import mean
@@ -20,11 +21,13 @@ CELL, OUT = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 sys.argv[1:] = host_mode.setup(CELL["flags"])
 
 import torch  # noqa: E402
+from gpu_results import write_whole  # noqa: E402
 from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
-from paired import Step, build, random_batches, take_turns  # noqa: E402
+from paired import Step, take_turns  # noqa: E402
+from paired_models import build, random_batches  # noqa: E402
 
 from megatron_emoe.active_k import Place, draw_for, get_active_k  # noqa: E402
 from megatron_emoe.arguments import parse  # noqa: E402
@@ -35,7 +38,6 @@ from megatron_emoe.training import ElasticLoop  # noqa: E402
 from megatron_emoe.transformer_config import ElasticTransformerConfig  # noqa: E402
 
 WARM_UP = 5
-VOCABULARY = 64  # tokens are drawn below it; every table is larger
 TRAINING = 3  # a training step's FLOPs, as a multiple of its forward pass
 
 
@@ -58,12 +60,23 @@ class Pair:
         elastic = elastic_model_config(args)
         self.config: ElasticTransformerConfig = elastic.transformer
         self.loop = ElasticLoop(args, self.config)
-        self.batches = RerunDataIterator(random_batches(args, VOCABULARY))
+        self.batches = RerunDataIterator(random_batches(args, args.vocab_size))
         self.models: dict[str, list[Any]] = {}
         self.steps: dict[str, Step] = {}
         self.held: dict[str, int] = {}  # bytes: weights, gradients, optimizer
-        self._add("stock", gpt_config_from_args(args), self.loop.forward)
+        stock = gpt_config_from_args(args)
+        self._make_common_buffers(stock)
+        self._add("stock", stock, self.loop.forward)
         self._add("elastic", elastic, self.loop.forward_step)
+
+    def _make_common_buffers(self, config: object) -> None:
+        """A step of a model that is thrown away: what the process makes once for all is charged to neither variant."""
+        _, step = build(self.args, config, self.loop.forward, self.batches)
+        step(0)
+        del step, _
+        gc.collect()  # models and their hooks hold each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _add(self, name: str, config: object, forward_step: Callable) -> None:
         before = allocated()
@@ -102,8 +115,25 @@ def peak_bytes(pair: Pair) -> dict[str, int] | None:
     return peaks
 
 
-def first_router(model: list[Any]) -> TopKRouter:
-    return next(module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter))
+def routers_of(model: list[Any]) -> list[TopKRouter]:
+    return [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
+
+
+def loads(pair: Pair, iteration: int) -> dict[str, float]:
+    """Rows of the busiest expert over the mean of all, in a step: mean over layers and micro-batches."""
+    found: dict[str, float] = {}
+    for name, model in pair.models.items():
+        counts: list[torch.Tensor] = []
+
+        def count(_: object, __: object, routed: Any, counts: list[torch.Tensor] = counts) -> None:
+            counts.append(routed[1].sum(0).float())
+
+        hooks = [router.register_forward_hook(count) for router in routers_of(model)]
+        pair.steps[name](iteration)
+        for hook in hooks:
+            hook.remove()
+        found[name] = mean(float(rows.max() / rows.mean()) for rows in counts)  # sync: after the step, not timed
+    return found
 
 
 def router_times(pair: Pair, pairs: int) -> dict[str, list[float]]:
@@ -120,7 +150,7 @@ def router_times(pair: Pair, pairs: int) -> dict[str, list[float]]:
 
         return work
 
-    routers = {name: of(first_router(model)) for name, model in pair.models.items()}
+    routers = {name: of(routers_of(model)[0]) for name, model in pair.models.items()}
     return take_turns(routers, pairs, WARM_UP, wait)
 
 
@@ -130,7 +160,7 @@ def sweep(pair: Pair, ks: list[int], rounds: int) -> dict[str, dict[str, Any]]:
     for chunk in model:
         chunk.eval()
     evaluator = Evaluator(args, pair.loop.forward)
-    batches = {0: list(islice(random_batches(args, VOCABULARY), pair.micro_batches))}
+    batches = {0: list(islice(random_batches(args, args.vocab_size), pair.micro_batches))}
     found: dict[str, dict[str, Any]] = {str(k): {"seconds": [], "flops": pair.flops(k)} for k in ks}
     for round_number, k in product(range(1 + rounds), ks):
         with counting_rows(model) as rows:
@@ -142,31 +172,42 @@ def sweep(pair: Pair, ks: list[int], rounds: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def measure(args: Namespace) -> dict[str, Any]:
-    """Everything the cell asks for."""
-    pair, pairs = Pair(args), CELL["pairs"]
-    first = 1
+def measured_steps(pair: Pair, pairs: int) -> dict[str, Any]:
+    """Seconds of the steps, and what was done in them: tokens, and FLOPs of one at the mean k of the measured steps."""
+    args, first = pair.args, 1
     times = take_turns(pair.steps, pairs, WARM_UP, wait, first)
     mean_k = mean(pair.drawn(range(first + WARM_UP, first + WARM_UP + pairs)))
     flops = {"stock": pair.flops(args.moe_router_topk), "elastic": pair.flops(mean_k)}
     tokens = args.global_batch_size * args.seq_length
-    routers = len(moe_layer_numbers(args)) * pair.micro_batches
     return {
         "step": times,
         "tokens": tokens,
         "flops": {name: value and TRAINING * tokens * value for name, value in flops.items()},
         "mean_k": mean_k,
-        "peak_bytes": peak_bytes(pair),
-        "router": router_times(pair, CELL["pairs"]),
-        "routers_per_step": routers,
-        "sweep": sweep(pair, CELL["sweep"], CELL["rounds"]) if CELL["sweep"] else {},
+        "load": loads(pair, first + WARM_UP + pairs),
     }
+
+
+def parts(args: Namespace) -> Iterator[dict[str, Any]]:
+    """Everything the cell asks for, piece by piece."""
+    pair, pairs = Pair(args), CELL["pairs"]
+    yield measured_steps(pair, pairs)
+    yield {"peak_bytes": peak_bytes(pair)}
+    yield {
+        "router": router_times(pair, pairs),
+        "routers_per_step": len(moe_layer_numbers(args)) * pair.micro_batches,
+    }
+    if CELL["sweep"]:
+        yield {"sweep": sweep(pair, CELL["sweep"], CELL["rounds"])}
 
 
 def main() -> None:
     args = parse()
     initialize_megatron()
-    OUT.write_text(json.dumps(measure(args)))
+    found: dict[str, Any] = {}
+    for part in parts(args):  # written as it comes: running out of memory later takes nothing away
+        found |= part
+        write_whole(OUT, json.dumps(found))
     torch.distributed.destroy_process_group()
 
 

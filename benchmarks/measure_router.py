@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+from paired import Step, take_turns  # noqa: E402
 
 from megatron_emoe.active_k import get_active_k  # noqa: E402
 from megatron_emoe.router import ElasticRouter  # noqa: E402
@@ -43,22 +43,17 @@ def build(kind: type[TopKRouter], **elastic: object) -> TopKRouter:
     return router.train()
 
 
-def timed(work: Callable[[], torch.Tensor]) -> float:
-    start = time.perf_counter()
-    work().backward()
-    return time.perf_counter() - start
+def in_turn(stock: Callable, elastic: Callable, steps: int) -> dict[str, list[float]]:
+    """Seconds of forward and backward pass of both, from what gives a scalar."""
 
+    def step_of(work: Callable[[], torch.Tensor]) -> Step:
+        def step(iteration: int) -> None:
+            get_active_k().begin_microbatch(iteration, 0)
+            work().backward()
 
-def interleaved(stock: Callable, elastic: Callable, steps: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {"stock": [], "elastic": []}
-    for step in range(WARM_UP + steps):
-        get_active_k().begin_microbatch(step, 0)
-        order = ("stock", "elastic") if step % 2 else ("elastic", "stock")
-        for name in order:
-            seconds = timed({"stock": stock, "elastic": elastic}[name])
-            if step >= WARM_UP:
-                times[name].append(seconds)
-    return times
+        return step
+
+    return take_turns({"stock": step_of(stock), "elastic": step_of(elastic)}, steps, WARM_UP, lambda: None)
 
 
 def main(steps: int, out: Path) -> None:
@@ -79,9 +74,9 @@ def main(steps: int, out: Path) -> None:
         return lambda: (router.routing(logits.detach().requires_grad_())[0] * weight).sum()
 
     times = {
-        "router, forward + backward": interleaved(whole(stock), whole(sampling), steps),
-        "router from logits, forward + backward": interleaved(from_logits(stock), from_logits(sampling), steps),
-        "router from logits, with hierarchical loss": interleaved(from_logits(stock), from_logits(with_loss), steps),
+        "router, forward + backward": in_turn(whole(stock), whole(sampling), steps),
+        "router from logits, forward + backward": in_turn(from_logits(stock), from_logits(sampling), steps),
+        "router from logits, with hierarchical loss": in_turn(from_logits(stock), from_logits(with_loss), steps),
     }
     out.write_text(json.dumps({"times": times}))
 

@@ -21,7 +21,8 @@ import torch  # noqa: E402
 from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
-from paired import build, random_batches, take_turns  # noqa: E402
+from paired import take_turns  # noqa: E402
+from paired_models import build, random_batches  # noqa: E402
 
 from megatron_emoe.arguments import parse  # noqa: E402
 from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402

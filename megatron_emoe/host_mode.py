@@ -21,13 +21,9 @@ from typing import Any
 
 from megatron_emoe import flag_files
 
-# Flags that host mode needs, added where the user did not give them. An empty value marks a switch.
-_DEFAULTS = {
-    "--distributed-backend": "gloo",
+LOCAL_LAYERS = {
     "--transformer-impl": "local",
     "--attention-backend": "unfused",
-    "--num-workers": "0",
-    "--use-cpu-initialization": "",
     "--no-gradient-accumulation-fusion": "",
     "--no-masked-softmax-fusion": "",
     "--no-persist-layer-norm": "",
@@ -35,6 +31,15 @@ _DEFAULTS = {
     "--no-bias-gelu-fusion": "",
     "--no-bias-swiglu-fusion": "",
     "--no-bias-dropout-fusion": "",
+}
+"""What the core needs where neither Transformer Engine nor Apex is, on a GPU too. An empty value marks a switch."""
+
+# Flags that host mode needs, added where the user did not give them.
+_DEFAULTS = {
+    "--distributed-backend": "gloo",
+    **LOCAL_LAYERS,
+    "--num-workers": "0",
+    "--use-cpu-initialization": "",
 }
 
 # Flags with a choice that only a GPU can serve: the values that host mode can.
@@ -77,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if action.help and action.help.count("%") > action.help.count("%("):
             action.help = action.help.replace("%%", "%").replace("%", "%%")
     return parser
+
+
+def words_of(flags: dict[str, str]) -> list[str]:
+    """A table of flags, such as LOCAL_LAYERS, as words of a command line."""
+    return [word for pair in flags.items() for word in pair if word]
 
 
 def is_on() -> bool:
@@ -153,7 +163,7 @@ def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
 
 def _missing_defaults(argv: list[str]) -> list[str]:
     given = dict(_given(argv))
-    return [word for flag, value in _DEFAULTS.items() if flag not in given for word in (flag, value) if word]
+    return words_of({flag: value for flag, value in _DEFAULTS.items() if flag not in given})
 
 
 def _refuse_gpu_flags(argv: list[str]) -> None:

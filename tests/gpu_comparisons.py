@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tests.device_runs import ON_DEVICE, layer_without_waits
+from tests.device_runs import ON_DEVICE, layer_waits
 from tests.tiny import COACTIVATION, flags
 
 ELASTIC: dict[str, dict[str, Any]] = {
@@ -35,12 +35,12 @@ def wait_words(device: str, **changes: Any) -> list[str]:
     return flags(**EXACT | unlogged | changes) + ON_DEVICE[device]
 
 
-def one_layer(elastic: dict[str, Any] | None, dispatcher: str) -> str | None:
-    """layer_without_waits of a stock layer, or of an elastic one with these settings."""
+def one_layer(elastic: dict[str, Any] | None, dispatcher: str) -> list[str]:
+    """layer_waits of a stock layer, or of an elastic one with these settings."""
     settings = dict(elastic or {})
     if "emoe_tail_scale" in settings:
         settings["emoe_tail_scale"] = [settings["emoe_tail_scale"]]  # a configuration has the list of its words
-    return layer_without_waits(None if elastic is None else settings, moe_token_dispatcher_type=dispatcher)
+    return layer_waits(None if elastic is None else settings, moe_token_dispatcher_type=dispatcher)
 
 
 def equal_runs(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

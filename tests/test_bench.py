@@ -13,6 +13,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "benchmarks"))
 import bench  # noqa: E402
 import measure_conversion  # noqa: E402
+import paired  # noqa: E402
 
 
 def test_a_part_replaces_itself_alone():
@@ -30,7 +31,7 @@ def test_the_report_in_the_repository_has_all_parts():
 
 
 def test_ratio_is_the_median_of_pairs():
-    ratio, low, high = bench.ratio_with_interval([1.0, 2.0, 9.0], [2.0, 2.0, 3.0])  # 0.5, 1, 3
+    ratio, low, high = paired.ratio_with_interval([1.0, 2.0, 9.0], [2.0, 2.0, 3.0])  # 0.5, 1, 3
     assert (ratio, low, high) == (1.0, 0.5, 3.0)
 
 

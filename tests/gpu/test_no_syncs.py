@@ -1,6 +1,7 @@
-"""The elastic training path adds no wait of the host for the GPU: counted by the profiler in a step, and forbidden by
-torch around a layer."""
+"""The elastic training path adds no wait of the host for the GPU: counted by the profiler in a step, and by torch's
+sync debug mode in a layer."""
 
+import functools
 from collections import Counter
 
 import pytest
@@ -11,18 +12,21 @@ from tests.gpu_comparisons import ELASTIC, one_layer, wait_words
 pytestmark = pytest.mark.gpu
 
 
+@functools.cache
+def stock_layer(dispatcher: str) -> list[str]:
+    return in_process("cuda", one_layer, None, dispatcher)
+
+
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("elastic", ELASTIC)
 def test_an_unlogged_elastic_step_waits_as_often_as_a_stock_step(elastic, dispatcher):
     words = wait_words("cuda", moe_token_dispatcher_type=dispatcher, **ELASTIC[elastic])
     found = on("cuda", waits, words)
-    assert found["elastic"] == found["stock"] != Counter()
+    assert found["elastic"] == found["stock"] != Counter(), found
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("elastic", ELASTIC)
-def test_a_layer_waits_nowhere_if_the_stock_layer_does_not(elastic, dispatcher):
-    stock = in_process("cuda", one_layer, None, dispatcher)
-    if stock is not None:
-        pytest.skip(f"the stock layer itself waits with {dispatcher}: {stock}")
-    assert in_process("cuda", one_layer, ELASTIC[elastic], dispatcher) is None
+def test_an_elastic_layer_waits_no_more_often_than_a_stock_layer(elastic, dispatcher):
+    elastic_layer, stock = in_process("cuda", one_layer, ELASTIC[elastic], dispatcher), stock_layer(dispatcher)
+    assert len(elastic_layer) <= len(stock), f"elastic: {elastic_layer}; stock: {stock}"
