@@ -107,6 +107,7 @@ def check_elastic(config: ElasticTransformerConfig) -> None:
     check_baseline_combinations(config)
     _refuse_balancing(config)
     _refuse_router_features(config)
+    _refuse_captured_router(config)
     _refuse_frozen_k(config)
     _refuse_machinery(config)
     _refuse_distillation(config)
@@ -170,6 +171,25 @@ def _refuse_router_features(config: ElasticTransformerConfig) -> None:
         _conflict(
             cause, "--transformer-impl inference_optimized", "its router and dispatchers fix k when they are built"
         )
+
+
+_CAPTURES_ROUTER = {"moe", "moe_router", "moe_preprocess"}
+
+
+def _refuse_captured_router(config: ElasticTransformerConfig) -> None:
+    """A replayed graph runs no Python: what is recorded of routing would be missing without a word."""
+    modules = {module.name for module in config.cuda_graph_modules}  # none: whole layers, or the whole iteration
+    if config.cuda_graph_impl == "none" or (modules and not modules & _CAPTURES_ROUTER):
+        return
+    words = f" --cuda-graph-modules {' '.join(sorted(modules))}" if modules else ""
+    causes = {
+        f"--emoe-hr-loss-coeff {config.hr_loss_coeff}": config.hr_loss_coeff > 0,
+        f"--emoe-router-watch {config.emoe_router_watch}": config.emoe_router_watch != "off",
+        f"--emoe-coactivation-interval {config.emoe_coactivation_interval}": config.emoe_coactivation_interval > 0,
+    }
+    for cause in (cause for cause, asked in causes.items() if asked):
+        why = "a captured router records nothing; leave it out of the graph, or this off"
+        _conflict(cause, f"--cuda-graph-impl {config.cuda_graph_impl}{words}", why)
 
 
 def _refuse_frozen_k(config: ElasticTransformerConfig) -> None:

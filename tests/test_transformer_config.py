@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 
 import pytest
+from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -345,7 +346,34 @@ def test_features_that_fix_k_work_with_a_constant_k(feature):
 
 @pytest.mark.parametrize("feature", [FUSION, *(f for f, _ in (REPLACING | FROZEN).values())])
 def test_every_feature_works_with_elastic_settings_off(feature):
-    check_elastic(with_feature({}, feature))
+    check_elastic(with_feature({"emoe_router_watch": "off"}, feature))
+
+
+MOE_ROUTER = CudaGraphModule.moe_router
+GRAPHS = {  # of the router; and how the message names them
+    "whole layers": ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
+    "the whole iteration": ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration"),
+    "routers": (
+        {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [CudaGraphModule.attn, MOE_ROUTER]},
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
+    ),
+}
+RECORDED = [
+    ({}, "--emoe-router-watch warn"),
+    ({"emoe_hr_loss_coeff": 0.001}, "--emoe-hr-loss-coeff 0.001"),
+    ({"emoe_router_watch": "off", "emoe_coactivation_interval": 5}, "--emoe-coactivation-interval 5"),
+]
+
+
+@pytest.mark.parametrize(("graphs", "name"), GRAPHS.values(), ids=GRAPHS)
+@pytest.mark.parametrize(("settings", "cause"), RECORDED, ids=str)
+def test_nothing_is_recorded_of_a_captured_router(settings, cause, graphs, name):
+    why = "a captured router records nothing; leave it out of the graph, or this off"
+    refused(settings, graphs, f"{cause} cannot be combined with {name}: {why}")
+    check_elastic(with_feature({"emoe_router_watch": "off"}, graphs))
+    check_elastic(with_feature(settings, graphs | {"cuda_graph_impl": "none"}))
+    if not name.endswith("full_iteration"):
+        check_elastic(with_feature(settings, graphs | {"cuda_graph_modules": [CudaGraphModule.attn]}))
 
 
 def test_another_schedule_of_the_loop_is_refused_whatever_the_elastic_settings():
