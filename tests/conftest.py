@@ -1,11 +1,14 @@
 """Shared pytest set-up: the repository root is importable, and tests marked gpu skip themselves without CUDA."""
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 GPU = TESTS / "gpu"  # every test marked gpu is in there
 sys.path.insert(0, str(TESTS.parent))
 
@@ -15,6 +18,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.getoption("markexpr") != "gpu" or TESTS not in collection_path.parents:
         return None
     return None if collection_path == GPU or GPU in collection_path.parents else True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Processes that a test starts see no GPU unless it is marked gpu: what they do is the same on every machine.
+
+    This process has looked for one before, where such a test is to come, and keeps what it has found.
+    """
+    before = os.environ.get(VISIBLE)
+    if not item.get_closest_marker("gpu"):
+        os.environ[VISIBLE] = ""
+    result = yield
+    os.environ.pop(VISIBLE, None)
+    if before is not None:
+        os.environ[VISIBLE] = before
+    return result
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
