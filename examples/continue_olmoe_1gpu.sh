@@ -11,6 +11,8 @@
 #   STATE         what gradients and Adam's moments are kept in: bf16, bf16-grads or fp8 (tools/plan_job.py
 #                 --optimizer-state). Unset: the first of these that fits GPU_MEMORY
 #   GPU_MEMORY    GiB of the GPU. Unset: what nvidia-smi says
+#   MICRO_BATCH   sequences of 4096 tokens in a micro-batch (1: leaves most memory)
+#   RESERVE       GiB of the GPU that the layout leaves free (12: nothing here was tried on a GPU)
 #   GLOBAL_BATCH  sequences of 4096 tokens in a step (32: gradients may be added up in bf16)
 #   PYTHON        the interpreter (.venv/bin/python), with Transformer Engine
 #
@@ -18,7 +20,8 @@
 set -euo pipefail
 
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-: "${PRECISION:=bf16}" "${STATE:=}" "${GPU_MEMORY:=}" "${GLOBAL_BATCH:=32}" "${PYTHON:=$home/.venv/bin/python}"
+: "${PRECISION:=bf16}" "${STATE:=}" "${GPU_MEMORY:=}"
+: "${GLOBAL_BATCH:=32}" "${MICRO_BATCH:=1}" "${RESERVE:=12}" "${PYTHON:=$home/.venv/bin/python}"
 : "${BASE:=}" "${DATA:=}" "${SAVE:=}"
 export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 
@@ -42,7 +45,9 @@ check_settings() {
   [ -d "$BASE" ] || die "BASE $BASE: no such folder"
   case $PRECISION in bf16 | fp8) ;; *) die "PRECISION $PRECISION: must be bf16 or fp8" ;; esac
   case $STATE in "" | bf16 | bf16-grads | fp8) ;; *) die "STATE $STATE: must be bf16, bf16-grads or fp8" ;; esac
-  [[ $GLOBAL_BATCH =~ ^[1-9][0-9]*$ ]] || die "GLOBAL_BATCH $GLOBAL_BATCH: must be a whole number of at least 1"
+  for name in GLOBAL_BATCH MICRO_BATCH RESERVE; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name ${!name}: must be a whole number of at least 1"
+  done
   type -P "$PYTHON" >/dev/null || die "PYTHON $PYTHON: no such program; make it with 'make setup'"
   [ -n "$GPU_MEMORY" ] || GPU_MEMORY=$(memory_of_the_gpu) || die "GPU_MEMORY is not set, and nvidia-smi finds no GPU"
   [[ $GPU_MEMORY =~ ^[1-9][0-9]*$ ]] || die "GPU_MEMORY $GPU_MEMORY: must be a whole number of GiB"
@@ -61,7 +66,7 @@ find_layout() {
   for state in ${STATE:-bf16 bf16-grads fp8}; do
     if layout=$("$PYTHON" "$home/tools/plan_job.py" --model "$model" --recipe "$recipe" --gpus 1 --print-flags \
       --gpu-memory "$GPU_MEMORY" --precision "$PRECISION" --optimizer-state "$state" \
-      --global-batch "$GLOBAL_BATCH" 2>&1); then return; fi
+      --global-batch "$GLOBAL_BATCH" --micro-batch "$MICRO_BATCH" --reserve "$RESERVE" 2>&1); then return; fi
     why=$layout
   done
   die "no state fits; of the last one: $why"

@@ -62,6 +62,7 @@ def test_megatron_takes_the_printed_flags(precision, memory, state, expected, tm
     always = {"use_precision_aware_optimizer": "True", "use_distributed_optimizer": "True", "moe_grouped_gemm": "True"}
     always |= {"transformer_impl": "transformer_engine", "main_params_dtype": "torch.float32", "lr": "1e-05"}
     always |= {"emoe_k_schedule": "default-or-larger", "num_experts": "64", "global_batch_size": "32"}
+    always |= {"micro_batch_size": "1"}
     for name, value in (always | expected).items():
         assert args[name] == value, name
     assert list((tmp_path / "base").iterdir()) == [] and not (tmp_path / "save").exists()
@@ -77,6 +78,8 @@ def test_megatron_takes_the_printed_flags(precision, memory, state, expected, tm
         ({"PRECISION": "fp4"}, "PRECISION fp4: must be bf16 or fp8"),
         ({"STATE": "int8"}, "STATE int8: must be bf16, bf16-grads or fp8"),
         ({"GLOBAL_BATCH": "0"}, "GLOBAL_BATCH 0: must be a whole number of at least 1"),
+        ({"MICRO_BATCH": "half"}, "MICRO_BATCH half: must be a whole number of at least 1"),
+        ({"RESERVE": "0"}, "RESERVE 0: must be a whole number of at least 1"),
         ({"GPU_MEMORY": "80GB"}, "GPU_MEMORY 80GB: must be a whole number of GiB"),
         ({"PYTHON": "/no/python"}, "PYTHON /no/python: no such program"),
     ],
