@@ -44,6 +44,7 @@ def in_process(device: str, function: Callable[..., Any], *args: Any) -> Any:
     env |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": path}
     env |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}  # --deterministic-mode demands them
+    env |= {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}  # fp32 is fp32, whatever is set here
     command = [sys.executable, "-m", "tests.device_runs", device]
     task = pickle.dumps((function.__module__, function.__name__, args))
     done = subprocess.run(command, input=task, capture_output=True, cwd=REPO, env=os.environ | env, timeout=900)
