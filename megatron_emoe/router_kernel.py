@@ -139,16 +139,17 @@ def _forward(logits_TE: Tensor, bias_E: Tensor | None, u_TP: Tensor | None, rule
     entropy_T = logits_TE.new_empty(tokens, dtype=torch.float32) if wanted.entropy else None
     balance_TE = torch.empty_like(logits_TE, dtype=torch.float32) if wanted.balance else None
     block = _block(log_groups + log_size)
-    device.forward_kernel[(_blocks(tokens, block),)](
-        logits_TE, bias_E, u_TP, probs_TE, _bytes(map_TE), _bytes(head_TE), _bytes(plain_TE), pool_T1, entropy_T,
-        balance_TE, tokens, rule.k, rule.pool_max, rule.pool or 0, rule.keep, _first(rule),
-        rule.k // rule.group_topk if rule.group_topk else 0, rule.prob, 1 / rule.prob, *_factors(rule),
-        E=experts, GROUPS=groups, CHOSEN=rule.group_topk or 0, B=block,
-        LOG=log_groups + log_size, LOG_G=log_groups, LOG_P=log_pool,
-        SCORE=_score(rule), RANK=_rank(rule, bias_E), NORMALIZE=rule.normalize,
-        SAMPLE=u_TP is not None, POOLS=pool_T1 is not None, HEAD=save_head, PLAIN=wanted.plain, ENTROPY=wanted.entropy,
-        BALANCE=wanted.balance,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits_TE):  # Triton launches on the current device, whatever the tensors say
+        device.forward_kernel[(_blocks(tokens, block),)](
+            logits_TE, bias_E, u_TP, probs_TE, _bytes(map_TE), _bytes(head_TE), _bytes(plain_TE), pool_T1, entropy_T,
+            balance_TE, tokens, rule.k, rule.pool_max, rule.pool or 0, rule.keep, _first(rule),
+            rule.k // rule.group_topk if rule.group_topk else 0, rule.prob, 1 / rule.prob, *_factors(rule),
+            E=experts, GROUPS=groups, CHOSEN=rule.group_topk or 0, B=block,
+            LOG=log_groups + log_size, LOG_G=log_groups, LOG_P=log_pool,
+            SCORE=_score(rule), RANK=_rank(rule, bias_E), NORMALIZE=rule.normalize,
+            SAMPLE=u_TP is not None, POOLS=pool_T1 is not None, HEAD=save_head, PLAIN=wanted.plain,
+            ENTROPY=wanted.entropy, BALANCE=wanted.balance,
+        )  # fmt: skip
     return probs_TE, map_TE, pool_T1, entropy_T, balance_TE, plain_TE, head_TE
 
 
@@ -160,12 +161,13 @@ def _backward(
     log = _log2(experts)
     block = _block(log)
     grad_TE = torch.empty_like(logits_TE)
-    device.backward_kernel[(_blocks(tokens, block),)](
-        logits_TE, _bytes(map_TE), _bytes(head_TE), *grads, grad_TE,
-        tokens, *_factors(rule), E=experts, B=block, LOG=log, SCORE=_score(rule), NORMALIZE=rule.normalize,
-        HEAD=head_TE is not None, PROBS=grads[0] is not None, ENTROPY=grads[1] is not None,
-        BALANCE=grads[2] is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits_TE):  # Triton launches on the current device, whatever the tensors say
+        device.backward_kernel[(_blocks(tokens, block),)](
+            logits_TE, _bytes(map_TE), _bytes(head_TE), *grads, grad_TE,
+            tokens, *_factors(rule), E=experts, B=block, LOG=log, SCORE=_score(rule), NORMALIZE=rule.normalize,
+            HEAD=head_TE is not None, PROBS=grads[0] is not None, ENTROPY=grads[1] is not None,
+            BALANCE=grads[2] is not None,
+        )  # fmt: skip
     return grad_TE
 
 

@@ -2,12 +2,17 @@
 the same comparisons in Triton's interpreter.
 """
 
+from collections.abc import Iterator
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from megatron_emoe import router_kernel
 from megatron_emoe.router_kernel import RoutingRule, Wanted
 from tests import router_kernel_cases as cases
+from tests.gpu.layers import process_groups
+from tests.router_cases import LOSSES, PADDED, ROUTERS, both_ways, compare
 
 pytestmark = pytest.mark.gpu
 
@@ -85,3 +90,47 @@ def variants(kernel) -> int:
     if hasattr(kernel, "device_caches"):
         return len(kernel.device_caches[device][0])
     return len(kernel.cache[device])  # Triton 3.2
+
+
+# ElasticRouter, with and without the kernel.
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[None]:
+    with process_groups():
+        yield
+
+
+@pytest.fixture(params=["with the core's fused parts", "without"])
+def fused_losses(request, groups) -> Iterator[list[int]]:
+    """What Transformer Engine's fused loss was called with; without it, the core's losses are not fused."""
+    from megatron.core.transformer.moe import moe_utils
+
+    from megatron_emoe import router
+
+    calls: list[int] = []
+    if request.param == "without":
+        with patch.object(router, "_core_can_fuse", lambda: False):
+            yield calls
+        return
+    pytest.importorskip("transformer_engine")
+    loss = moe_utils.fused_moe_aux_loss
+    assert loss is not None
+    with patch.object(moe_utils, "fused_moe_aux_loss", lambda *args, **more: calls.append(1) or loss(*args, **more)):
+        yield calls
+
+
+@pytest.mark.parametrize(("name", "padded"), [*((name, False) for name in ROUTERS), *((name, True) for name in PADDED)])
+def test_the_router_is_the_same_with_and_without_the_kernel(name, padded, fused_losses, request):
+    fused, unfused, calls = both_ways(ROUTERS[name], padded, False, "cuda")
+    compare(fused, unfused, rtol=1e-4, atol=1e-5)
+    assert calls and calls.count("_forward") == calls.count("_backward")
+    assert any(gradient.abs().max() > 1e-4 for gradient in unfused["weight"])
+    engine = "without" not in request.node.callspec.params["fused_losses"]
+    assert bool(fused_losses) == (engine and LOSSES.items() <= ROUTERS[name].items())
+
+
+def test_a_recomputed_router_calls_the_kernel_again(groups):
+    fused, unfused, calls = both_ways(ROUTERS["balance on top-k"], False, True, "cuda")
+    compare(fused, unfused, rtol=1e-4, atol=1e-5)
+    assert calls == ["_forward", "_forward", "_backward"] * 3
