@@ -8,6 +8,7 @@ CELL: flags, and the numbers of pairs. The device is the GPU, or with --host-mod
 import gc
 import json
 import sys
+import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from itertools import islice, product
@@ -71,10 +72,19 @@ class Pair:
 
     def _make_common_buffers(self, config: object) -> None:
         """A step of a model that is thrown away: what the process makes once for all is charged to neither variant."""
-        _, step = build(self.args, config, self.loop.forward, self.batches)
+        model, step = build(self.args, config, self.loop.forward, self.batches)
         step(0)
-        del step, _
-        gc.collect()  # models and their hooks hold each other
+        ended = [weakref.ref(chunk) for chunk in model]
+        # gc does not see circles through autograd's nodes, whose hooks hold the model: through the core's list of them,
+        # and through what a dispatcher remembers of its last pass.
+        for chunk in model:
+            with torch.no_grad():
+                self.loop.forward(self.batches, chunk)
+            chunk.grad_accs.clear()
+        del model, chunk, step
+        gc.collect()
+        if any(chunk() for chunk in ended):  # peaks stay right, but memory may not suffice
+            print("measure_gpu.py: the model that was thrown away is still in memory", file=sys.stderr)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
