@@ -196,7 +196,11 @@ def refused(changes: dict[str, Any], forced: list[str]) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("changes", "forced", "named"),
     [
-        (PREFIX, ["--moe-token-dispatcher-type", "flex"], ["--emoe-k-schedule uniform", "flex", "alltoall"]),
+        (
+            PREFIX | {"moe_router_dtype": "fp32"},
+            ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "ncclep"],
+            ["--emoe-k-schedule uniform", "--moe-flex-dispatcher-backend ncclep"],
+        ),
         (
             {"emoe_selection": "noisy-topk"},
             ["--moe-router-fusion"],
