@@ -21,12 +21,13 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from megatron_emoe import profiling  # noqa: E402
-from megatron_emoe.arguments import fail, parse  # noqa: E402
+from megatron_emoe.arguments import parse  # noqa: E402
 from megatron_emoe.checkpoint import recovery_of  # noqa: E402
 from megatron_emoe.data import build_datasets  # noqa: E402
 from megatron_emoe.hf.companions import keep_companions  # noqa: E402
 from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402
 from megatron_emoe.recovery import failed_save, report_failed_save, set_aside_flipped  # noqa: E402
+from megatron_emoe.refusal import fail  # noqa: E402
 from megatron_emoe.training import ElasticLoop  # noqa: E402
 
 

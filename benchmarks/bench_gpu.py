@@ -28,7 +28,9 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # started as a file, Python puts benchmarks/ there alone; nothing need be installed
 from gpu_cells import GB, Cell, chosen, layers_that_fit, why_skipped  # noqa: E402
 from gpu_report import peak_of, section, with_results  # noqa: E402
-from gpu_results import better, results_of, write_whole  # noqa: E402
+from gpu_results import better, results_of  # noqa: E402
+
+from megatron_emoe.atomic_file import write_atomically  # noqa: E402
 
 PAIRS, QUICK_PAIRS, ROUNDS = 30, 10, 5
 LIMIT = 1200  # seconds of one cell: no measurement, a guard against one that hangs
@@ -181,8 +183,8 @@ def measure(cells: list[Cell], options: argparse.Namespace, results: dict[str, A
 
 def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Numbers and page as they now are."""
-    write_whole(options.results, json.dumps(results, indent=1) + "\n")
-    write_whole(options.out, with_results(options.out.read_text(), section(results)))
+    write_atomically(options.results, json.dumps(results, indent=1) + "\n")
+    write_atomically(options.out, with_results(options.out.read_text(), section(results)))
 
 
 def main() -> int:

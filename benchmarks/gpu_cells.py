@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_emoe import flag_files, host_mode
+from megatron_emoe import flag_files, host_flags
 
 REPO = Path(__file__).resolve().parent.parent
 GB = 1e9
@@ -20,7 +20,7 @@ JOB = """--emoe-qk-norm core --seq-length 4096 --micro-batch-size 1 --global-bat
     --no-gradient-accumulation-fusion"""
 LAYERS = {
     "te": "--transformer-impl transformer_engine --moe-grouped-gemm",
-    "local": " ".join(host_mode.words_of(host_mode.LOCAL_LAYERS)),
+    "local": " ".join(host_flags.words_of(host_flags.LOCAL_LAYERS)),
 }
 PRECISION = {"bf16": "", "fp8": "--fp8-format hybrid"}
 ROUTING = {"balanced": "--moe-router-force-load-balancing", "live": ""}

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 MACHINE = ("device", "torch", "megatron-core")
 """What must be the same for two results to stand in one table."""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file once the new one is complete; megatron_emoe.result_file does, but needs pydantic."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def results_of(path: Path, machine: dict[str, Any]) -> dict[str, Any]:

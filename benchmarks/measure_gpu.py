@@ -22,7 +22,6 @@ CELL, OUT = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 sys.argv[1:] = host_mode.setup(CELL["flags"])
 
 import torch  # noqa: E402
-from gpu_results import write_whole  # noqa: E402
 from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args  # noqa: E402
@@ -32,6 +31,7 @@ from paired_models import build, random_batches  # noqa: E402
 
 from megatron_emoe.active_k import Place, draw_for, get_active_k  # noqa: E402
 from megatron_emoe.arguments import parse  # noqa: E402
+from megatron_emoe.atomic_file import write_atomically  # noqa: E402
 from megatron_emoe.evaluation import Evaluator, counting_rows, current_device  # noqa: E402
 from megatron_emoe.flops import flops_per_token, moe_layer_numbers  # noqa: E402
 from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402
@@ -217,7 +217,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for part in parts(args):  # written as it comes: running out of memory later takes nothing away
         found |= part
-        write_whole(OUT, json.dumps(found))
+        write_atomically(OUT, json.dumps(found))
     torch.distributed.destroy_process_group()
 
 

@@ -24,7 +24,7 @@ import study_report
 from study_cell import BASES, REPO, Cell, finish, forget_if_changed, steps
 from tqdm import tqdm
 
-from megatron_emoe.sweep_result import write_atomically
+from megatron_emoe.atomic_file import write_atomically
 
 
 class Progress:
@@ -62,7 +62,7 @@ def _note_seconds(cell: Cell, script: str, seconds: float) -> None:
     path = cell.part("seconds")
     known = json.loads(path.read_text()) if path.exists() else {}
     known[script] = round(known.get(script, 0.0) + seconds, 1)
-    write_atomically(path, lambda file: file.write(json.dumps(known).encode()))
+    write_atomically(path, json.dumps(known))
 
 
 def corpus(work: Path) -> None:

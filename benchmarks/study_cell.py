@@ -15,8 +15,9 @@ from study_methods import Method
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_emoe.active_k import Place, scheduled_k
+from megatron_emoe.atomic_file import write_atomically
 from megatron_emoe.sweep import missing_ks
-from megatron_emoe.sweep_result import load, write_atomically
+from megatron_emoe.sweep_result import load
 
 REPO = Path(__file__).resolve().parent.parent
 BASES = {name: Method(name, "", "a run to continue", lr=plan.BASE_LR, base=name) for name in plan.BASES}
@@ -137,7 +138,7 @@ def forget_if_changed(cell: Cell) -> None:
             path.unlink()
         for folder in (cell.checkpoint, cell.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
-    write_atomically(flags, lambda file: file.write(json.dumps(now).encode()))
+    write_atomically(flags, json.dumps(now))
 
 
 def finish(cell: Cell) -> None:
@@ -161,7 +162,7 @@ def finish(cell: Cell) -> None:
         fit = _read(cell.part("fit"))
         record |= {"tail_scale": fit["tail_scale"], "fitted_sweep": _read(cell.part("fitted-sweep"))}
     text = json.dumps(record, indent=2).replace(f"{cell.work}/", "study/").replace(f"{REPO}/", "") + "\n"
-    write_atomically(cell.result, lambda file: file.write(text.encode()))
+    write_atomically(cell.result, text)
 
 
 def active_experts(method: Method, seed: int, tensorboard: Path) -> float:

@@ -11,8 +11,9 @@ import study_methods as plan
 from matplotlib.figure import Figure
 from pydantic import TypeAdapter
 
+from megatron_emoe.atomic_file import write_atomically, written_whole
 from megatron_emoe.sweep import best_k, curve, loss_at, range_end, upsert_cell
-from megatron_emoe.sweep_result import SweepResult, write_atomically
+from megatron_emoe.sweep_result import SweepResult
 
 REPO = Path(__file__).resolve().parent.parent
 _SWEEP = TypeAdapter(SweepResult)
@@ -152,7 +153,8 @@ def figure(curves: Sequence[Curve], target: Path) -> None:
     axes.set(xlabel="k' (experts per token in evaluation)", ylabel="held-out loss, nats per token")
     axes.axvline(plan.K, color="grey", linewidth=0.8)
     axes.legend(fontsize=8)
-    write_atomically(target, lambda file: drawn.savefig(file, format="png", dpi=120))
+    with written_whole(target) as file:
+        drawn.savefig(file, format="png", dpi=120)
 
 
 def write(folder: Path, report: Path) -> None:
@@ -175,5 +177,5 @@ def write(folder: Path, report: Path) -> None:
         if begin not in text or end not in text:
             raise ValueError(f"{report}: the marker {begin.strip()} or {end} is missing")
         text = text.partition(begin)[0] + begin + part + end + text.partition(end)[2]
-    write_atomically(report, lambda file: file.write(text.encode()))
+    write_atomically(report, text)
     figure(curves, report.with_suffix(".png"))

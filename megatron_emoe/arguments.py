@@ -11,7 +11,6 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args, validate_args
@@ -31,6 +30,7 @@ from megatron_emoe.checkpoint import (
 from megatron_emoe.data import check_data
 from megatron_emoe.elastic_config import ElasticConfig, flag
 from megatron_emoe.flops import check_moe_layers
+from megatron_emoe.refusal import fail
 from megatron_emoe.router_watch import check_marker
 from megatron_emoe.transformer_config import elastic_config_from_args
 
@@ -94,13 +94,6 @@ def whole(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word}: must be a whole number of at least 1")
     return int(word)
-
-
-def fail(error: object) -> NoReturn:
-    """End this process with status 2, after one message on stderr from each machine: data may be missing on one."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 def _broken_rule(error: Exception) -> str:

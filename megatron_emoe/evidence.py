@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from megatron_emoe.atomic_file import write_atomically
 from megatron_emoe.losses import router_entropy
 from megatron_emoe.metrics import LOADS, load_statistics
-from megatron_emoe.result_file import write_atomically
 from megatron_emoe.router import ElasticRouter
 
 TRAINING_FILE = "coactivation.safetensors"
@@ -172,8 +172,7 @@ def save_matrices(out: Path, k: int | Sequence[int], matrices: Mapping[int, Tens
     stored = load_file(path) if path.is_file() else {}
     tensors = {name: pairs for name, pairs in stored.items() if name.partition(".")[0] in kept}
     tensors |= {f"{name_of(k)}.layer.{layer}": pairs.contiguous() for layer, pairs in matrices.items()}
-    content = to_bytes(tensors)
-    write_atomically(path, lambda file: file.write(content))
+    write_atomically(path, to_bytes(tensors))
 
 
 def name_of(k: int | Sequence[int]) -> str:

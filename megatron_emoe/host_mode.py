@@ -14,62 +14,12 @@ import inspect
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_emoe import flag_files
-
-LOCAL_LAYERS = {
-    "--transformer-impl": "local",
-    "--attention-backend": "unfused",
-    "--no-gradient-accumulation-fusion": "",
-    "--no-masked-softmax-fusion": "",
-    "--no-persist-layer-norm": "",
-    "--no-rope-fusion": "",
-    "--no-bias-gelu-fusion": "",
-    "--no-bias-swiglu-fusion": "",
-    "--no-bias-dropout-fusion": "",
-}
-"""What the core needs where neither Transformer Engine nor Apex is, on a GPU too. An empty value marks a switch."""
-
-# Flags that host mode needs, added where the user did not give them.
-_DEFAULTS = {
-    "--distributed-backend": "gloo",
-    **LOCAL_LAYERS,
-    "--num-workers": "0",
-    "--use-cpu-initialization": "",
-}
-
-# Flags with a choice that only a GPU can serve: the values that host mode can.
-_POSSIBLE = {
-    "--transformer-impl": "local",
-    "--distributed-backend": "gloo",
-    "--attention-backend": "unfused local auto",
-    "--moe-token-dispatcher-type": "alltoall allgather",
-    "--cross-entropy-fusion-impl": "native",
-    "--cuda-graph-impl": "none",
-    "--context-parallel-size": "1",
-    "--cpu-offloading-num-layers": "0",
-}
-
-# Flags that ask for what only a GPU has. The core would stop on some of them, and silently ignore others.
-_IMPOSSIBLE = {
-    "Transformer Engine computes on GPUs only": (
-        "--fp8-format --fp8-param-gather --fp4-format --fp4-param-gather"
-        " --te-rng-tracker --use-precision-aware-optimizer"
-    ),
-    "the fused kernel runs on GPUs only": (
-        "--moe-permute-fusion --moe-router-fusion --moe-grouped-gemm --moe-enable-deepep --use-flash-attn"
-    ),
-    "the overlap needs the streams of a GPU": "--tp-comm-overlap --overlap-moe-expert-parallel-comm",
-    "training would change the tensors while they are written": "--async-save --use-persistent-ckpt-worker",
-    "everything is in host memory already": "--optimizer-cpu-offload --fine-grained-activation-offloading",
-    "CUDA graphs need a GPU": "--enable-cuda-graph --external-cuda-graph --optimizer-cuda-graph",
-    "gloo carries all messages": "--use-nccl-ub --use-sharp --pipeline-model-parallel-comm-backend",
-    "FSDP places its shards by CUDA device": "--use-megatron-fsdp --use-torch-fsdp2",
-}
+from megatron_emoe import flag_files, host_flags
+from megatron_emoe.refusal import fail
 
 _mode: Any = None  # the torch function mode that enable() entered
 
@@ -82,11 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if action.help and action.help.count("%") > action.help.count("%("):
             action.help = action.help.replace("%%", "%").replace("%", "%%")
     return parser
-
-
-def words_of(flags: dict[str, str]) -> list[str]:
-    """A table of flags, such as LOCAL_LAYERS, as words of a command line."""
-    return [word for pair in flags.items() for word in pair if word]
 
 
 def is_on() -> bool:
@@ -106,13 +51,13 @@ def setup(argv: list[str]) -> list[str]:
     if not asked and _cuda_is_present():
         skip_dataset_helper_build()
         return argv
-    _refuse_gpu_flags(argv)
+    host_flags.refuse_gpu_flags(argv)
     enable(force=asked)
     skip_dataset_helper_build()
     if os.environ.get("RANK", "0") == "0":
         version = importlib.metadata.version("megatron-core")
         print(f"host mode: megatron-core {version} on CPU (gloo); for development and verification, not for speed")
-    return argv + _missing_defaults(argv)
+    return argv + host_flags.missing_defaults(argv)
 
 
 def start() -> None:
@@ -123,9 +68,7 @@ def start() -> None:
     try:
         sys.argv[1:] = setup(flag_files.expand(sys.argv[1:]))
     except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        fail(error)
 
 
 def enable(*, force: bool = False) -> None:
@@ -151,29 +94,6 @@ def skip_dataset_helper_build() -> None:
         import megatron.core.datasets.utils
 
         megatron.core.datasets.utils.compile_helpers = _nothing
-
-
-def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
-    """Each flag of argv with its value, from `--flag value` as from `--flag=value`; "" where no value follows."""
-    for word, after in pairwise([*argv, "--"]):
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--"):
-            yield flag, value if equals or after.startswith("--") else after
-
-
-def _missing_defaults(argv: list[str]) -> list[str]:
-    given = dict(_given(argv))
-    return words_of({flag: value for flag, value in _DEFAULTS.items() if flag not in given})
-
-
-def _refuse_gpu_flags(argv: list[str]) -> None:
-    for flag, value in _given(argv):
-        possible = _POSSIBLE.get(flag, "").split()
-        if value and possible and value not in possible:
-            raise ValueError(f"{flag} {value}: in host mode it must be {' or '.join(possible)}")
-        for reason, flags in _IMPOSSIBLE.items():
-            if flag in flags.split():
-                raise ValueError(f"{f'{flag} {value}'.strip()}: not possible in host mode, {reason}; leave it out")
 
 
 def _cuda_is_present() -> bool:

@@ -23,6 +23,8 @@ from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_emoe.atomic_file import write_atomically
+
 _FOLDER = re.compile(r"iter_(\d{7,})")
 _LEFT_BY_A_SAVE = re.compile(r"__\d+_\d+\.distcp|\.metadata\.tmp")  # what torch_dist writes before .metadata
 _SAVING = ("save_checkpoint", "maybe_finalize_async_save")  # of Megatron
@@ -267,9 +269,7 @@ def _cause(error: BaseException) -> str:
 def write_tracker(folder: Path, iteration: int) -> None:
     """Name `iteration` as the newest checkpoint of `folder`, atomically."""
     tracker = Path(get_checkpoint_tracker_filename(str(folder)))
-    draft = tracker.with_name(f"{tracker.name}.tmp")
-    draft.write_text(str(iteration))
-    os.replace(draft, tracker)
+    write_atomically(tracker, str(iteration))
 
 
 def _free_name(path: Path) -> Path:

@@ -1,14 +1,14 @@
 """What all result files have in common: the kinds of their fields, reading with a clear error, whole writing."""
 
-import contextlib
 import os
 import reprlib
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from megatron_emoe.atomic_file import write_atomically
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -38,8 +38,7 @@ def read_checked[Result](adapter: TypeAdapter[Result], path: str | os.PathLike) 
 
 def write_checked(adapter: TypeAdapter, result: object, path: str | os.PathLike, *, exclude_none: bool = False) -> None:
     """Write a result as JSON; the file at `path` is replaced only once the new one is complete."""
-    text = adapter.dump_json(result, indent=2, exclude_none=exclude_none) + b"\n"
-    write_atomically(path, lambda file: file.write(text))
+    write_atomically(path, adapter.dump_json(result, indent=2, exclude_none=exclude_none) + b"\n")
 
 
 def demand_same(path: str | os.PathLike, key: str, stored: object, now: object) -> None:
@@ -55,18 +54,3 @@ def _describe(error: ValidationError) -> str:
     if not key:
         return rule
     return f"{key}: {rule}" if first["type"] == "missing" else f"{key}: {reprlib.repr(first['input'])}; {rule}"
-
-
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`. On an error nothing is left."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()

@@ -26,7 +26,6 @@ from megatron_emoe.sweep_result import (
     save,
     upsert_cell,
     with_digest,
-    write_atomically,
 )
 
 __all__ = [
@@ -56,7 +55,6 @@ __all__ = [
     "upsert_cell",
     "wall",
     "with_digest",
-    "write_atomically",
 ]
 
 TOLERANCE = 0.001

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel
 
-from megatron_emoe.arguments import fail
 from megatron_emoe.data import build_datasets
 from megatron_emoe.evaluation import HeldOutLoss, current_device, data_digest
 from megatron_emoe.evidence import Evidence, hooked, training_pairs
@@ -28,6 +27,7 @@ from megatron_emoe.hf.comparison import gate_of
 from megatron_emoe.hf.one_process import alone, quiet
 from megatron_emoe.hf.verify import load_hf
 from megatron_emoe.latency import ALONE_RUNS, LARGE_RUNS, median_seconds
+from megatron_emoe.refusal import fail
 from megatron_emoe.sweep_plan import Budget, fill, unfinished
 from megatron_emoe.sweep_result import SweepCell, SweepResult
 from megatron_emoe.sweep_run import check_enough, costed_cell, wanted_sequences

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from megatron_emoe.arguments import fail
 from megatron_emoe.checkpoint import iteration_of, locate, stored_args
 from megatron_emoe.elastic_config import MODEL_FEATURES, ElasticConfig, flag
 from megatron_emoe.evidence import save_matrices
 from megatron_emoe.flag_files import own_command
 from megatron_emoe.flops import moe_layer_numbers
+from megatron_emoe.refusal import fail
 from megatron_emoe.sweep import sensitivity_budgets
 from megatron_emoe.sweep_result import (
     SweepCell,

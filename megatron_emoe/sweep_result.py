@@ -24,7 +24,6 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from megatron_emoe.result_file import STRICT, Date, Number, demand_same, read_checked, write_checked
-from megatron_emoe.result_file import write_atomically as write_atomically
 
 
 def check_k(k: Any) -> int | tuple[int, ...]:

@@ -17,7 +17,6 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 from torch import nn
 
-from megatron_emoe.arguments import fail
 from megatron_emoe.data import build_datasets
 from megatron_emoe.elastic_config import ElasticConfig
 from megatron_emoe.evaluation import (
@@ -33,6 +32,7 @@ from megatron_emoe.flops import flops_per_token, is_gated, moe_layer_numbers
 from megatron_emoe.latency import Latency
 from megatron_emoe.layer_spec import elastic_model_config
 from megatron_emoe.moe_layer import ElasticMoELayer
+from megatron_emoe.refusal import fail
 from megatron_emoe.sweep import expert_flops_per_token
 from megatron_emoe.sweep_plan import Budget, by_layer, fill, say, unfinished
 from megatron_emoe.sweep_result import SweepCell, SweepResult

@@ -21,10 +21,10 @@ from torch import nn
 from tqdm import tqdm
 
 from megatron_emoe.active_k import get_active_k
+from megatron_emoe.atomic_file import write_atomically
 from megatron_emoe.evaluation import Evaluator
 from megatron_emoe.layer_spec import elastic_model_config
 from megatron_emoe.router import ElasticRouter
-from megatron_emoe.sweep_result import write_atomically
 from megatron_emoe.sweep_run import load_model, read_batches, wanted_sequences
 from megatron_emoe.tail_scale import TAIL_SCALE_FILE
 from megatron_emoe.training import ElasticLoop
@@ -139,7 +139,7 @@ def run_fit(args: Namespace, target: Path, header: dict[str, Any]) -> tuple[dict
         table = {str(k): round(fitted.scale, 4) for k, fitted in found.items()}
         cells = {str(k): {n: v for n, v in asdict(one).items() if v is not None} for k, one in found.items()}
         text = json.dumps(header | {"digest": fit.digest, "tail_scale": table, "fitted": cells}, indent=2) + "\n"
-        write_atomically(target, lambda file: file.write(text.encode()))
+        write_atomically(target, text)
     torch.distributed.barrier()
     return found, fit.tokens_before
 

@@ -13,13 +13,14 @@ import torch
 from megatron.training import get_tokenizer
 from megatron.training.initialize import initialize_megatron
 
-from megatron_emoe.arguments import fail, parse_evaluation
+from megatron_emoe.arguments import parse_evaluation
 from megatron_emoe.checkpoint import iteration_of, locate, stored_args
 from megatron_emoe.forward_server import ForwardServer, check_layout, control_group, from_rank_0
 from megatron_emoe.hf.companions import HF_FOLDER
 from megatron_emoe.hf.import_model import tokenizer_flags
 from megatron_emoe.layer_spec import elastic_model_config
 from megatron_emoe.lm_eval_model import MegatronLM, Text
+from megatron_emoe.refusal import fail
 from megatron_emoe.sweep_run import load_model
 from megatron_emoe.tail_scale import parse_tail_scale
 from megatron_emoe.task_results import Passage, TaskSettings, TasksResult, missing, resume

@@ -15,12 +15,12 @@ from importlib import import_module
 from itertools import cycle
 from typing import Any
 
-from megatron_emoe import host_mode
+from megatron_emoe import host_flags, host_mode
 from tests.distributed import REPO, free_port, run_ranks
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 ON_CUDA = "--distributed-backend nccl --num-workers 0 --use-cpu-initialization".split()
-ON_CUDA += host_mode.words_of(host_mode.LOCAL_LAYERS)
+ON_CUDA += host_flags.words_of(host_flags.LOCAL_LAYERS)
 ON_DEVICE = {"cpu": ["--host-mode"], "cuda": ON_CUDA}
 WAITS = (
     "aten::_local_scalar_dense",

@@ -19,6 +19,17 @@ CALLS: list[dict[str, Any]] = []
 """Every forward call of a library, in order."""
 
 
+def one_pass(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Any]]]:
+    """Output of a layer, gradients of its squared output by name ("input" among them), and the libraries' calls."""
+    CALLS.clear()
+    layer.zero_grad()
+    x.grad = None
+    output = layer(x)[0]
+    output.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    return output.detach(), gradients | {"input": x.grad}, list(CALLS)
+
+
 def install_deep_ep() -> None:
     """The package deep_ep for this process, as if it had been there when Megatron was imported."""
     package, utils = ModuleType("deep_ep"), ModuleType("deep_ep.utils")

@@ -161,16 +161,6 @@ def test_a_damaged_tracker_is_an_error_under_use_checkpoint_args(error_of, tmp_p
     assert error_of(load=str(tmp_path)) == message
 
 
-def test_other_ranks_leave_without_a_word(run, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as left:
-        run(**COACTIVATION | {"emoe_pool_k": 9})
-    assert left.value.code == 2
-    assert capsys.readouterr().err == ""
-
-
 def test_the_first_rank_of_another_machine_says_what_is_wrong_there(run, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "0")

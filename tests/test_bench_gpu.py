@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_emoe import host_mode
+from megatron_emoe import host_flags, host_mode
 from tests.device_runs import ON_DEVICE
 from tests.distributed import REPO, run_ranks
 from tests.tiny import flags
@@ -244,7 +244,7 @@ def test_a_cell_is_measured_by_the_same_program_in_host_mode(one_cell, tmp_path)
 
 def test_local_layers_have_every_flag_that_the_core_needs_without_transformer_engine():
     words = Cell("local", "bf16", "live", "recipe").command(1)
-    for flag, value in host_mode.LOCAL_LAYERS.items():
+    for flag, value in host_flags.LOCAL_LAYERS.items():
         assert not value or words[words.index(flag) + 1] == value
         assert flag in words and flag in ON_DEVICE["cuda"], flag
     engine = Cell("te", "bf16", "live", "recipe").command(1)

@@ -41,13 +41,7 @@ def passes_of(settings: dict[str, Any], dispatcher: dict[str, Any], parallel: di
     passes = []
 
     def forward(name: str, k: int) -> None:
-        library.CALLS.clear()
-        layer.zero_grad()
-        x.grad = None
-        output = layer(x)[0]
-        output.square().sum().backward()
-        gradients = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
-        passes.append(Pass(name, k, output.detach(), gradients | {"input": x.grad}, list(library.CALLS)))
+        passes.append(Pass(name, k, *library.one_pass(layer, x)))
 
     layer.eval()
     for k in (1, 2, 3, EXPERTS):

@@ -31,13 +31,8 @@ def passes_of(settings: dict[str, Any], parallel: dict[str, int]) -> Seen:
     seen: Seen = []
 
     def forward(k: int) -> None:
-        library.CALLS.clear()
-        layer.zero_grad()
-        x.grad = None
-        output = layer(x)[0]
-        output.square().sum().backward()
-        gradients = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
-        seen.append((k, gradients | {"input": x.grad, "output": output.detach()}, list(library.CALLS)))
+        output, gradients, calls = library.one_pass(layer, x)
+        seen.append((k, gradients | {"output": output}, calls))
 
     layer.eval()
     for k in (1, 2, 3, 8):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import pytest
 
 from megatron_emoe import sweep
+from megatron_emoe.atomic_file import written_whole
 from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
 from tests import sweep_results
 from tests.sweep_results import make_cell
@@ -179,12 +180,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     sweep.save(make_result({2: 1.5}), path)
     before = path.read_bytes()
 
-    def half(file):
+    with pytest.raises(RuntimeError, match="disk gone"), written_whole(path) as file:
         file.write(b"half")
         raise RuntimeError("disk gone")
-
-    with pytest.raises(RuntimeError, match="disk gone"):
-        sweep.write_atomically(path, half)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     assert stat.S_IMODE(path.stat().st_mode) & stat.S_IRUSR

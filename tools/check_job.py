@@ -10,8 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_emoe.arguments import fail, whole
+from megatron_emoe.arguments import whole
 from megatron_emoe.preflight import Job, check
+from megatron_emoe.refusal import fail
 
 
 def read_job(words: list[str]) -> Job:

@@ -18,9 +18,10 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from megatron_emoe.arguments import fail, parse_evaluation  # noqa: E402
+from megatron_emoe.arguments import parse_evaluation  # noqa: E402
 from megatron_emoe.checkpoint import locate  # noqa: E402
 from megatron_emoe.flag_files import own_command  # noqa: E402
+from megatron_emoe.refusal import fail  # noqa: E402
 from megatron_emoe.tail_fit import Fitted, run_fit, tail_scale_path  # noqa: E402
 from megatron_emoe.transformer_config import check_ks  # noqa: E402
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from megatron_emoe import sweep
+from megatron_emoe.atomic_file import written_whole
 from megatron_emoe.sweep import SweepCell, SweepResult
 
 # The colours of Okabe and Ito, which stay apart for colour-blind eyes, without their yellow, too faint on white.
@@ -203,8 +204,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     kind = path.suffix.lower().removeprefix(".")
     # Without a date, one result gives one and the same file.
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    with matplotlib.rc_context(STYLE):
-        sweep.write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=200, metadata=metadata))
+    with matplotlib.rc_context(STYLE), written_whole(path) as file:
+        figure.savefig(file, format=kind, dpi=200, metadata=metadata)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

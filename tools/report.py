@@ -18,6 +18,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 
 from megatron_emoe import sweep
+from megatron_emoe.atomic_file import write_atomically
 from megatron_emoe.card import Card, make_card, name_seeds
 from megatron_emoe.card_page import Figure, inline_svg, to_html, to_markdown
 from megatron_emoe.sweep import SweepResult
@@ -121,7 +122,7 @@ def write(card: Card, figures: Sequence[Figure], out: Path) -> list[Path]:
     """Both files, complete or not at all; returns their paths."""
     texts = {out: to_html(card, figures), out.with_suffix(".md"): to_markdown(card)}
     for path, text in texts.items():
-        sweep.write_atomically(path, lambda file, text=text: file.write(text.encode()))
+        write_atomically(path, text)
     return list(texts)
 
 

@@ -14,7 +14,8 @@ host_mode.start()
 
 from argparse import ArgumentParser  # noqa: E402
 
-from megatron_emoe.arguments import fail, parse_evaluation  # noqa: E402
+from megatron_emoe.arguments import parse_evaluation  # noqa: E402
+from megatron_emoe.refusal import fail  # noqa: E402
 from megatron_emoe.sweep_plan import check_sweep, per_layer  # noqa: E402
 
 
