@@ -19,12 +19,10 @@ from megatron.training.global_vars import set_global_variables
 
 from megatron_emoe import host_mode
 from megatron_emoe.checkpoint import (
-    check_given,
     check_load,
     fitted_tail_scale,
     has_checkpoint,
     locate,
-    model_flags,
     stored_args,
 )
 from megatron_emoe.data import check_data
@@ -32,6 +30,7 @@ from megatron_emoe.elastic_config import ElasticConfig, flag
 from megatron_emoe.flops import check_moe_layers
 from megatron_emoe.refusal import fail
 from megatron_emoe.router_watch import check_marker
+from megatron_emoe.stored_model import check_given, model_flags
 from megatron_emoe.transformer_config import elastic_config_from_args
 
 

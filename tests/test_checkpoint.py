@@ -11,16 +11,9 @@ import pytest
 from distributed import run_ranks
 
 from megatron_emoe import checkpoint, recovery
-from megatron_emoe.checkpoint import (
-    check_load,
-    check_shape,
-    elastic_changes,
-    iteration_of,
-    locate,
-    model_flags,
-    stored_args,
-)
+from megatron_emoe.checkpoint import check_load, elastic_changes, iteration_of, locate, stored_args
 from megatron_emoe.elastic_config import ElasticConfig
+from megatron_emoe.stored_model import check_shape, model_flags
 
 MODEL = {
     "num_layers": 2,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from megatron_emoe.arguments import stored_form
-from megatron_emoe.checkpoint import SHAPE_FLAGS, fitted_tail_scale, iteration_of, locate, shape_value, stored_args
+from megatron_emoe.checkpoint import fitted_tail_scale, iteration_of, locate, stored_args
 from megatron_emoe.elastic_config import flag
 from megatron_emoe.flag_files import flag_words
 from megatron_emoe.hf.architecture import Architecture, architecture_of, read_config
@@ -24,6 +24,7 @@ from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, s
 from megatron_emoe.hf.pieces import Group, Layout
 from megatron_emoe.hf.safetensors_files import header, write_index, write_shard
 from megatron_emoe.hf.torch_dist import TorchDistReader
+from megatron_emoe.stored_model import SHAPE_FLAGS, shape_value
 from megatron_emoe.sweep import best_k, load, range_end
 
 # What decides, beside the shape of the weights, what the model computes. A config.json must say the same.

@@ -22,7 +22,8 @@ from megatron.training.initialize import initialize_megatron
 from transformers.utils import logging as hf_logging
 
 from megatron_emoe.arguments import add_arguments, command_line, parse_evaluation
-from megatron_emoe.checkpoint import model_flags, stored_args
+from megatron_emoe.checkpoint import stored_args
+from megatron_emoe.stored_model import model_flags
 
 
 @contextlib.contextmanager
