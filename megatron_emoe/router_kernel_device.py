@@ -121,6 +121,16 @@ def _is_expert(columns, GROUPS: tl.constexpr, SIZE: tl.constexpr, LOG_SIZE: tl.c
 
 
 @triton.jit
+def _scored(logits, mask, is_expert, SCORE: tl.constexpr):
+    """Logits with padding at -inf, their largest, exp(logit - largest), the sum of those, and the scores."""
+    x = tl.where(is_expert, tl.load(logits, mask=mask, other=0.0).to(tl.float32), float("-inf"))
+    most = tl.max(x, 1, keep_dims=True)
+    exps = tl.exp(x - most)
+    total = tl.sum(exps, 1, keep_dims=True)
+    return x, most, exps, total, _scores(x, most, total, SCORE)
+
+
+@triton.jit
 def _rank(
     x, scores, bias, experts, columns, is_expert, group_best, E: tl.constexpr, GROUPS: tl.constexpr,
     CHOSEN: tl.constexpr, B: tl.constexpr, LOG: tl.constexpr, LOG_G: tl.constexpr, LOG_P: tl.constexpr,
@@ -168,11 +178,7 @@ def forward_kernel(
     live = rows < tokens
     mask, offsets = live & is_expert, rows * E + experts
 
-    x = tl.where(is_expert, tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32), float("-inf"))
-    most = tl.max(x, 1, keep_dims=True)
-    exps = tl.exp(x - most)
-    total = tl.sum(exps, 1, keep_dims=True)
-    scores = _scores(x, most, total, SCORE)
+    x, most, exps, total, scores = _scored(logits + offsets, mask, is_expert, SCORE)
     if ENTROPY:  # log sum exp(x) - sum q x, with the largest logit taken from both
         mean = tl.sum(exps * tl.where(is_expert, x - most, 0.0), 1, keep_dims=True) / total
         tl.store(entropy + rows, tl.log(total) - mean, mask=live)
@@ -242,11 +248,7 @@ def backward_kernel(
     live = rows < tokens
     mask, offsets = live & is_expert, rows * E + columns
 
-    x = tl.where(is_expert, tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32), float("-inf"))
-    most = tl.max(x, 1, keep_dims=True)
-    exps = tl.exp(x - most)
-    total = tl.sum(exps, 1, keep_dims=True)
-    scores = _scores(x, most, total, SCORE)
+    x, most, exps, total, scores = _scored(logits + offsets, mask, is_expert, SCORE)
     grad_x, grad_scores = tl.zeros_like(x), tl.zeros_like(x)
     if PROBS:
         used = tl.load(routed + offsets, mask=mask, other=0) != 0
