@@ -269,7 +269,7 @@ def adam_steps(decoupled: bool) -> tuple[list, list]:
     kwargs = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
     own = torch.optim.AdamW if decoupled else torch.optim.Adam
     weights = []
-    for build in (functools.partial(optimizer.Adam, adam_w_mode=decoupled), own):
+    for build in (functools.partial(optimizer.Adam, adam_w_mode=decoupled), functools.partial(own, fused=True)):
         generator = torch.Generator().manual_seed(3)
         parameters = [torch.nn.Parameter(torch.randn(4, generator=generator)) for _ in range(2)]
         built = build([{"params": [p]} for p in parameters] + [{"params": []}], **kwargs)
