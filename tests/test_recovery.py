@@ -235,6 +235,19 @@ def test_a_run_goes_on_from_what_is_whole_and_ends_alike(spoil, finished, folder
 
 
 @pytest.mark.slow
+def test_where_few_are_retained_a_run_goes_on_from_the_last_of_them(finished, tmp_path):
+    folder = tmp_path / "save"
+    settings = flags(**RUN | {"save": folder, "load": folder, "save_interval": 1, "save_retain_interval": 4})
+    run_ranks(train, 2, settings)
+    assert [path.name for path in sorted(folder.glob("iter_*"))] == ["iter_0000004", "iter_0000006"]
+    cut(tensors(checkpoint(folder, 6)))
+    runs = run_ranks(train, 2, settings)
+    for mine, one in zip(runs, finished[1], strict=True):
+        assert mine.losses == one.losses[4:]
+        assert all(torch.equal(mine.weights[name], one.weights[name]) for name in one.weights)
+
+
+@pytest.mark.slow
 def test_another_s_damaged_checkpoint_is_refused_and_not_touched(folder, tmp_path):
     cut(tensors(checkpoint(folder, 6)))
     words = flags(**RUN | {"load": folder, "save": tmp_path / "other", "finetune": True})
