@@ -80,7 +80,7 @@ end_ranks() {
 # --kill-on-bad-exit would do that too, but Slurm sends what a node did not answer again a minute later, and so to the
 # requeued job's step, whose number is the same.)
 launch() {
-  local words told=""
+  local words
   split EMOE_DATA
   [ "$EMOE_DATA" = none ] || set -- --data-path "${words[@]}" "$@"
   (
@@ -89,10 +89,7 @@ launch() {
   ) &
   torchrun=$!
   while kill -0 $torchrun 2>/dev/null; do
-    if [ -z "$told" ] && [ -e "$EMOE_LOGS/first_failure" ]; then
-      end_ranks
-      told=yes
-    fi
+    [ ! -e "$EMOE_LOGS/first_failure" ] || end_ranks # each time: torchrun may be starting them only now
     sleep 2 &
     wait -n $torchrun $! 2>/dev/null
   done
