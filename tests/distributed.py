@@ -4,13 +4,14 @@ import multiprocessing
 import os
 import pickle
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -47,6 +48,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
             process.join(timeout=0 if sys.exc_info()[0] else 30)
             process.kill()
             process.join()
+            with suppress(ProcessLookupError):  # what a rank forked outlives one that was killed
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def torchrun(
@@ -104,6 +107,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there and more than a record of its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def _fork_server() -> Any:
     """A process that has imported what ranks need, so that each starts in milliseconds, not in ten seconds."""
     context = multiprocessing.get_context("forkserver")
@@ -114,6 +125,7 @@ def _fork_server() -> Any:
 
 
 def _rank_main(env: dict[str, str], pipe: Connection, fn: Callable[..., Any], args: tuple) -> None:
+    os.setpgid(0, 0)
     os.environ.clear()
     os.environ.update(env)
     multiprocessing.set_start_method("fork", force=True)  # the default in an ordinary process; data loaders rely on it

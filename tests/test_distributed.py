@@ -3,9 +3,10 @@
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
-from distributed import run_ranks, torchrun
+from distributed import is_running, run_ranks, torchrun
 
 
 def summed(offset: int) -> float:
@@ -65,6 +66,24 @@ def test_a_rank_that_hangs_is_ended():
     with pytest.raises(TimeoutError, match=r"ranks \[0\] gave no result in time"):
         run_ranks(time.sleep, 1, 300, timeout=6)
     assert time.monotonic() - begin < 60
+
+
+def fork_and_fail(note: str) -> None:
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(300)
+    Path(note).write_text(str(pid))
+    raise ValueError("lost")
+
+
+def test_what_a_failed_rank_had_forked_is_ended(tmp_path):
+    with pytest.raises(RuntimeError, match="lost"):
+        run_ranks(fork_and_fail, 1, str(tmp_path / "forked"))
+    forked = int((tmp_path / "forked").read_text())
+    end = time.monotonic() + 30
+    while is_running(forked):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_torchrun_returns_the_output_or_raises_with_it(tmp_path):

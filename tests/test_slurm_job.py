@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import is_running
+
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = {
     "EMOE_ACCOUNT": "none",
@@ -158,13 +160,6 @@ def wait_until(come: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 RANK = "env TORCHELASTIC_RUN_ID=77.0 sleep 300"
 
 
@@ -190,7 +185,7 @@ exit 3
         node.communicate(timeout=30)
     ours, other = (int((job.folder / name).read_text()) for name in ("ours", "other"))
     os.kill(other, signal.SIGKILL)
-    wait_until(lambda: not running(ours))
+    wait_until(lambda: not is_running(ours))
 
 
 def test_a_node_that_fails_says_so_for_the_others(job):
