@@ -10,7 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gc
 import multiprocessing
 import runpy
-import socket
 import sys
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -45,10 +44,8 @@ def _run(script: Path, words: list[str], log: Path) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ.update(rank, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any port that is free
     sys.argv = [str(script), *words]
     sys.orig_argv = ["python", *sys.argv]
     runpy.run_path(str(script), run_name="__main__")  # its SystemExit and its exceptions are the process's

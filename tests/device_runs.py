@@ -16,7 +16,7 @@ from itertools import cycle
 from typing import Any
 
 from megatron_emoe import host_flags, host_mode
-from tests.distributed import REPO, free_port, run_ranks
+from tests.distributed import ALONE, REPO, run_ranks
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 ON_CUDA = "--distributed-backend nccl --num-workers 0 --use-cpu-initialization".split()
@@ -39,9 +39,8 @@ def on(device: str, function: Callable[..., Any], *args: Any) -> Any:
 
 def in_process(device: str, function: Callable[..., Any], *args: Any) -> Any:
     """The same in a new interpreter. `function` is one of a module's; args and result are pickled (tensors: CPU)."""
-    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-    env |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": path}
+    env = ALONE | {"PYTHONPATH": path}
     env |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}  # --deterministic-mode demands them
     env |= {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}  # fp32 is fp32, whatever is set here

@@ -5,7 +5,6 @@ import os
 import pickle
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,10 +17,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from torch.distributed import TCPStore
+
 REPO = Path(__file__).resolve().parent.parent
 
 # What every rank needs before torch is imported: one thread each, no compiler, and no GPU, should there be one.
 _RANK_ENV = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+# An only rank's environment. Whoever looks for a free port first may find it taken; port 0 is any that is free.
+ALONE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
@@ -32,7 +36,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     TimeoutError; either way all ranks are ended.
     """
     context = _fork_server()
-    env = os.environ | _RANK_ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # listens before a rank knows the port
+    env = os.environ | _RANK_ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     ranks, pipes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
@@ -44,12 +49,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     try:
         return _collect(pipes, time.monotonic() + timeout)
     finally:
-        for process in ranks:
-            process.join(timeout=0 if sys.exc_info()[0] else 30)
-            process.kill()
-            process.join()
-            with suppress(ProcessLookupError):  # what a rank forked outlives one that was killed
-                os.killpg(process.pid, signal.SIGKILL)
+        _end_ranks(ranks, wait=0 if sys.exc_info()[0] else 30)
 
 
 def torchrun(
@@ -100,13 +100,6 @@ def _end_launcher(process: subprocess.Popen) -> None:
         process.kill()
 
 
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def is_running(pid: int) -> bool:
     """Whether a process is there and more than a record of its end."""
     try:
@@ -122,6 +115,15 @@ def _fork_server() -> Any:
     with patch.dict(os.environ, _RANK_ENV):  # no longer than it takes to start: it keeps a copy
         forkserver.ensure_running()
     return context
+
+
+def _end_ranks(ranks: list[Any], wait: float) -> None:
+    for process in ranks:
+        process.join(timeout=wait)
+        process.kill()
+        process.join()
+        with suppress(ProcessLookupError):  # what a rank forked outlives one that was killed
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _rank_main(env: dict[str, str], pipe: Connection, fn: Callable[..., Any], args: tuple) -> None:
@@ -142,7 +144,9 @@ def _run_one(fn: Callable[..., Any], args: tuple) -> Any:
     host_mode.enable(force=True)
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("gloo", store=store, **ranks)
     try:
         return fn(*args)
     finally:

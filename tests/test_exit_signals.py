@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import REPO, free_port, run_ranks
+from tests.distributed import ALONE, REPO, run_ranks
 from tests.tiny import Run, flags, tiny_datasets, train
 
 RUN = {
@@ -180,8 +180,7 @@ def signalled_with_programs(number: int, said: Path) -> None:
 
 def run_alone(code: str, *words: str) -> subprocess.CompletedProcess:
     """Run the program in a session of its own, as the only rank."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0"}
-    env = os.environ | address | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
+    env = os.environ | ALONE | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", code, *words]
     return subprocess.run(
         command, cwd=REPO, env=env, start_new_session=True, timeout=200, capture_output=True, text=True

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests import router_kernel_cases as cases
-from tests.distributed import REPO, free_port
+from tests.distributed import ALONE, REPO
 from tests.router_cases import LARGER, LOSSES, PADDED, ROUTERS, both_ways, compare, train, watch_kernel
 from tests.tiny import COACTIVATION, build_layer, hidden_states, layer_config, start
 
@@ -149,7 +149,7 @@ def on_one_rank(function: Callable[..., Any], *args: Any) -> Any:
 
     if not dist.is_initialized():
         host_mode.enable(force=True)
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= ALONE
         dist.init_process_group("gloo")
         start()
     return function(*args)

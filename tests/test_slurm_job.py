@@ -163,8 +163,9 @@ def wait_until(come: Callable[[], bool]) -> None:
 RANK = "env TORCHELASTIC_RUN_ID=77.0 sleep 300"
 
 
-def test_a_node_whose_neighbour_failed_ends_its_ranks(job):
-    with start_node(job, TORCHRUN_DOES=f"{RANK}; exit $?") as node:
+@pytest.mark.parametrize("seconds", [0, 4], ids=["running", "started afterwards"])
+def test_a_node_whose_neighbour_failed_ends_its_ranks(seconds, job):
+    with start_node(job, TORCHRUN_DOES=f"sleep {seconds}; {RANK}; exit $?") as node:
         wait_until((job.folder / "torchrun").exists)
         (job.folder / "logs" / "first_failure").write_text("rank 0")
         node.communicate(timeout=30)

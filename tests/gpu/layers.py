@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.distributed import free_port
+from tests.distributed import ALONE
 from tests.tiny import build_layer, hidden_states, layer_config, start
 
 SEQUENCE, BATCH, HIDDEN, EXPERTS = 64, 2, 1024, 8
@@ -23,9 +23,8 @@ def process_groups(**parallel: int) -> Iterator[int]:
     """NCCL groups of this process (of torchrun's ranks, where it has started it); the value is the rank."""
     from megatron.core import parallel_state
 
-    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
-    added = [] if "RANK" in os.environ else list(alone)
-    os.environ.update({name: alone[name] for name in added})
+    added = {} if "RANK" in os.environ else ALONE
+    os.environ.update(added)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     start(**parallel)
