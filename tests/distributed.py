@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from torch.distributed import TCPStore
-
 REPO = Path(__file__).resolve().parent.parent
 
 # What every rank needs before torch is imported: one thread each, no compiler, and no GPU, should there be one.
@@ -36,17 +34,18 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     TimeoutError; either way all ranks are ended.
     """
     context = _fork_server()
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # listens before a rank knows the port
-    env = os.environ | _RANK_ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    env = os.environ | _RANK_ENV | ALONE | {"WORLD_SIZE": str(world_size)}
     ranks, pipes = [], []
-    for rank in range(world_size):
-        ours, theirs = context.Pipe(duplex=False)
-        rank_env = env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        ranks.append(context.Process(target=_rank_main, args=(rank_env, theirs, fn, args)))
-        ranks[-1].start()
-        theirs.close()
-        pipes.append(ours)
     try:
+        for rank in range(world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            pipes.append(ours)
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(context.Process(target=_rank_main, args=(env, theirs, fn, args)))
+            ranks[-1].start()
+            theirs.close()
+            if rank == 0:
+                env["MASTER_PORT"] = ours.recv()
         return _collect(pipes, time.monotonic() + timeout)
     finally:
         _end_ranks(ranks, wait=0 if sys.exc_info()[0] else 30)
@@ -131,20 +130,33 @@ def _rank_main(env: dict[str, str], pipe: Connection, fn: Callable[..., Any], ar
     os.environ.clear()
     os.environ.update(env)
     multiprocessing.set_start_method("fork", force=True)  # the default in an ordinary process; data loaders rely on it
+    store = _store(pipe)
     try:
-        result = ("value", _run_one(fn, args))
+        result = ("value", _run_one(store, fn, args))
     except BaseException:
         result = ("error", f"failed:\n{traceback.format_exc()}")
     pipe.send_bytes(pickle.dumps(result))
 
 
-def _run_one(fn: Callable[..., Any], args: tuple) -> Any:
+def _store(pipe: Connection) -> Any:
+    """The store of the ranks: the first holds it, and says on which port before another starts."""
+    from torch.distributed import TCPStore
+
+    is_first = os.environ["RANK"] == "0"
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(*address, is_master=is_first, wait_for_workers=False)
+    if is_first:
+        os.environ["MASTER_PORT"] = str(store.port)
+        pipe.send(os.environ["MASTER_PORT"])
+    return store
+
+
+def _run_one(store: Any, fn: Callable[..., Any], args: tuple) -> Any:
     from megatron_emoe import host_mode
 
     host_mode.enable(force=True)
     import torch.distributed as dist
 
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
     dist.init_process_group("gloo", store=store, **ranks)
     try:

@@ -89,7 +89,9 @@ def test_what_a_failed_rank_had_forked_is_ended(tmp_path):
 def test_torchrun_returns_the_output_or_raises_with_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, sys\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], *sys.argv[1:])\n"
+        "import os, sys\n"
+        "words = ['rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], *sys.argv[1:]]\n"
+        "os.write(1, f'{' '.join(words)}\\n'.encode())\n"  # in one piece: ranks share the stream
     )
     output = torchrun(2, script, "--flag", "value").stdout
     assert "rank 0 of 2 --flag value" in output and "rank 1 of 2 --flag value" in output

@@ -332,6 +332,7 @@ def test_an_interrupted_run_leaves_nothing_and_no_process(tmp_path, words, model
     flags = ["--input", str(words), "--output-prefix", str(tmp_path / "new" / "d"), *sp(model), "--workers", "2"]
 
     def as_a_program() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
         signal.signal(signal.SIGTERM, tool._interrupt)
         sys.exit(tool.main(flags))
 
