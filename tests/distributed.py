@@ -99,6 +99,14 @@ def _end_launcher(process: subprocess.Popen) -> None:
         process.kill()
 
 
+def wait_until(come: Callable[[], bool], seconds: float = 60) -> None:
+    """Look for it twenty times a second; fail when time is over."""
+    end = time.monotonic() + seconds
+    while not come():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.05)
+
+
 def is_running(pid: int) -> bool:
     """Whether a process is there and more than a record of its end."""
     try:

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from distributed import is_running, run_ranks, torchrun
+
+from tests.distributed import is_running, run_ranks, torchrun, wait_until
 
 
 def summed(offset: int) -> float:
@@ -80,10 +81,7 @@ def test_what_a_failed_rank_had_forked_is_ended(tmp_path):
     with pytest.raises(RuntimeError, match="lost"):
         run_ranks(fork_and_fail, 1, str(tmp_path / "forked"))
     forked = int((tmp_path / "forked").read_text())
-    end = time.monotonic() + 30
-    while is_running(forked):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: not is_running(forked))
 
 
 def test_torchrun_returns_the_output_or_raises_with_it(tmp_path):

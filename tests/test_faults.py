@@ -5,7 +5,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import time
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_emoe import recovery
 from megatron_emoe.recovery import plan
-from tests.distributed import run_ranks, start_torchrun, torchrun
+from tests.distributed import run_ranks, start_torchrun, torchrun, wait_until
 from tests.tiny import flags, train
 
 RUN = {"expert_model_parallel_size": 2, "train_iters": 6, "save_interval": 2, "global_batch_size": 4}
@@ -197,7 +196,7 @@ def test_a_lost_rank_ends_the_others_at_once_and_the_next_run_goes_on(tmp_path):
     words = flags(**run)
     log = tmp_path / "log"
     with open(log, "w") as out, start_torchrun(2, "pretrain_emoe.py", *words, stdout=out, stderr=out) as job:
-        wait_for(lambda: (tmp_path / TRACKER).is_file() and int((tmp_path / TRACKER).read_text() or 0) >= 4)
+        wait_until(lambda: (tmp_path / TRACKER).is_file() and int((tmp_path / TRACKER).read_text() or 0) >= 4, 240)
         victim = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()[-1]
         os.kill(int(victim), signal.SIGKILL)
         assert job.wait(timeout=60) != 0
@@ -205,13 +204,6 @@ def test_a_lost_rank_ends_the_others_at_once_and_the_next_run_goes_on(tmp_path):
     resumed = torchrun(2, "pretrain_emoe.py", *flags(**run | {"exit_interval": saved + 2}))
     assert f"successfully loaded checkpoint from {tmp_path}" in resumed.stdout
     assert (tmp_path / TRACKER).read_text() == str(saved + 2)
-
-
-def wait_for(condition, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_emoe import corpus, preprocess
 from megatron_emoe.data_files import read_sidecar, read_token_files, tokenizer_digest
+from tests.distributed import wait_until
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
 SPEC = importlib.util.spec_from_file_location("preprocess_data", TOOL)
@@ -347,10 +348,3 @@ def test_an_interrupted_run_leaves_nothing_and_no_process(tmp_path, words, model
     for worker in tmp_path.glob("*.worker"):
         with pytest.raises(ProcessLookupError):
             os.kill(int(worker.stem), 0)
-
-
-def wait_until(condition, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -7,13 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.distributed import is_running
+from tests.distributed import is_running, wait_until
 
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = {
@@ -151,13 +149,6 @@ def start_node(job: Job, **env: str) -> subprocess.Popen:
     known |= {"EMOE_PYTHON": f"{job.folder}/bin/python", "PATH": f"{job.folder}/bin:{os.environ['PATH']}"}
     command = ["bash", str(REPO / "slurm" / "node.sh"), "--lr", "1e-5"]
     return subprocess.Popen(command, env=known | env, text=True, stderr=subprocess.PIPE)
-
-
-def wait_until(come: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not come():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 RANK = "env TORCHELASTIC_RUN_ID=77.0 sleep 300"
