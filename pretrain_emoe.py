@@ -9,7 +9,8 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_emoe import exit_signals, host_mode
+from megatron_emoe.host import mode as host_mode
+from megatron_emoe.training import exit_signals
 
 exit_signals.start()
 host_mode.start()
@@ -20,15 +21,15 @@ from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
-from megatron_emoe import profiling  # noqa: E402
-from megatron_emoe.arguments import parse  # noqa: E402
-from megatron_emoe.checkpoint import recovery_of  # noqa: E402
-from megatron_emoe.data import build_datasets  # noqa: E402
+from megatron_emoe.data.datasets import build_datasets  # noqa: E402
 from megatron_emoe.hf.companions import keep_companions  # noqa: E402
-from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402
-from megatron_emoe.recovery import failed_save, report_failed_save, set_aside_flipped  # noqa: E402
-from megatron_emoe.refusal import fail  # noqa: E402
-from megatron_emoe.training import ElasticLoop  # noqa: E402
+from megatron_emoe.model.checkpoint import recovery_of  # noqa: E402
+from megatron_emoe.model.layer_spec import elastic_model_config  # noqa: E402
+from megatron_emoe.model.recovery import failed_save, report_failed_save, set_aside_flipped  # noqa: E402
+from megatron_emoe.settings.refusal import fail  # noqa: E402
+from megatron_emoe.training import profiling  # noqa: E402
+from megatron_emoe.training.arguments import parse  # noqa: E402
+from megatron_emoe.training.loop import ElasticLoop  # noqa: E402
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from gpu_cells import GB, Cell, chosen, layers_that_fit, why_skipped  # noqa: E4
 from gpu_report import peak_of, section, with_results  # noqa: E402
 from gpu_results import better, results_of  # noqa: E402
 
-from megatron_emoe.atomic_file import write_atomically  # noqa: E402
+from megatron_emoe.settings.atomic_file import write_atomically  # noqa: E402
 
 PAIRS, QUICK_PAIRS, ROUNDS = 30, 10, 5
 LIMIT = 1200  # seconds of one cell: no measurement, a guard against one that hangs

@@ -15,13 +15,13 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from megatron_emoe import host_mode
+from megatron_emoe.host import mode as host_mode
 
 host_mode.setup([])
 
-import megatron_emoe.sweep_run  # noqa: E402
-import megatron_emoe.tail_fit  # noqa: E402
-import megatron_emoe.training  # noqa: E402, F401
+import megatron_emoe.sweep.on_megatron  # noqa: E402
+import megatron_emoe.sweep.tail_fit  # noqa: E402
+import megatron_emoe.training.loop  # noqa: E402, F401
 
 gc.freeze()  # what is here is never garbage: no fork need look at it
 _CONTEXT = multiprocessing.get_context("fork")

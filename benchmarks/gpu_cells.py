@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_emoe import flag_files, host_flags
+from megatron_emoe.host import flags as host_flags
+from megatron_emoe.settings import flag_files
 
 REPO = Path(__file__).resolve().parent.parent
 GB = 1e9

@@ -65,7 +65,7 @@ def groups_of(layers: int, width: int, folder: Path) -> dict[str, dict[str, tupl
     """Write config.json; names and shapes of all tensors, by group (embedding, layers, head)."""
     from transformers import OlmoeConfig
 
-    from megatron_emoe.hf.architecture import architecture_of
+    from megatron_emoe.hf.registry import architecture_of
 
     config = OlmoeConfig(hidden_size=width, intermediate_size=1024, num_hidden_layers=layers, dtype="bfloat16")
     config.architectures = ["OlmoeForCausalLM"]
@@ -124,7 +124,7 @@ def run(kind: str, source: Path, out: Path, folder: Path) -> dict[str, float]:
 
 def convert(kind: str, source: str, out: str) -> dict[str, float]:
     """Import or export, without a check of the result, as tools/convert_checkpoint.py does."""
-    from megatron_emoe import host_mode
+    from megatron_emoe.host import mode as host_mode
 
     host_mode.enable(force=True)
     from megatron_emoe.hf.export_model import export_model

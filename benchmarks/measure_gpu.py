@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from megatron_emoe import host_mode
+from megatron_emoe.host import mode as host_mode
 
 CELL, OUT = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 sys.argv[1:] = host_mode.setup(CELL["flags"])
@@ -29,14 +29,14 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 from paired import Step, take_turns  # noqa: E402
 from paired_models import build, random_batches  # noqa: E402
 
-from megatron_emoe.active_k import Place, draw_for, get_active_k  # noqa: E402
-from megatron_emoe.arguments import parse  # noqa: E402
-from megatron_emoe.atomic_file import write_atomically  # noqa: E402
-from megatron_emoe.evaluation import Evaluator, counting_rows, current_device  # noqa: E402
-from megatron_emoe.flops import flops_per_token, moe_layer_numbers  # noqa: E402
-from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402
-from megatron_emoe.training import ElasticLoop  # noqa: E402
-from megatron_emoe.transformer_config import ElasticTransformerConfig  # noqa: E402
+from megatron_emoe.model.flops import flops_per_token, moe_layer_numbers  # noqa: E402
+from megatron_emoe.model.layer_spec import elastic_model_config  # noqa: E402
+from megatron_emoe.routing.active_k import Place, draw_for, get_active_k  # noqa: E402
+from megatron_emoe.routing.transformer_config import ElasticTransformerConfig  # noqa: E402
+from megatron_emoe.settings.atomic_file import write_atomically  # noqa: E402
+from megatron_emoe.training.arguments import parse  # noqa: E402
+from megatron_emoe.training.evaluation import Evaluator, counting_rows, current_device  # noqa: E402
+from megatron_emoe.training.loop import ElasticLoop  # noqa: E402
 
 WARM_UP = 5
 TRAINING = 3  # a training step's FLOPs, as a multiple of its forward pass

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_emoe import router_kernel, selection
-from megatron_emoe.router_kernel import RoutingRule
+from megatron_emoe.routing import kernel as router_kernel
+from megatron_emoe.routing import selection
+from megatron_emoe.routing.kernel import RoutingRule
 
 CELL, OUT = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 DEVICE = torch.device(CELL["device"])

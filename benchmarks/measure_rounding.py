@@ -69,7 +69,7 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from megatron_emoe import host_mode
+    from megatron_emoe.host import mode as host_mode
 
     host_mode.setup([])
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_emoe import host_mode
+from megatron_emoe.host import mode as host_mode
 
 host_mode.setup([])
 
@@ -16,9 +16,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from paired import Step, take_turns  # noqa: E402
 
-from megatron_emoe.active_k import get_active_k  # noqa: E402
-from megatron_emoe.router import ElasticRouter  # noqa: E402
-from megatron_emoe.transformer_config import ElasticTransformerConfig  # noqa: E402
+from megatron_emoe.routing.active_k import get_active_k  # noqa: E402
+from megatron_emoe.routing.router import ElasticRouter  # noqa: E402
+from megatron_emoe.routing.transformer_config import ElasticTransformerConfig  # noqa: E402
 
 TOKENS, HIDDEN, EXPERTS, K, POOL = 8192, 2048, 64, 8, 24
 WARM_UP = 5

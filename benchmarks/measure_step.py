@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_emoe import host_mode
+from megatron_emoe.host import mode as host_mode
 
 STEPS, OUT = int(sys.argv[1]), Path(sys.argv[2])
 FLAGS = """--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
@@ -24,9 +24,9 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 from paired import take_turns  # noqa: E402
 from paired_models import build, random_batches  # noqa: E402
 
-from megatron_emoe.arguments import parse  # noqa: E402
-from megatron_emoe.layer_spec import elastic_model_config  # noqa: E402
-from megatron_emoe.training import ElasticLoop  # noqa: E402
+from megatron_emoe.model.layer_spec import elastic_model_config  # noqa: E402
+from megatron_emoe.training.arguments import parse  # noqa: E402
+from megatron_emoe.training.loop import ElasticLoop  # noqa: E402
 
 WARM_UP = 5
 

@@ -24,7 +24,7 @@ import study_report
 from study_cell import BASES, REPO, Cell, finish, forget_if_changed, steps
 from tqdm import tqdm
 
-from megatron_emoe.atomic_file import write_atomically
+from megatron_emoe.settings.atomic_file import write_atomically
 
 
 class Progress:

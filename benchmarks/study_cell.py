@@ -14,10 +14,10 @@ import study_methods as plan
 from study_methods import Method
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_emoe.active_k import Place, scheduled_k
-from megatron_emoe.atomic_file import write_atomically
-from megatron_emoe.sweep import missing_ks
-from megatron_emoe.sweep_result import load
+from megatron_emoe.routing.active_k import Place, scheduled_k
+from megatron_emoe.settings.atomic_file import write_atomically
+from megatron_emoe.sweep.curve import missing_ks
+from megatron_emoe.sweep.result import load
 
 REPO = Path(__file__).resolve().parent.parent
 BASES = {name: Method(name, "", "a run to continue", lr=plan.BASE_LR, base=name) for name in plan.BASES}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megatron_emoe.elastic_config import ElasticConfig
+from megatron_emoe.settings.elastic_config import ElasticConfig
 
 E, K = 16, 2
 KS = (1, 2, 3, 4, 6, 8)

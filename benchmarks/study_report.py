@@ -11,9 +11,9 @@ import study_methods as plan
 from matplotlib.figure import Figure
 from pydantic import TypeAdapter
 
-from megatron_emoe.atomic_file import write_atomically, written_whole
-from megatron_emoe.sweep import best_k, curve, loss_at, range_end, upsert_cell
-from megatron_emoe.sweep_result import SweepResult
+from megatron_emoe.settings.atomic_file import write_atomically, written_whole
+from megatron_emoe.sweep.curve import best_k, curve, loss_at, range_end, upsert_cell
+from megatron_emoe.sweep.result import SweepResult
 
 REPO = Path(__file__).resolve().parent.parent
 _SWEEP = TypeAdapter(SweepResult)

@@ -73,7 +73,7 @@ def with_results(card: str, text: str) -> str:
 def _prepare() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path.insert(0, str(REPO))
-    from megatron_emoe import host_mode
+    from megatron_emoe.host import mode as host_mode
 
     host_mode.enable(force=True)
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_emoe.budget import flops_limit, name, proposals
-from megatron_emoe.sweep import (
+from megatron_emoe.settings.tail_scale import TAIL_SCALE_FILE
+from megatron_emoe.sweep.budget import flops_limit, name, proposals
+from megatron_emoe.sweep.curve import (
     K,
     cost_at_k,
     effective_range,
@@ -31,7 +32,6 @@ from megatron_emoe.sweep import (
     sensitivity_budgets,
     wall,
 )
-from megatron_emoe.tail_scale import TAIL_SCALE_FILE
 
 REPO = Path(__file__).resolve().parent.parent
 OUT = REPO / "demo"

@@ -15,7 +15,8 @@ from importlib import import_module
 from itertools import cycle
 from typing import Any
 
-from megatron_emoe import host_flags, host_mode
+from megatron_emoe.host import flags as host_flags
+from megatron_emoe.host import mode as host_mode
 from tests.distributed import ALONE, REPO, run_ranks
 
 sys.path.insert(0, str(REPO / "benchmarks"))
@@ -93,7 +94,7 @@ def make_equal(nudge: float) -> None:
     """
     import torch
 
-    from megatron_emoe import selection
+    from megatron_emoe.routing import selection
     from tests import tiny
 
     numbers = selection.uniform_numbers
@@ -102,7 +103,7 @@ def make_equal(nudge: float) -> None:
     ).to(device)
     tiny.fill_weights()
     if nudge:
-        from megatron_emoe.layer_spec import ElasticGPTModelBuilder
+        from megatron_emoe.model.layer_spec import ElasticGPTModelBuilder
 
         build = ElasticGPTModelBuilder.build_model
 
@@ -124,9 +125,9 @@ def waits(words: list[str]) -> dict[str, Counter[str]]:
     from megatron.training.initialize import initialize_megatron
     from paired_models import build
 
-    from megatron_emoe.arguments import parse
-    from megatron_emoe.layer_spec import elastic_model_config
-    from megatron_emoe.training import ElasticLoop
+    from megatron_emoe.model.layer_spec import elastic_model_config
+    from megatron_emoe.training.arguments import parse
+    from megatron_emoe.training.loop import ElasticLoop
 
     with contextlib.redirect_stdout(sys.stderr):
         args = parse()
@@ -145,7 +146,7 @@ def _device_batches(args: Any) -> list[dict[str, Any]]:
     import torch
     from paired_models import random_batches
 
-    from megatron_emoe.evaluation import current_device
+    from megatron_emoe.training.evaluation import current_device
 
     batches = random_batches(args, args.vocab_size, distinct=2)
     made = [next(batches) for _ in range(2)]
@@ -192,7 +193,7 @@ def layer_waits(elastic: dict[str, Any] | None, **changes: Any) -> list[str]:
     """
     import torch
 
-    from megatron_emoe.evaluation import current_device
+    from megatron_emoe.training.evaluation import current_device
     from tests.tiny import begin, build_layer, hidden_states, layer_config, start
 
     device = current_device()

@@ -160,7 +160,7 @@ def _store(pipe: Connection) -> Any:
 
 
 def _run_one(store: Any, fn: Callable[..., Any], args: tuple) -> Any:
-    from megatron_emoe import host_mode
+    from megatron_emoe.host import mode as host_mode
 
     host_mode.enable(force=True)
     import torch.distributed as dist

@@ -15,9 +15,9 @@ from megatron.training.arguments import add_megatron_arguments
 import megatron_emoe.hf.export_model
 import megatron_emoe.hf.layer_check
 import megatron_emoe.hf.verify
-import megatron_emoe.training  # noqa: F401
+import megatron_emoe.training.loop  # noqa: F401
 import tests.hf_models  # noqa: F401
-from megatron_emoe.arguments import add_arguments
+from megatron_emoe.training.arguments import add_arguments
 
 _read = ArgumentGroupFactory._get_field_docstrings
 _known: dict[type, dict[str, str]] = {}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_emoe import host_mode
+from megatron_emoe.host import mode as host_mode
 
 
 class Recorder:

@@ -47,7 +47,7 @@ PADDED = ("coactivation", "balance on top-k", "sigmoid, bias", "prefix with a ta
 
 
 def watch_kernel(calls: list[str]) -> Any:
-    from megatron_emoe import router_kernel
+    from megatron_emoe.routing import kernel as router_kernel
 
     def watched(name: str) -> Callable[..., Any]:
         function = getattr(router_kernel, name)
@@ -60,7 +60,7 @@ def train(settings: dict[str, Any], padded: bool, recompute: bool, device: str =
     """Probabilities, maps, gradients of weight and input, and tracked values of three steps."""
     from megatron.core.tensor_parallel import checkpoint
 
-    from megatron_emoe.metrics import get_elastic_tracker
+    from megatron_emoe.routing.metrics import get_elastic_tracker
 
     router = build_layer(layer_config(**settings)).router.to(device)
     if router.expert_bias is not None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_emoe import router_kernel, selection
-from megatron_emoe.losses import token_entropy
-from megatron_emoe.router_kernel import Routed, RoutingRule, Wanted
+from megatron_emoe.routing import kernel as router_kernel
+from megatron_emoe.routing import selection
+from megatron_emoe.routing.kernel import Routed, RoutingRule, Wanted
+from megatron_emoe.routing.losses import token_entropy
 
 ALL = Wanted(entropy=True, balance=True, plain=True)
 SIGMOID = {"score_function": "sigmoid", "rank_by_scores": True}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from megatron_emoe.sweep import SweepCell, SweepData, SweepResult
+from megatron_emoe.sweep.curve import SweepCell, SweepData, SweepResult
 
 
 def make_cell(k: int | Iterable[int], loss: float, *, layers: int = 2, **fields) -> SweepCell:

@@ -180,7 +180,7 @@ def global_names(chunk: nn.Module) -> dict[str, Tensor]:
 
 def fill_weights() -> None:
     """From now on a built model's weights follow from their global names: the same in every parallel layout."""
-    from megatron_emoe.layer_spec import ElasticGPTModelBuilder
+    from megatron_emoe.model.layer_spec import ElasticGPTModelBuilder
 
     build = ElasticGPTModelBuilder.build_model
 
@@ -277,8 +277,8 @@ def stored_tensors(folder: Path, iteration: int | None) -> dict[str, Tensor]:
 
 def arguments(words: list[str]) -> Namespace:
     """The checked arguments of a command line, as pretrain_emoe.py gets them."""
-    from megatron_emoe import host_mode
-    from megatron_emoe.arguments import parse
+    from megatron_emoe.host import mode as host_mode
+    from megatron_emoe.training.arguments import parse
 
     sys.argv = ["pretrain_emoe.py", *host_mode.setup(words)]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -298,7 +298,7 @@ def layer_config(stock: bool = False, **changes: Any) -> Any:
     """Configuration of a single MoE layer with 8 experts, 2 of them active."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_emoe.transformer_config import ElasticTransformerConfig
+    from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
 
     settings = {
         "num_layers": 1,
@@ -329,8 +329,8 @@ def build_layer(config: Any, *, seed: int = 5, layer_number: int = 1, router_sca
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-    from megatron_emoe.layer_spec import elastic_layer
-    from megatron_emoe.transformer_config import ElasticTransformerConfig
+    from megatron_emoe.model.layer_spec import elastic_layer
+    from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
 
     spec = get_gpt_layer_local_spec(config.num_moe_experts, moe_grouped_gemm=False)
     if isinstance(config, ElasticTransformerConfig):
@@ -353,6 +353,6 @@ def hidden_states(sequence: int = 8, batch: int = 2, hidden: int = 16, seed: int
 
 def begin(iteration: int = 0, microbatch: int = 0) -> None:
     """Tell the owner of k where training stands, as the loop does before a forward pass."""
-    from megatron_emoe.active_k import get_active_k
+    from megatron_emoe.routing.active_k import get_active_k
 
     get_active_k().begin_microbatch(iteration, microbatch)

@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_emoe.arguments import whole
-from megatron_emoe.preflight import Job, check
-from megatron_emoe.refusal import fail
+from megatron_emoe.plan.preflight import Job, check
+from megatron_emoe.settings.refusal import fail
+from megatron_emoe.training.arguments import whole
 
 
 def read_job(words: list[str]) -> Job:

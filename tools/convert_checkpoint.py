@@ -15,6 +15,7 @@ import logging
 import shlex
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 
@@ -89,6 +90,7 @@ def run_import(chosen: argparse.Namespace) -> None:
 
 def run_export(chosen: argparse.Namespace) -> None:
     from megatron_emoe.hf.export_model import export_model
+    from megatron_emoe.sweep.exported import measured_in
 
     export_model(
         chosen.megatron,
@@ -96,7 +98,7 @@ def run_export(chosen: argparse.Namespace) -> None:
         k=chosen.k,
         step=chosen.ckpt_step,
         hf_config=chosen.hf_config,
-        sweep=chosen.sweep,
+        measured=partial(measured_in, chosen.sweep) if chosen.sweep else None,
         workers=chosen.workers,
     )
 
@@ -124,7 +126,7 @@ def _choose_device(chosen: argparse.Namespace) -> None:
     """Only a comparison of whole models uses a GPU. Before anything of Megatron is imported."""
     warnings.simplefilter("ignore")  # torch and the core say at import what they would have on a GPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from megatron_emoe import host_mode
+    from megatron_emoe.host import mode as host_mode
 
     if chosen.verb != "verify":
         host_mode.enable(force=True)

@@ -25,9 +25,9 @@ def kind_of_model(words: list[str]) -> str | None:
 
 def header(args: argparse.Namespace, **model: Any) -> Any:
     """The result without cells."""
-    from megatron_emoe.flag_files import own_command
-    from megatron_emoe.task_results import TasksResult
-    from megatron_emoe.task_run import versions
+    from megatron_emoe.settings.flag_files import own_command
+    from megatron_emoe.tasks.results import TasksResult
+    from megatron_emoe.tasks.run import versions
 
     return TasksResult(
         label=args.label or Path(args.load).resolve().name,
@@ -41,8 +41,8 @@ def header(args: argparse.Namespace, **model: Any) -> Any:
 
 def run_hf(words: list[str]) -> None:
     """--model hf, in one process. ValueError: refused."""
-    from megatron_emoe.hf.task_model import run
-    from megatron_emoe.task_run import add_arguments
+    from megatron_emoe.tasks.on_transformers import run
+    from megatron_emoe.tasks.run import add_arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_arguments(parser)
@@ -56,10 +56,10 @@ def run_hf(words: list[str]) -> None:
 
 def run_megatron() -> None:
     """--model megatron, on every rank. ValueError: refused before a process group exists."""
-    from megatron_emoe import host_mode
+    from megatron_emoe.host import mode as host_mode
 
     host_mode.start()
-    from megatron_emoe.task_megatron import run
+    from megatron_emoe.tasks.on_megatron import run
 
     run(header)
 

@@ -7,7 +7,7 @@ second half of the tokens is fitted on and the first half judged; what is printe
 sweep may read without one that was fitted on.
 """
 
-from megatron_emoe import host_mode
+from megatron_emoe.host import mode as host_mode
 
 host_mode.start()
 
@@ -18,12 +18,12 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from megatron_emoe.arguments import parse_evaluation  # noqa: E402
-from megatron_emoe.checkpoint import locate  # noqa: E402
-from megatron_emoe.flag_files import own_command  # noqa: E402
-from megatron_emoe.refusal import fail  # noqa: E402
-from megatron_emoe.tail_fit import Fitted, run_fit, tail_scale_path  # noqa: E402
-from megatron_emoe.transformer_config import check_ks  # noqa: E402
+from megatron_emoe.model.checkpoint import locate  # noqa: E402
+from megatron_emoe.routing.transformer_config import check_ks  # noqa: E402
+from megatron_emoe.settings.flag_files import own_command  # noqa: E402
+from megatron_emoe.settings.refusal import fail  # noqa: E402
+from megatron_emoe.sweep.tail_fit import Fitted, run_fit, tail_scale_path  # noqa: E402
+from megatron_emoe.training.arguments import parse_evaluation  # noqa: E402
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:

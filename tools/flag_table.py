@@ -15,7 +15,7 @@ def table() -> str:
     """One row per field of ElasticConfig: flag, values, default, and the field's own documentation."""
     from megatron.training.argument_utils import ArgumentGroupFactory
 
-    from megatron_emoe.elastic_config import ElasticConfig, flag
+    from megatron_emoe.settings.elastic_config import ElasticConfig, flag
 
     texts = ArgumentGroupFactory(ElasticConfig).field_docstrings
     rows = ["| flag | values | default | meaning |", "| --- | --- | --- | --- |"]

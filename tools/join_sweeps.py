@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from megatron_emoe.sweep_result import SweepResult, agreed, load, save, upsert_cell
+from megatron_emoe.sweep.result import SweepResult, agreed, load, save, upsert_cell
 
 
 def join(paths: list[str]) -> SweepResult:

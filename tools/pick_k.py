@@ -14,9 +14,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_emoe import sweep
-from megatron_emoe.allocation import Allocation, moe_layers, sensitivities
-from megatron_emoe.budget import (
+from megatron_emoe.sweep import curve as sweep
+from megatron_emoe.sweep.allocation import Allocation, moe_layers, sensitivities
+from megatron_emoe.sweep.budget import (
     Answer,
     Limit,
     answer,
@@ -26,8 +26,8 @@ from megatron_emoe.budget import (
     name,
     quality_limit,
 )
-from megatron_emoe.serving import serving_lines, sweep_command, tail_scale_at
-from megatron_emoe.sweep import SweepCell, SweepResult
+from megatron_emoe.sweep.curve import SweepCell, SweepResult
+from megatron_emoe.sweep.serving import serving_lines, sweep_command, tail_scale_at
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

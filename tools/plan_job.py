@@ -19,16 +19,16 @@ from collections.abc import Sequence
 warnings.filterwarnings("ignore")  # Megatron's, about libraries of GPUs
 logging.disable(logging.WARNING)
 
-from megatron_emoe import host_mode  # noqa: E402
+from megatron_emoe.host import mode as host_mode  # noqa: E402
 
 host_mode.enable(force=True)  # a plan asks nothing of a GPU
 
-from megatron_emoe import plan_report  # noqa: E402
-from megatron_emoe.arguments import whole  # noqa: E402
-from megatron_emoe.plan_check import check_parameters  # noqa: E402
-from megatron_emoe.plan_layout import OPTIMIZER_STATES  # noqa: E402
-from megatron_emoe.plan_model import MODELS, read_model  # noqa: E402
-from megatron_emoe.plan_search import RECOMPUTATIONS, Machine, Plan, Wanted, propose  # noqa: E402
+from megatron_emoe.plan import report as plan_report  # noqa: E402
+from megatron_emoe.plan.check import check_parameters  # noqa: E402
+from megatron_emoe.plan.layout import OPTIMIZER_STATES  # noqa: E402
+from megatron_emoe.plan.model import MODELS, read_model  # noqa: E402
+from megatron_emoe.plan.search import RECOMPUTATIONS, Machine, Plan, Wanted, propose  # noqa: E402
+from megatron_emoe.training.arguments import whole  # noqa: E402
 
 
 def positive(word: str) -> float:

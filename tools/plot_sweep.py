@@ -3,7 +3,7 @@
     python tools/plot_sweep.py top-k.json emoe.json --out wall.png --x active_params
 
 Each curve is one checkpoint. The dashed line is the k it was trained with; the thick part of a curve is its effective
-range (see `megatron_emoe.sweep.range_end`), and R in the legend is that range divided by k.
+range (see `megatron_emoe.sweep.curve.range_end`), and R in the legend is that range divided by k.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from megatron_emoe import sweep
-from megatron_emoe.atomic_file import written_whole
-from megatron_emoe.sweep import SweepCell, SweepResult
+from megatron_emoe.settings.atomic_file import written_whole
+from megatron_emoe.sweep import curve as sweep
+from megatron_emoe.sweep.curve import SweepCell, SweepResult
 
 # The colours of Okabe and Ito, which stay apart for colour-blind eyes, without their yellow, too faint on white.
 # Markers and dashes repeat with other periods: curves also stay apart in grey, and beyond seven of them.

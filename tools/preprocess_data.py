@@ -31,9 +31,9 @@ from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 from megatron.training.config import TokenizerConfig  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from megatron_emoe.corpus import cut, find_files, group  # noqa: E402
-from megatron_emoe.data_files import Sidecar, tokenizer_digest, write_sidecar  # noqa: E402
-from megatron_emoe.preprocess import Encoder, TokenWriter, encode_in_order, publish, staging, train_tokenizer  # noqa: E402
+from megatron_emoe.data.corpus import cut, find_files, group  # noqa: E402
+from megatron_emoe.data.files import Sidecar, tokenizer_digest, write_sidecar  # noqa: E402
+from megatron_emoe.data.preprocess import Encoder, TokenWriter, encode_in_order, publish, staging, train_tokenizer  # noqa: E402
 
 FOLDER_SUFFIXES = [".txt", ".md", ".py", ".jsonl"]
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,11 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 
-from megatron_emoe import sweep
-from megatron_emoe.atomic_file import write_atomically
-from megatron_emoe.card import Card, make_card, name_seeds
-from megatron_emoe.card_page import Figure, inline_svg, to_html, to_markdown
-from megatron_emoe.sweep import SweepResult
+from megatron_emoe.settings.atomic_file import write_atomically
+from megatron_emoe.sweep import curve as sweep
+from megatron_emoe.sweep.card import Card, make_card, name_seeds
+from megatron_emoe.sweep.card_page import Figure, inline_svg, to_html, to_markdown
+from megatron_emoe.sweep.curve import SweepResult
 
 LATENCIES = {"latency_ms_batch1": "one token alone", "latency_ms_large": "a full micro-batch"}
 

@@ -8,15 +8,17 @@ the same tokens; parallel layout and --micro-batch-size may differ from training
 so an interrupted sweep goes on where it stopped, and --evidence or --latency can be added later.
 """
 
-from megatron_emoe import host_mode
+from megatron_emoe.host import mode as host_mode
 
 host_mode.start()
 
-from argparse import ArgumentParser  # noqa: E402
+from argparse import ArgumentParser, Namespace  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
-from megatron_emoe.arguments import parse_evaluation  # noqa: E402
-from megatron_emoe.refusal import fail  # noqa: E402
-from megatron_emoe.sweep_plan import check_sweep, per_layer  # noqa: E402
+from megatron_emoe.settings.refusal import fail  # noqa: E402
+from megatron_emoe.sweep.request import check_sweep, per_layer  # noqa: E402
+from megatron_emoe.training.arguments import parse_evaluation  # noqa: E402
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -65,21 +67,29 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+def hf_arguments(folder: Path) -> tuple[Namespace, dict[str, Any] | None]:
+    """The arguments of a Hugging Face folder (see import_model.arguments_of)."""
+    from megatron_emoe.hf.import_model import arguments_of  # transformers takes seconds to import
+
+    return arguments_of(folder)
+
+
 def main() -> None:
     fixed = {"skip_train": True, "no_load_optim": True, "no_load_rng": True, "split": "0,100,0"}
     fixed["create_attention_mask_in_dataloader"] = False  # causal; [s, s] per sequence would be kept for every k
     fixed["mtp_num_layers"] = None  # layers that predict further tokens have no part in this loss
-    args = parse_evaluation(add_arguments, **fixed, seed=1234)  # the seed decides which part of the data is read
+    fixed["seed"] = 1234  # it decides which part of the data is read
+    args = parse_evaluation(add_arguments, hf_arguments, **fixed)
     try:
         header = check_sweep(args)
     except ValueError as error:
         fail(error)
     if args.hf:
-        from megatron_emoe.sweep_hf import run_sweep_hf
+        from megatron_emoe.sweep.on_transformers import run_sweep_hf
 
         run_sweep_hf(args, header)
     else:
-        from megatron_emoe.sweep_run import run_sweep
+        from megatron_emoe.sweep.on_megatron import run_sweep
 
         run_sweep(args, header)
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from megatron_emoe.hf.architecture import architectures
 from megatron_emoe.hf.comparison import gate_of, selection_scores
-from megatron_emoe.tail_scale import TailScale
+from megatron_emoe.hf.registry import architectures
+from megatron_emoe.settings.tail_scale import TailScale
 
 _tails: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from megatron_emoe.hf.pieces import Group, Layout, PackQKV, Piece, gated, linear
 
@@ -192,43 +190,3 @@ def head_dim(config: PretrainedConfig) -> int:
 
 def _prefix(layer: int) -> str:
     return f"model.layers.{layer}"
-
-
-def architectures() -> dict[str, Architecture]:
-    """Every supported architecture, by model_type."""
-    from megatron_emoe.hf import deepseek_v2, ernie4_5_moe, olmoe, qwen2_moe
-
-    classes = (olmoe.Olmoe, qwen2_moe.Qwen2Moe, deepseek_v2.DeepseekV2, ernie4_5_moe.Ernie45Moe)
-    return {cls.model_type: cls() for cls in classes}
-
-
-def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The architecture of a configuration, checked (ValueError: not supported, or not with these settings)."""
-    architecture = architectures()[config.model_type]
-    architecture.check(config)
-    return architecture
-
-
-def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration in `folder`/config.json, completed by transformers. Code in the folder is never run.
-
-    Raises:
-        ValueError: path and reason; also for an architecture that is not supported.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; {folder} is no Hugging Face model")
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    known = architectures()
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type not in known:
-        raise ValueError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(known)}")
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        known[model_type].check(config)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return config

@@ -14,18 +14,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from megatron_emoe.arguments import stored_form
-from megatron_emoe.checkpoint import fitted_tail_scale, iteration_of, locate, stored_args
-from megatron_emoe.elastic_config import flag
-from megatron_emoe.flag_files import flag_words
-from megatron_emoe.hf.architecture import Architecture, architecture_of, read_config
+from megatron_emoe.hf.architecture import Architecture
 from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
 from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, state_of
 from megatron_emoe.hf.pieces import Group, Layout
+from megatron_emoe.hf.registry import architecture_of, read_config
 from megatron_emoe.hf.safetensors_files import header, write_index, write_shard
 from megatron_emoe.hf.torch_dist import TorchDistReader
-from megatron_emoe.stored_model import SHAPE_FLAGS, shape_value
-from megatron_emoe.sweep import best_k, load, range_end
+from megatron_emoe.model.checkpoint import fitted_tail_scale, iteration_of, locate, stored_args
+from megatron_emoe.model.stored_model import SHAPE_FLAGS, shape_value
+from megatron_emoe.settings.elastic_config import flag
+from megatron_emoe.settings.flag_files import flag_words
+from megatron_emoe.training.arguments import stored_form
 
 # What decides, beside the shape of the weights, what the model computes. A config.json must say the same.
 _COMPUTES = (
@@ -46,7 +46,7 @@ def export_model(
     k: int | None = None,
     step: int | None = None,
     hf_config: Path | None = None,
-    sweep: Path | None = None,
+    measured: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     workers: int = WORKERS,
     report: Callable[[str], None] = print,
 ) -> None:
@@ -55,7 +55,8 @@ def export_model(
     The newest checkpoint in the folder `megatron`, or that of iteration `step`, saved in any parallel layout. Weights
     keep the type they are stored in. config.json, tokenizer and carried tensors come from `megatron`/hf, or from
     `hf_config`, a folder with the original model's config.json. k: num_experts_per_tok to write, by default the k in
-    training. sweep: result of tools/sweep_k.py, whose k' and effective range go into config.json.
+    training. measured: what is known of the model's k' beside what is stored, given the block "emoe" of config.json
+    (see sweep.exported); it goes into that block.
 
     Raises:
         ValueError: a checkpoint that is missing, damaged, or another model than config.json says; k out of range; an
@@ -75,7 +76,8 @@ def export_model(
     groups = architecture.groups(config)
     layout = architecture.layout(config, stacked=not any(key.startswith("decoder.layers.0.") for key in reader.tensors))
     _check_tensors(reader, groups, layout, config)
-    settings = elastic_settings(args, checkpoint, sweep)
+    settings = elastic_settings(args, checkpoint)
+    settings |= measured(settings) if measured is not None else {}
     state = state_of([*checkpoint.glob("*"), companions / "config.json"])
     with OutputFolder(out).making({"files": state, "k": k, "settings": settings, "to": "safetensors"}) as folder:
         carried = _carried(companions)
@@ -150,9 +152,9 @@ def _check_tensors(reader: TorchDistReader, groups: list[Group], layout: Layout,
             raise ValueError(f"{reader.folder}: holds {key}, for which {config.model_type} has no place")
 
 
-def elastic_settings(args: Namespace, checkpoint: Path, sweep: Path | None) -> dict[str, Any]:
+def elastic_settings(args: Namespace, checkpoint: Path) -> dict[str, Any]:
     """The block "emoe" of config.json: how the model was trained, and at which k' it was evaluated."""
-    settings = {
+    return {
         "k_train": args.moe_router_topk,
         "iteration": iteration_of(checkpoint),
         "selection": getattr(args, "emoe_selection", "topk"),
@@ -163,16 +165,6 @@ def elastic_settings(args: Namespace, checkpoint: Path, sweep: Path | None) -> d
         "evaluated_k": sorted(getattr(args, "emoe_eval_k", None) or []),
         "tail_scale": fitted_tail_scale(checkpoint) or getattr(args, "emoe_tail_scale", None),
     }
-    if sweep is None:
-        return settings
-    result = load(sweep)
-    if result.iteration != settings["iteration"] or result.k_train != settings["k_train"]:
-        raise ValueError(
-            f"--sweep {sweep}: is of iteration {result.iteration} and k = {result.k_train}, the checkpoint of "
-            f"iteration {settings['iteration']} and k = {settings['k_train']}"
-        )
-    evaluated = sorted(cell.k for cell in result.cells if isinstance(cell.k, int))
-    return settings | {"evaluated_k": evaluated, "range_end": range_end(result), "best_k": best_k(result)}
 
 
 def _carried(companions: Path) -> dict[str, int]:

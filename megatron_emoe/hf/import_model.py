@@ -13,15 +13,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from megatron_emoe.arguments import stored_form
-from megatron_emoe.flag_files import flag_file, flag_words
 from megatron_emoe.hf.active_experts import trained_k
-from megatron_emoe.hf.architecture import Architecture, Flags, architecture_of, read_config
+from megatron_emoe.hf.architecture import Architecture, Flags
 from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
 from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, state_of
 from megatron_emoe.hf.pieces import Group, Layout, Piece
+from megatron_emoe.hf.registry import architecture_of, read_config
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder, write_shard
 from megatron_emoe.hf.torch_dist import COMMON_STATE, TorchDistWriter, without_checksums
+from megatron_emoe.settings.flag_files import flag_file, flag_words
+from megatron_emoe.training.arguments import stored_form
 
 FLAG_FILE = "model.args"
 _IGNORED = ("rotary_emb.inv_freq",)  # old releases saved this buffer; it follows from the configuration

@@ -15,11 +15,11 @@ import torch
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from transformers import PretrainedConfig
 
-from megatron_emoe.checkpoint import iteration_of, locate, stored_args
-from megatron_emoe.elastic_config import MODEL_FEATURES, ElasticConfig, flag
-from megatron_emoe.hf.architecture import architecture_of, read_config
+from megatron_emoe.hf.registry import architecture_of, read_config
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder
 from megatron_emoe.hf.torch_dist import TorchDistReader
+from megatron_emoe.model.checkpoint import iteration_of, locate, stored_args
+from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ElasticConfig, flag
 
 _EXPERTS = ".mlp.experts."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")

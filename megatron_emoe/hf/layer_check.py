@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from megatron_emoe.active_k import get_active_k
-from megatron_emoe.evaluation import current_device
 from megatron_emoe.hf.comparison import (
     Trace,
     differing_sets,
@@ -30,6 +28,8 @@ from megatron_emoe.hf.comparison import (
 )
 from megatron_emoe.hf.one_layer import HFLayers, MegatronLayers
 from megatron_emoe.hf.one_process import alone
+from megatron_emoe.routing.active_k import get_active_k
+from megatron_emoe.training.evaluation import current_device
 
 BOUND = 1e-5
 """Largest difference of a token's hidden state over its largest element, with fp32 arithmetic on both sides. Rounding

@@ -17,14 +17,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from megatron_emoe.checkpoint import stored_args
-from megatron_emoe.evaluation import current_device
-from megatron_emoe.hf.architecture import read_config
 from megatron_emoe.hf.one_process import completed, model_arguments, quiet, silent_transformers
 from megatron_emoe.hf.pieces import Place
+from megatron_emoe.hf.registry import read_config
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder
 from megatron_emoe.hf.torch_dist import TorchDistReader
-from megatron_emoe.layer_spec import ElasticGPTModelBuilder, elastic_model_config
+from megatron_emoe.model.checkpoint import stored_args
+from megatron_emoe.model.layer_spec import ElasticGPTModelBuilder, elastic_model_config
+from megatron_emoe.training.evaluation import current_device
 
 
 class HFLayers:

@@ -21,9 +21,9 @@ from megatron.training.global_vars import unset_global_variables
 from megatron.training.initialize import initialize_megatron
 from transformers.utils import logging as hf_logging
 
-from megatron_emoe.arguments import add_arguments, command_line, parse_evaluation
-from megatron_emoe.checkpoint import stored_args
-from megatron_emoe.stored_model import model_flags
+from megatron_emoe.model.checkpoint import stored_args
+from megatron_emoe.model.stored_model import model_flags
+from megatron_emoe.training.arguments import add_arguments, command_line, parse_evaluation
 
 
 @contextlib.contextmanager

@@ -37,10 +37,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from megatron_emoe.active_k import get_active_k
-from megatron_emoe.checkpoint import locate
-from megatron_emoe.evaluation import current_device
-from megatron_emoe.hf.architecture import read_config
 from megatron_emoe.hf.comparison import (
     Answer,
     Distance,
@@ -52,9 +48,13 @@ from megatron_emoe.hf.comparison import (
     tracing_megatron,
 )
 from megatron_emoe.hf.one_process import evaluating, silent_transformers
+from megatron_emoe.hf.registry import read_config
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder
-from megatron_emoe.layer_spec import elastic_model_config
-from megatron_emoe.sweep_run import load_model
+from megatron_emoe.model.checkpoint import locate
+from megatron_emoe.model.layer_spec import elastic_model_config
+from megatron_emoe.routing.active_k import get_active_k
+from megatron_emoe.training.evaluation import current_device
+from megatron_emoe.training.held_out import load_model
 
 FACTOR = 4.0
 """Our distance over the noise, at most."""

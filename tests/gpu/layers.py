@@ -48,7 +48,7 @@ def engine_layer(**settings: Any) -> Any:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-    from megatron_emoe.layer_spec import elastic_layer
+    from megatron_emoe.model.layer_spec import elastic_layer
 
     changes = {"use_cpu_initialization": False, "moe_grouped_gemm": True}
     config = layer_config(**SIZES | changes | settings)

@@ -28,7 +28,7 @@ def groups() -> Iterator[None]:
 
 def compare(settings: dict[str, Any], dispatcher: dict[str, Any]) -> None:
     """Evaluation at each k', then training passes, of one layer with both dispatchers."""
-    from megatron_emoe.active_k import get_active_k
+    from megatron_emoe.routing.active_k import get_active_k
 
     plain = local_layer(**BF16 | settings)
     other = local_layer(**BF16 | settings | dispatcher)

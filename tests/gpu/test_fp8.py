@@ -59,7 +59,7 @@ def check_close(ours: dict[str, Any], theirs: dict[str, Any], output: float, gra
 @pytest.mark.parametrize("form", ["hybrid", "e4m3"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_evaluation_and_gradients_at_every_k_are_close_to_bf16(groups, recipe, form):
-    from megatron_emoe.active_k import get_active_k
+    from megatron_emoe.routing.active_k import get_active_k
 
     plain = engine_layer(**BF16).eval()
     rounded = twin(plain, **precision(recipe, form)).eval()
@@ -84,8 +84,8 @@ def test_training_passes_are_close_to_bf16(groups, recipe, elastic):
 @pytest.mark.parametrize("fused", [False, True], ids=["permuted", "permuted in one kernel"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_rows_padded_by_the_dispatcher_or_by_the_experts(groups, recipe, fused):
-    from megatron_emoe.active_k import get_active_k
-    from megatron_emoe.evaluation import counting_rows
+    from megatron_emoe.routing.active_k import get_active_k
+    from megatron_emoe.training.evaluation import counting_rows
 
     settings = precision(recipe) | {"moe_permute_fusion": fused}
     by_experts = engine_layer(**settings).eval()

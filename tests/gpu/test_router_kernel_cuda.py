@@ -1,5 +1,5 @@
-"""The fused router's kernels on a GPU, compiled, against selection.py on the same GPU; tests/test_router_kernel.py runs
-the same comparisons in Triton's interpreter.
+"""The fused router's kernels on a GPU, compiled, against selection.py on the same GPU; tests/routing/test_kernel.py
+runs the same comparisons in Triton's interpreter.
 """
 
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron_emoe import router_kernel
-from megatron_emoe.router_kernel import RoutingRule, Wanted
+from megatron_emoe.routing import kernel as router_kernel
+from megatron_emoe.routing.kernel import RoutingRule, Wanted
 from tests import router_kernel_cases as cases
 from tests.gpu.layers import process_groups
 from tests.router_cases import LOSSES, PADDED, ROUTERS, both_ways, compare
@@ -106,7 +106,7 @@ def fused_losses(request, groups) -> Iterator[list[int]]:
     """What Transformer Engine's fused loss was called with; without it, the core's losses are not fused."""
     from megatron.core.transformer.moe import moe_utils
 
-    from megatron_emoe import router
+    from megatron_emoe.routing import router
 
     calls: list[int] = []
     if request.param == "without":

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_emoe.hf.export_model import elastic_settings
+from megatron_emoe.settings.tail_scale import TAIL_SCALE_FILE
 from tests import hf_models
 from tests.distributed import run_ranks
 from tests.hf_models import MODEL_TYPES
@@ -239,22 +241,11 @@ def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_sweep_is_noted_if_it_is_of_this_checkpoint(tmp_path):
-    from megatron_emoe.checkpoint import TAIL_SCALE_FILE
-    from megatron_emoe.hf.export_model import elastic_settings
-    from megatron_emoe.sweep import save
-    from tests.test_sweep import WALL_AT_8, make_result
-
-    save(make_result(WALL_AT_8, iteration=1000), tmp_path / "sweep.json")  # k = 2; good up to 6
+def test_what_was_trained_and_what_was_fitted_later(tmp_path):
     args = Namespace(moe_router_topk=2, emoe_selection="coactivation", emoe_pool_k=6, emoe_eval_k=[4, 2])
-    settings = elastic_settings(args, Path("iter_0001000"), tmp_path / "sweep.json")
-    assert settings["pool_k"] == 6
-    assert settings["evaluated_k"] == [1, 2, 3, 4, 6, 8, 16]
-    assert (settings["range_end"], settings["best_k"]) == (6, 16)  # 16 is good again, past the wall
-    assert elastic_settings(args, Path("iter_0001000"), None)["evaluated_k"] == [2, 4]
+    settings = elastic_settings(args, Path("iter_0001000"))
+    assert (settings["iteration"], settings["pool_k"], settings["evaluated_k"]) == (1000, 6, [2, 4])
     trained = Namespace(**vars(args), emoe_tail_scale=["4:0.5"])
-    assert elastic_settings(trained, tmp_path, None)["tail_scale"] == ["4:0.5"]
+    assert elastic_settings(trained, tmp_path)["tail_scale"] == ["4:0.5"]
     (tmp_path / TAIL_SCALE_FILE).write_text('{"tail_scale": {"6": 0.25}}')  # what was fitted later counts
-    assert elastic_settings(trained, tmp_path, None)["tail_scale"] == ["6:0.25"]
-    with pytest.raises(ValueError, match="is of iteration 1000 and k = 2, the checkpoint of iteration 500 and k = 2"):
-        elastic_settings(args, Path("iter_0000500"), tmp_path / "sweep.json")
+    assert elastic_settings(trained, tmp_path)["tail_scale"] == ["6:0.25"]

@@ -5,7 +5,7 @@ from math import prod
 
 import pytest
 
-from megatron_emoe.hf.architecture import architecture_of
+from megatron_emoe.hf.registry import architecture_of
 from tests.hf.full_size import MODELS, PUBLISHED, meta_model, on_disk
 
 

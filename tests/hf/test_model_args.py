@@ -10,10 +10,10 @@ from megatron.training.arguments import parse_args, validate_args
 from transformers import AutoConfig
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from megatron_emoe.arguments import add_arguments
-from megatron_emoe.flag_files import expand
-from megatron_emoe.hf.architecture import architecture_of, architectures
-from megatron_emoe.transformer_config import elastic_config_from_args
+from megatron_emoe.hf.registry import architecture_of, architectures
+from megatron_emoe.routing.transformer_config import elastic_config_from_args
+from megatron_emoe.settings.flag_files import expand
+from megatron_emoe.training.arguments import add_arguments
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = Path(__file__).parent / "configs"

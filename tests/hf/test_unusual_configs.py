@@ -70,7 +70,7 @@ def test_unusual_settings_are_exact(model_type, tmp_path):
 
 @pytest.mark.parametrize(("model_type", "options", "message"), REFUSED)
 def test_what_cannot_be_exact_is_refused_by_its_key(model_type, options, message, tmp_path):
-    from megatron_emoe.hf.architecture import read_config
+    from megatron_emoe.hf.registry import read_config
 
     hf_models.config(model_type, **options).save_pretrained(tmp_path)
     with pytest.raises(ValueError) as refused:

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from tests.slurm.jobs import SCRIPT, TinyJob, slurm, until, write_settings
-from tests.test_resume import assert_same_checkpoint
+from tests.training.test_resume import assert_same_checkpoint
 
 pytestmark = pytest.mark.slurm
 LENGTH = {"train_iters": 60, "save_interval": 50}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.jobs import ITERATIONS, TinyJob, until
-from tests.test_resume import assert_same_checkpoint
+from tests.training.test_resume import assert_same_checkpoint
 
 pytestmark = pytest.mark.slurm
 KILLS = 20

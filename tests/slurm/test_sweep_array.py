@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_emoe.sweep_result import load
+from megatron_emoe.sweep.result import load
 from tests.distributed import torchrun
 from tests.slurm.jobs import SCRIPT, TinyJob, slurm, until, write_settings
 from tests.sweeps import flags, write_tokens

@@ -65,7 +65,7 @@ def construct(precision: dict[str, Any]) -> dict[str, list[str]]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-    from megatron_emoe.layer_spec import elastic_layer
+    from megatron_emoe.model.layer_spec import elastic_layer
     from tests.dispatch_stand_ins import install_deep_ep
 
     install_deep_ep()
@@ -253,7 +253,9 @@ def test_transformer_engine_s_recomputation_repeats_the_draw():
 OPTIMIZER = """
     import sys
     from megatron.core import optimizer
-    from megatron_emoe import host_mode, layer_spec, training
+    from megatron_emoe.host import mode as host_mode
+    from megatron_emoe.model import layer_spec
+    from megatron_emoe.training import loop as training
     host_mode._cuda_is_present = lambda: True
     words = ["--num-experts", "8"]
     assert host_mode.setup(words) == words and not host_mode.is_on()
@@ -268,4 +270,4 @@ def test_outside_host_mode_the_fused_optimizer_is_megatron_s_choice():
     assert done.returncode == 0, done.stderr
     chosen = [line for line in io.StringIO(done.stdout).read().splitlines() if line.endswith(("True", "False"))]
     assert chosen[0].startswith("transformer_engine.pytorch.optimizers") and chosen[0].endswith("False")
-    assert chosen[1].startswith("megatron_emoe.host_mode")
+    assert chosen[1].startswith("megatron_emoe.host.mode")

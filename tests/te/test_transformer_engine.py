@@ -107,10 +107,10 @@ def make(words: list[str], forced: list[str], *, seed: int) -> Any:
     """The model of this command line, with random weights and norms."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_emoe import host_mode
-    from megatron_emoe.arguments import parse
-    from megatron_emoe.flag_files import expand
-    from megatron_emoe.layer_spec import elastic_model_config
+    from megatron_emoe.host import mode as host_mode
+    from megatron_emoe.model.layer_spec import elastic_model_config
+    from megatron_emoe.settings.flag_files import expand
+    from megatron_emoe.training.arguments import parse
 
     sys.argv = ["pretrain_emoe.py", *host_mode.setup(expand(words)), *forced]
     with contextlib.redirect_stdout(io.StringIO()), cuda_said_to_be_there():

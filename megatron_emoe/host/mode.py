@@ -1,0 +1,222 @@
+"""Host mode: the unmodified Megatron-Core training loop on CPU and gloo, for development and verification.
+
+The core asks torch.cuda for a device before it asks for anything else. enable() answers with the CPU: tensors meant
+for a GPU stay where they are, streams and events do nothing, and random numbers "of the device" have a stream of
+their own. Routing, dispatch, losses, pipeline and checkpoints are the core's. Written for megatron-core 0.19.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import importlib.metadata
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_emoe.host import device as host_device
+from megatron_emoe.host import flags as host_flags
+from megatron_emoe.settings import flag_files
+from megatron_emoe.settings.refusal import fail
+
+_mode: Any = None  # the torch function mode that enable() entered
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group "host mode" with its one flag and return the parser, whose help can be printed (see below)."""
+    group = parser.add_argument_group(title="host mode")
+    group.add_argument("--host-mode", action="store_true", help="Run on CPU and gloo even where CUDA is present.")
+    for action in parser._actions:  # the core's help texts have bare per cent signs, on which argparse stops
+        if action.help and action.help.count("%") > action.help.count("%("):
+            action.help = action.help.replace("%%", "%").replace("%", "%%")
+    return parser
+
+
+def is_on() -> bool:
+    """Whether enable() has installed the CPU device layer in this process."""
+    return _mode is not None
+
+
+def setup(argv: list[str]) -> list[str]:
+    """Enter host mode where CUDA is absent or --host-mode is given, and return argv with the flags it needs.
+
+    Call it with sys.argv[1:] before Megatron is used. With CUDA and without --host-mode, and for a call for help,
+    argv comes back unchanged. Raises ValueError for a flag that only a GPU can serve.
+    """
+    if {"-h", "--help"} & set(argv):
+        return argv
+    asked = "--host-mode" in argv
+    if not asked and _cuda_is_present():
+        skip_dataset_helper_build()
+        return argv
+    host_flags.refuse_gpu_flags(argv)
+    enable(force=asked)
+    skip_dataset_helper_build()
+    if os.environ.get("RANK", "0") == "0":
+        version = importlib.metadata.version("megatron-core")
+        print(f"host mode: megatron-core {version} on CPU (gloo); for development and verification, not for speed")
+    return argv + host_flags.missing_defaults(argv)
+
+
+def start() -> None:
+    """setup() for this program's own command line, with the words that @FILE stands for.
+
+    What is refused ends the program with status 2 and one message.
+    """
+    try:
+        sys.argv[1:] = setup(flag_files.expand(sys.argv[1:]))
+    except ValueError as error:
+        fail(error)
+
+
+def enable(*, force: bool = False) -> None:
+    """Install the CPU device layer in this process, once. Raises RuntimeError where CUDA is present, unless force."""
+    global _mode
+    if is_on():
+        return
+    if not force and _cuda_is_present():
+        raise RuntimeError("host mode: CUDA is present; --host-mode, or enable(force=True), runs on the CPU anyway")
+    _set_environment()
+    host_device.replace_devices()
+    host_device.replace_streams()
+    host_device.separate_random_streams()
+    _adapt_core()
+    _mode = host_device.device_mode()
+    _mode.__enter__()
+
+
+def skip_dataset_helper_build() -> None:
+    """Skip the core's build of its dataset helper where the compiled one imports: wheels lack the Makefile."""
+    with contextlib.suppress(ImportError):
+        import megatron.core.datasets.helpers_cpp
+        import megatron.core.datasets.utils
+
+        megatron.core.datasets.utils.compile_helpers = host_device.nothing
+
+
+def _cuda_is_present() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _set_environment() -> None:
+    """The core compiles small functions at import (minutes without a GPU), and demands one CUDA queue for TP > 1."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    import torch
+
+    torch.compiler.set_stance("force_eager")  # for what was compiled before this call
+
+
+def _adapt_core() -> None:
+    """Replace the few functions of the core that reach past torch.cuda's public names."""
+    import torch
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.training import initialize
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.cuda.set_rng_state(new_state)
+    token_dispatcher.maybe_move_tensor_to_cpu = _splits_to_numpy
+    # Without a CUDA context to protect, the checkpoint writer's queue need not import the program anew (ten seconds).
+    queue = functools.partial(filesystem_async.get_write_results_queue, mp_mode="fork")
+    filesystem_async.get_write_results_queue = queue
+    _allow_no_cuda(initialize.initialize_megatron)
+    _recompute_without_engine(random)
+    _replace_norm()
+    _replace_adam()
+
+
+def _splits_to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """The dispatcher wants its splits as numpy; the core converts only what comes from a GPU."""
+    import torch
+
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _allow_no_cuda(initialize_megatron: Callable[..., Any]) -> None:
+    """pretrain() and others call initialize_megatron without allow_no_cuda: make True its default for all of them."""
+    assert next(iter(inspect.signature(initialize_megatron).parameters)) == "allow_no_cuda"
+    initialize_megatron.__defaults__ = (True, *(initialize_megatron.__defaults__ or ())[1:])
+
+
+def _recompute_without_engine(random: Any) -> None:
+    """Selective recomputation of norms asks Transformer Engine about FP8, and compiles C++ to hand over storage."""
+
+    def refill(released: Any, recomputed: Any) -> None:
+        storage, source = released.untyped_storage(), recomputed.untyped_storage()
+        storage.resize_(source.nbytes())
+        storage.copy_(source)
+
+    random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=host_device.nothing)
+    random.fp8_autocast = random.activation_recompute_forward = lambda **kwargs: contextlib.nullcontext()
+    random._get_share_storage = lambda: refill
+
+
+def _replace_norm() -> None:
+    """The local spec's norm refuses sequence parallelism, which the core demands for MoE with TP > 1.
+
+    Each rank then sees a part of the sequence: the core sums the gradients of parameters that say so.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    build = WrappedTorchNorm.__new__
+
+    def build_and_mark(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        unsharded = copy.copy(config)
+        unsharded.sequence_parallel = False
+        norm = build(cls, unsharded, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = build_and_mark
+
+
+def _replace_adam() -> None:
+    """The distributed optimizer looks for Adam's step where Apex and Transformer Engine keep it: in the group.
+
+    torch's Adam keeps one step per parameter. The core asks for it before the first step, when a checkpoint is loaded,
+    and finds none; and it gives all parameters one and the same tensor, which each of them then advances.
+    """
+    import torch
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from torch.optim.adam import adam
+
+    class HostAdam(torch.optim.Optimizer):
+        """torch's Adam with the state layout of the fused Adams: `step` in the group, two moments per parameter."""
+
+        def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True, capturable=False):
+            super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+            self.decoupled = adam_w_mode
+
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            for group in self.param_groups:
+                if group["params"]:
+                    group["step"] = group.get("step", 0) + 1
+                    self._step_group(group, [p for p in group["params"] if p.grad is not None])
+
+        def _step_group(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+            for state, p in [(self.state[p], p) for p in params]:
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            moments = [[self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq")]
+            steps = [torch.tensor(group["step"] - 1.0) for _ in params]
+            hyper = {key: group[key] for key in ("lr", "weight_decay", "eps")}
+            hyper["beta1"], hyper["beta2"] = group["betas"]
+            switches = {"fused": True, "amsgrad": False, "maximize": False, "decoupled_weight_decay": self.decoupled}
+            adam(params, [p.grad for p in params], *moments, [], steps, **hyper, **switches)
+
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = HostAdam, False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    # The default checkpoint layout copies into shards that are views of fp32 weights; only this loader lacks no_grad.
+    sharded = distrib_optimizer.DistributedOptimizer
+    load = sharded.load_parameter_state_from_dp_reshardable
+    sharded.load_parameter_state_from_dp_reshardable = torch.no_grad()(load)

@@ -1,0 +1,7 @@
+"""What a job needs before it starts: memory, bytes, FLOPs, and whether it would start at all. May import sweep and what
+is below it, but not tasks.
+
+Begin with model.py (the model that a plan is for) and search.py (the best layout that fits). layout.py has the rules of
+a layout, parameters.py, memory.py and traffic.py what it costs on a rank; check.py compares with models really built;
+preflight.py checks a job's command line.
+"""

@@ -1,0 +1,193 @@
+"""Which number of experts is active now: pure functions of (seed, iteration, micro-batch, layer), and their one owner.
+
+Every elastic random number comes from here. Nothing is drawn from a random stream: a value depends on its place alone,
+so it is the same on every rank that asks for the same place, needs no communication, and a resumed run repeats it
+exactly.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_emoe.settings.elastic_config import ElasticConfig
+
+_MASK64 = (1 << 64) - 1
+_K, _POOL, _EXPERTS = 1, 2, 3
+_MARKER = "emoe-place"
+
+
+def mix(*values: int) -> int:
+    """A 64-bit hash of integers (SplitMix64, Steele et al. 2014): equal everywhere, independent of any random state."""
+    state = 0
+    for value in values:
+        state = (state + (value & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state
+
+
+def unit(*values: int) -> float:
+    """A number in [0, 1) with 53 random bits, a pure function of `values`."""
+    return (mix(*values) >> 11) / (1 << 53)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in training a forward pass stands. iteration and microbatch count from 0, layer from 1 (as the core
+    does)."""
+
+    iteration: int
+    microbatch: int
+    layer: int = 0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one layer uses in one forward pass.
+
+    k: active experts. pool: m, or None where each token draws its own from {k, ..., pool_max}. seed: of the layer's
+    per-token numbers, before the rank is mixed in. tail: what multiplies the weights past the model's own k
+    (tail_scale.py). asked: an evaluation named this k'.
+    """
+
+    k: int
+    pool_max: int
+    pool: int | None
+    seed: int
+    tail: float = 1.0
+    asked: bool = False
+
+
+def scheduled_k(elastic: ElasticConfig, model_k: int, place: Place) -> int:
+    """The k of the schedule at `place`; `model_k` is --moe-router-topk. Pure."""
+    low, high = elastic.k_range(model_k)
+    if elastic.emoe_k_schedule == "constant":
+        return model_k
+    if elastic.emoe_k_schedule == "ramp":
+        return _ramp(elastic, low, high, place.iteration)
+    where = {"step": (0, 0), "microbatch": (place.microbatch, 0), "layer": (0, place.layer)}[elastic.emoe_k_draw]
+    u = unit(elastic.emoe_seed, _K, place.iteration, *where)
+    cumulative = list(accumulate(k_probabilities(elastic, model_k).values()))
+    return low + min(bisect_right(cumulative, u), high - low)
+
+
+def k_probabilities(elastic: ElasticConfig, model_k: int, iteration: int = 0) -> dict[int, float]:
+    """Probability of each k of the schedule at `iteration`."""
+    low, high = elastic.k_range(model_k)
+    ks = range(low, high + 1)
+    if elastic.emoe_k_schedule == "ramp":
+        return {_ramp(elastic, low, high, iteration): 1.0}
+    if elastic.emoe_k_schedule == "weighted":
+        weights = elastic.emoe_k_weights or []
+        return {k: w / sum(weights) for k, w in zip(ks, weights, strict=True)}
+    if elastic.emoe_k_schedule in ("default-or-smaller", "default-or-larger"):
+        other = (1 - elastic.default_prob) / (high - low)
+        return {k: elastic.default_prob if k == model_k else other for k in ks}
+    return {k: 1 / len(ks) for k in ks}
+
+
+def expected_k(elastic: ElasticConfig, model_k: int, iteration: int) -> float:
+    """E[k] of the schedule at `iteration`, for FLOPs and MFU."""
+    return sum(k * p for k, p in k_probabilities(elastic, model_k, iteration).items())
+
+
+def _ramp(elastic: ElasticConfig, low: int, high: int, iteration: int) -> int:
+    assert elastic.emoe_k_ramp_iters is not None
+    return low + round((high - low) * min(1.0, iteration / elastic.emoe_k_ramp_iters))
+
+
+def draw_for(elastic: ElasticConfig, model_k: int, place: Place) -> Draw:
+    """k, pool and seed of a layer's training forward pass at `place`. Pure."""
+    k = scheduled_k(elastic, model_k, place)
+    largest = _largest_pool(elastic, k, place.iteration)
+    seed = mix(elastic.emoe_seed, _EXPERTS, place.iteration, place.microbatch, place.layer)
+    tail = elastic.tail_scale_at(k, model_k)
+    if not elastic.samples or elastic.emoe_pool_fixed:
+        return Draw(k, largest, largest, seed, tail)
+    if elastic.emoe_pool_draw == "token":
+        return Draw(k, largest, None, seed, tail)
+    microbatch = place.microbatch if elastic.emoe_pool_draw == "microbatch" else 0
+    u = unit(elastic.emoe_seed, _POOL, place.iteration, microbatch) / elastic.emoe_pool_prob
+    pool = k + min(int(u * (largest - k + 1)), largest - k) if u < 1 else k
+    return Draw(k, largest, pool, seed, tail)
+
+
+def _largest_pool(elastic: ElasticConfig, k: int, iteration: int) -> int:
+    """K, or on the way to it from k while the pool is annealed in; k where nothing is sampled."""
+    if not elastic.samples or elastic.emoe_pool_k is None:
+        return k
+    if not elastic.emoe_pool_anneal_iters:
+        return elastic.emoe_pool_k
+    return k + round((elastic.emoe_pool_k - k) * min(1.0, iteration / elastic.emoe_pool_anneal_iters))
+
+
+class ActiveK:
+    """The one owner of the k in use. The training loop tells it the place, evaluation overrides it, routers ask it."""
+
+    def __init__(self) -> None:
+        self._override: int | Mapping[int, int] | None = None
+        self._tail: float | None = None
+
+    def begin_microbatch(self, iteration: int, microbatch: int) -> None:
+        """Call before each training forward pass.
+
+        The place is kept in the core's random-state tracker: activation recomputation saves and restores that tracker,
+        so a recomputed forward pass stands where the first one stood, also when other micro-batches ran in between
+        (1F1B). A new tensor each time, because the core keeps references to old states, not copies.
+        """
+        get_cuda_rng_tracker().states_[_MARKER] = torch.tensor([iteration, microbatch])
+
+    def place(self, layer: int) -> Place:
+        """Where the running training forward pass stands. A CPU tensor is read: no device sync."""
+        marker = get_cuda_rng_tracker().states_.get(_MARKER)
+        if marker is None:
+            raise RuntimeError("begin_microbatch() must be called before a training forward pass")
+        iteration, microbatch = marker.tolist()
+        return Place(iteration, microbatch, layer)
+
+    @contextmanager
+    def evaluating(self, k: int | Sequence[int] | Mapping[int, int] | None) -> Iterator[None]:
+        """Evaluation inside uses k' = `k`: one number, one per MoE layer by layer number (a mapping), or the model's
+        own."""
+        previous, self._override = self._override, k if not isinstance(k, Sequence) else dict(enumerate(k, start=1))
+        try:
+            yield
+        finally:
+            self._override = previous
+
+    @contextmanager
+    def scaling_tail(self, scale: float) -> Iterator[None]:
+        """Evaluation inside multiplies the weights past the model's own k by `scale`, whatever --emoe-tail-scale
+        says."""
+        previous, self._tail = self._tail, scale
+        try:
+            yield
+        finally:
+            self._tail = previous
+
+    def draw(self, elastic: ElasticConfig, model_k: int, layer: int, training: bool) -> Draw:
+        """What the layer uses now: the schedule's draw in training, plain top-k' in evaluation."""
+        if training and elastic.draws:
+            return draw_for(elastic, model_k, self.place(layer))
+        override = None if training else self._override
+        asked = override.get(layer) if isinstance(override, Mapping) else override
+        k = asked or model_k
+        fixed = self._tail if k > model_k and not training else None
+        tail = elastic.tail_scale_at(k, model_k) if fixed is None else fixed
+        return Draw(k, k, k, 0, tail, asked is not None)
+
+
+_OWNER = ActiveK()
+
+
+def get_active_k() -> ActiveK:
+    """The process's owner of the active k."""
+    return _OWNER

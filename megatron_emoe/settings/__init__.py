@@ -1,0 +1,6 @@
+"""What a person can set, and the rules between settings. May import nothing of the package, neither torch nor Megatron.
+
+Begin with elastic_config.py: every elastic setting with unit, source and default. elastic_rules.py and
+baseline_rules.py hold what settings must satisfy; tail_scale.py the words of one of them. flag_files.py reads @FILE,
+refusal.py ends a program that will not start, atomic_file.py and result_file.py leave a file whole or not there.
+"""

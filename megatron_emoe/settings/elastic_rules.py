@@ -1,0 +1,181 @@
+"""What the elastic settings must satisfy, each against the others and against the model. Pure; no tensors."""
+
+from __future__ import annotations
+
+from megatron_emoe.settings.elastic_config import ElasticConfig, flag
+from megatron_emoe.settings.tail_scale import parse_tail_scale
+
+_SCHEDULE_NEEDS = {
+    "constant": set(),
+    "uniform": {"emoe_k_min", "emoe_k_max"},
+    "weighted": {"emoe_k_min", "emoe_k_max", "emoe_k_weights"},
+    "default-or-smaller": {"emoe_k_min"},
+    "default-or-larger": set(),
+    "ramp": {"emoe_k_min", "emoe_k_max", "emoe_k_ramp_iters"},
+}
+_SCHEDULE_TAKES = {
+    **_SCHEDULE_NEEDS,
+    "default-or-smaller": {"emoe_k_min", "emoe_k_default_prob"},
+    "default-or-larger": {"emoe_k_max", "emoe_k_default_prob"},
+}
+_SCHEDULE_PARAMETERS = {"emoe_k_min", "emoe_k_max", "emoe_k_weights", "emoe_k_default_prob", "emoe_k_ramp_iters"}
+_SAMPLING_PARAMETERS = (
+    *("emoe_pool_k", "emoe_pool_draw", "emoe_pool_fixed", "emoe_pool_keep", "emoe_pool_prob"),
+    *("emoe_pool_anneal_iters", "emoe_balance_on"),
+)
+
+
+def validate_elastic(
+    elastic: ElasticConfig,
+    *,
+    model_k: int,
+    num_experts: int,
+    num_groups: int | None = None,
+    group_topk: int | None = None,
+) -> None:
+    """Check every elastic setting against the model. Pure; all arguments in experts or groups.
+
+    Raises:
+        ValueError: with flag, value and rule, for the first setting that cannot hold.
+    """
+    _check_schedule(elastic, model_k, num_experts)
+    _check_selection(elastic, model_k, num_experts)
+    _check_eval_k(elastic, num_experts)
+    check_tail_scale(elastic.emoe_tail_scale, model_k, num_experts)
+    _check_numbers(elastic)
+    _check_distillation(elastic, model_k)
+    if group_topk:
+        _check_groups(elastic, model_k, num_experts, num_groups or 1, group_topk)
+
+
+def _refuse(name: str, value: object, rule: str) -> None:
+    raise ValueError(f"{flag(name)} {value}: {rule}")
+
+
+def _check_schedule(elastic: ElasticConfig, model_k: int, num_experts: int) -> None:
+    schedule = elastic.emoe_k_schedule
+    given = {name for name in _SCHEDULE_PARAMETERS if getattr(elastic, name) is not None}
+    for name in sorted(_SCHEDULE_NEEDS[schedule] - given):
+        _refuse("emoe_k_schedule", schedule, f"needs {flag(name)}, which is not given")
+    for name in sorted(given - _SCHEDULE_TAKES[schedule]):
+        _refuse(name, getattr(elastic, name), f"has no meaning with {flag('emoe_k_schedule')} {schedule}")
+    if schedule in ("constant", "ramp") and elastic.emoe_k_draw != "step":
+        _refuse("emoe_k_draw", elastic.emoe_k_draw, f"has no meaning with {flag('emoe_k_schedule')} {schedule}")
+    (low, high), (low_name, high_name) = elastic.k_range(model_k), elastic.k_fields()
+    if low < 1:
+        _refuse(low_name, low, "must be at least 1")
+    if high > num_experts:
+        _refuse(high_name, high, f"must not exceed --num-experts {num_experts}")
+    if low > high:
+        _refuse(low_name, low, f"must not exceed {flag(high_name)} {high}")
+    if schedule == "default-or-smaller" and low == high:
+        _refuse(low_name, low, f"must be below {flag(high_name)} {high}, or no smaller k exists")
+    if schedule == "default-or-larger" and low == high:
+        _refuse(high_name, high, f"must be above {flag(low_name)} {low}, or no larger k exists")
+    if schedule == "weighted":
+        _check_weights(_weights(elastic), low, high)
+
+
+def _weights(elastic: ElasticConfig) -> list[float]:
+    return elastic.emoe_k_weights or []
+
+
+def _check_weights(weights: list[float], low: int, high: int) -> None:
+    if len(weights) != high - low + 1:
+        _refuse("emoe_k_weights", weights, f"needs {high - low + 1} values, one for each k in [{low}, {high}]")
+    if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        _refuse("emoe_k_weights", weights, "must be non-negative, finite and not all zero")
+
+
+def _check_selection(elastic: ElasticConfig, model_k: int, num_experts: int) -> None:
+    low, high = elastic.k_range(model_k)
+    pool = elastic.emoe_pool_k
+    if elastic.emoe_selection not in ("prefix", "coactivation") and elastic.draws_k:
+        _refuse("emoe_k_schedule", elastic.emoe_k_schedule, "needs --emoe-selection prefix or coactivation")
+    if elastic.emoe_selection == "prefix" and not elastic.draws_k:
+        _refuse("emoe_selection", "prefix", "needs --emoe-k-schedule; with a constant k it is plain topk")
+    if not elastic.samples:
+        for name in _SAMPLING_PARAMETERS:
+            if getattr(elastic, name) != getattr(ElasticConfig, name):
+                _refuse(name, getattr(elastic, name), "needs --emoe-selection coactivation")
+        return
+    if elastic.emoe_pool_fixed and elastic.emoe_pool_draw != "token":
+        _refuse("emoe_pool_draw", elastic.emoe_pool_draw, "has no meaning with --emoe-pool-fixed")
+    if pool is None:
+        _refuse("emoe_selection", "coactivation", "needs --emoe-pool-k, which is not given")
+    elif pool > num_experts:
+        _refuse("emoe_pool_k", pool, f"must not exceed --num-experts {num_experts}")
+    elif pool < high:
+        _refuse("emoe_pool_k", pool, f"must hold the largest k of the schedule, {high}")
+    elif pool == low:
+        _refuse("emoe_pool_k", pool, f"must exceed the smallest k of the schedule, {low}; equal, it is plain topk")
+    _check_pool_numbers(elastic, low)
+
+
+def _check_pool_numbers(elastic: ElasticConfig, low: int) -> None:
+    if not 0 <= elastic.emoe_pool_keep < low:
+        _refuse("emoe_pool_keep", elastic.emoe_pool_keep, f"must lie in [0, {low - 1}], below the smallest k")
+    if not 0 < elastic.emoe_pool_prob <= 1:
+        _refuse("emoe_pool_prob", elastic.emoe_pool_prob, "must lie in (0, 1]")
+    if elastic.emoe_pool_anneal_iters < 0:
+        _refuse("emoe_pool_anneal_iters", elastic.emoe_pool_anneal_iters, "must be at least 0 iterations")
+    if elastic.emoe_pool_fixed and elastic.emoe_pool_prob < 1:
+        _refuse("emoe_pool_prob", elastic.emoe_pool_prob, "has no meaning with --emoe-pool-fixed")
+
+
+def check_tail_scale(words: list[str] | None, model_k: int, num_experts: int) -> None:
+    """ValueError for words of --emoe-tail-scale that are none, or name a k' that has no tail in this model."""
+    if words is None:
+        return
+    try:
+        table = parse_tail_scale(words).table
+    except ValueError as error:
+        raise ValueError(f"{flag('emoe_tail_scale')} {error}") from error
+    for k, scale in table:
+        if k and not model_k < k <= num_experts:
+            _refuse("emoe_tail_scale", f"{k}:{scale}", f"k' must lie in [{model_k + 1}, {num_experts}], above k")
+
+
+def _check_eval_k(elastic: ElasticConfig, num_experts: int) -> None:
+    ks = elastic.emoe_eval_k or []
+    for k in ks:
+        if not 1 <= k <= num_experts:
+            _refuse("emoe_eval_k", k, f"must lie in [1, {num_experts}], the number of experts")
+    if len(set(ks)) != len(ks):
+        _refuse("emoe_eval_k", " ".join(map(str, ks)), "must not name a k' twice")
+
+
+def _check_numbers(elastic: ElasticConfig) -> None:
+    coeff = elastic.emoe_hr_loss_coeff
+    if coeff is not None and not 0 <= coeff < float("inf"):
+        _refuse("emoe_hr_loss_coeff", coeff, "must be a finite number of at least 0")
+    if not 0 < elastic.default_prob <= 1:
+        _refuse("emoe_k_default_prob", elastic.default_prob, "must lie in (0, 1]")
+    if elastic.emoe_k_ramp_iters is not None and elastic.emoe_k_ramp_iters < 1:
+        _refuse("emoe_k_ramp_iters", elastic.emoe_k_ramp_iters, "must be at least 1 iteration")
+    if elastic.emoe_coactivation_interval < 0:
+        _refuse("emoe_coactivation_interval", elastic.emoe_coactivation_interval, "must be at least 0 iterations")
+
+
+def _check_distillation(elastic: ElasticConfig, model_k: int) -> None:
+    coeff, (_, high) = elastic.emoe_distill_coeff, elastic.k_range(model_k)
+    if not 0 <= coeff < float("inf"):
+        _refuse("emoe_distill_coeff", coeff, "must be a finite number of at least 0")
+    if coeff and high <= model_k:
+        rule = f"needs an --emoe-k-schedule that draws more than --moe-router-topk {model_k} experts"
+        _refuse("emoe_distill_coeff", coeff, rule)
+
+
+def _check_groups(elastic: ElasticConfig, model_k: int, num_experts: int, num_groups: int, group_topk: int) -> None:
+    """Group-limited routing picks `group_topk` of `num_groups` groups, scoring each by its best k // group_topk
+    experts."""
+    reachable = num_experts // num_groups * group_topk
+    (low, high), (low_name, high_name) = elastic.k_range(model_k), elastic.k_fields()
+    largest = {high_name: high, "emoe_pool_k": elastic.emoe_pool_k or 0, "emoe_eval_k": max(elastic.emoe_eval_k or [0])}
+    for name, value in largest.items():
+        if value > reachable:
+            _refuse(name, value, f"{group_topk} groups of {num_experts // num_groups} experts hold only {reachable}")
+    smallest = {low_name: low, "emoe_eval_k": min(elastic.emoe_eval_k or [num_experts])}
+    for name, value in smallest.items():
+        if value < group_topk:
+            _refuse(name, value, f"must be at least --moe-router-group-topk {group_topk}, or a group has no score")

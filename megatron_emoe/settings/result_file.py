@@ -1,0 +1,56 @@
+"""What all result files have in common: the kinds of their fields, reading with a clear error, whole writing."""
+
+import os
+import reprlib
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from megatron_emoe.settings.atomic_file import write_atomically
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def _check_date(date: str) -> str:
+    try:
+        datetime.fromisoformat(date)
+    except ValueError as error:
+        raise ValueError("must be an ISO 8601 date") from error
+    return date
+
+
+Date = Annotated[str, AfterValidator(_check_date)]
+Number = Annotated[str, Field(pattern=r"^\d+$")]
+"""A number as a key of JSON: of a layer, or a k'."""
+
+
+def read_checked[Result](adapter: TypeAdapter[Result], path: str | os.PathLike) -> Result:
+    """Read a JSON file and check every field. Raises `ValueError` with path, key, value and rule."""
+    try:
+        return adapter.validate_json(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_describe(error)}") from error
+
+
+def write_checked(adapter: TypeAdapter, result: object, path: str | os.PathLike, *, exclude_none: bool = False) -> None:
+    """Write a result as JSON; the file at `path` is replaced only once the new one is complete."""
+    write_atomically(path, adapter.dump_json(result, indent=2, exclude_none=exclude_none) + b"\n")
+
+
+def demand_same(path: str | os.PathLike, key: str, stored: object, now: object) -> None:
+    """ValueError with path, key and both values where the file at `path` is not of the run that now goes on."""
+    if stored != now:
+        raise ValueError(f"--out {path}: {key}: {stored!r}; must equal this run's {now!r}, or write to another file")
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    rule = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if not key:
+        return rule
+    return f"{key}: {rule}" if first["type"] == "missing" else f"{key}: {reprlib.repr(first['input'])}; {rule}"

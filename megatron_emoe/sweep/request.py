@@ -1,0 +1,215 @@
+"""What a sweep is asked for: flags checked before anything is built, budgets listed, and the loop over the cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from megatron_emoe.model.checkpoint import iteration_of, locate, stored_args
+from megatron_emoe.model.flops import moe_layer_numbers
+from megatron_emoe.routing.transformer_config import check_ks
+from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ElasticConfig, flag
+from megatron_emoe.settings.flag_files import own_command
+from megatron_emoe.settings.refusal import fail
+from megatron_emoe.settings.tail_scale import parse_tail_scale
+from megatron_emoe.sweep.curve import sensitivity_budgets
+from megatron_emoe.sweep.evidence import save_matrices
+from megatron_emoe.sweep.result import (
+    SweepCell,
+    SweepData,
+    SweepResult,
+    missing_ks,
+    resume,
+    save,
+    upsert_cell,
+    with_digest,
+)
+
+Budget = int | tuple[int, ...]
+"""k' everywhere, or one per MoE layer in layer order."""
+
+
+def per_layer(text: str) -> tuple[int, ...]:
+    """`2,4,4` as (2, 4, 4), for argparse."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r}: must be whole numbers with commas between them, such as 2,4,4") from None
+
+
+def check_sweep(args: Namespace) -> SweepResult:
+    """The result so far: the header of this sweep with the finished cells of --out. Nothing is built yet.
+
+    Raises:
+        ValueError: a k' out of range, a list of another length than the model has MoE layers, or an --out that cannot
+            be written or belongs to another sweep.
+    """
+    layers = len(moe_layer_numbers(args))
+    _check_ks(args, layers)
+    out = Path(args.out)
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    if args.max_eval_tokens < args.seq_length:
+        raise ValueError(
+            f"--max-eval-tokens {args.max_eval_tokens}: must hold one sequence of {args.seq_length} tokens"
+        )
+    if args.coverage_at_least < 1:
+        raise ValueError(f"--coverage-at-least {args.coverage_at_least}: must be at least 1")
+    model = _hugging_face(args) if args.hf else _megatron(args)
+    header = SweepResult(
+        schema=2,
+        label=args.label or Path(model["checkpoint"]).name,
+        **model,
+        num_experts=args.num_experts,
+        num_moe_layers=layers,
+        tail_scale=_tail_scale(args),
+        coverage_at_least=args.coverage_at_least if args.evidence else None,
+        dtype=str(args.params_dtype).removeprefix("torch."),
+        selection=args.emoe_selection,
+        combine=args.emoe_combine,
+        data=SweepData(path=tuple(map(str, args.data_path or [])), tokens=args.max_eval_tokens),
+        cells=(),
+        command=own_command(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return resume(out, header)
+
+
+def _check_ks(args: Namespace, num_moe_layers: int) -> None:
+    """Every k' can run, and there is one for each layer where there should be."""
+    if not args.k and not args.k_per_layer:
+        raise ValueError("--k is not given, nor --k-per-layer: which numbers of active experts?")
+    if args.layer_sensitivity and not args.k:
+        raise ValueError("--layer-sensitivity needs --k: the numbers of active experts to try in each layer")
+    for ks in args.k_per_layer:
+        if len(ks) != num_moe_layers:
+            text = ",".join(map(str, ks))
+            raise ValueError(f"--k-per-layer {text}: {len(ks)} numbers; the model has {num_moe_layers} MoE layers")
+    check_ks(args, "--k", dict.fromkeys(args.k))
+    check_ks(args, "--k-per-layer", dict.fromkeys(k for ks in args.k_per_layer for k in ks))
+
+
+def _megatron(args: Namespace) -> dict[str, Any]:
+    """What the header says of a Megatron checkpoint."""
+    checkpoint = locate(args.load, args.ckpt_step)
+    stored = stored_args(checkpoint)
+    if not _has_elastic_settings(stored) and args.emoe_tail_scale is None:
+        say(f"--load {args.load}: no elastic settings in this checkpoint; it is swept as a model of plain top-k")
+    return {
+        "framework": "megatron",
+        "checkpoint": args.load,
+        "iteration": iteration_of(checkpoint),
+        "k_train": stored.moe_router_topk,
+    }
+
+
+def _has_elastic_settings(stored: Namespace) -> bool:
+    """Whether a run stored elastic settings other than those of plain top-k."""
+    measuring = ("emoe_eval_k", "emoe_coactivation_interval", "emoe_seed", *MODEL_FEATURES)
+    settings = {field.name: field.default for field in dataclasses.fields(ElasticConfig)}
+    return any(getattr(stored, name, old) != old for name, old in settings.items() if name not in measuring)
+
+
+_NOT_IN_TRANSFORMERS = {
+    "sft": False,
+    "dataloader_inter_document_masking": False,
+    "reset_position_ids": False,
+    "reset_attention_mask": False,
+    "emoe_combine": "model",
+    "emoe_selection": "topk",
+}
+
+
+def _hugging_face(args: Namespace) -> dict[str, Any]:
+    """What the header says of a folder of transformers."""
+    if args.world_size != 1:
+        raise ValueError(f"--hf {args.hf}: transformers runs in one process, here are {args.world_size}: no torchrun")
+    for name, plain in _NOT_IN_TRANSFORMERS.items():
+        if getattr(args, name) != plain:
+            raise ValueError(f"{flag(name)} has no meaning with --hf: transformers runs the model by its own code")
+    settings = args.hf_settings
+    if settings is None:
+        say(f"--hf {args.hf}: no elastic settings in its config.json; it is swept as a model of plain top-k")
+    return {
+        "framework": "transformers",
+        "checkpoint": str(args.hf),
+        "iteration": (settings or {}).get("iteration", 0),
+        "k_train": args.moe_router_topk,
+    }
+
+
+def _tail_scale(args: Namespace) -> dict[str, float] | None:
+    if args.emoe_tail_scale is None:
+        return None
+    return {str(k): scale for k, scale in parse_tail_scale(args.emoe_tail_scale).table}
+
+
+def say(message: str) -> None:
+    """Print from the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def budgets(args: Namespace, result: SweepResult) -> list[Budget]:
+    """Everything asked for, each once: --k, --k-per-layer, and with --layer-sensitivity its lists and k itself."""
+    asked: list[Budget] = [*args.k, *args.k_per_layer]
+    if args.layer_sensitivity:
+        assert result.num_moe_layers is not None
+        asked += [result.k_train, *sensitivity_budgets(args.k, result.k_train, result.num_moe_layers)]
+    return list(dict.fromkeys(asked))
+
+
+def unfinished(args: Namespace, result: SweepResult) -> list[Budget]:
+    """The budgets without a cell, or without what --evidence and --latency ask for."""
+    fields = ["router_entropy"] * args.evidence + ["latency_ms_large"] * args.latency
+    return missing_ks(result, budgets(args, result), fields)
+
+
+def by_layer(k: Budget, layers: Sequence[int]) -> int | dict[int, int]:
+    """One k' per MoE layer as a mapping from layer numbers, in which dense layers count."""
+    return k if isinstance(k, int) else dict(zip(layers, k, strict=True))
+
+
+class Model(Protocol):
+    """A built model with its held-out data, as `fill` measures it. Methods are collective."""
+
+    digest: str
+
+    def cell(self, k: Budget) -> SweepCell:
+        """The plain cell: loss, speed, rows, cost."""
+
+    def evidence(self, k: Budget) -> tuple[dict[str, Any], Mapping[int, Any]]:
+        """The cell's fields of evidence, and the co-activation matrices by layer."""
+
+    def latency(self, k: Budget) -> dict[str, Any]:
+        """The cell's latency fields."""
+
+
+def fill(args: Namespace, result: SweepResult, model: Model, writes: bool) -> SweepResult:
+    """Measure what is unfinished; --out is rewritten after every cell where `writes`."""
+    try:
+        result = with_digest(result, model.digest)
+    except ValueError as error:
+        fail(f"--out {args.out}: {error}")
+    known = {cell.k: cell for cell in result.cells}
+    for k in tqdm(unfinished(args, result), desc="k'", unit="k", disable=not writes):
+        cell = known.get(k) or model.cell(k)
+        if args.evidence and cell.router_entropy is None:
+            fields, matrices = model.evidence(k)
+            cell = dataclasses.replace(cell, **fields)
+            if writes:
+                save_matrices(Path(args.out), k, matrices, list(known))
+        if args.latency and cell.latency_ms_large is None:
+            cell = dataclasses.replace(cell, **model.latency(k))
+        known[k] = cell
+        result = upsert_cell(result, cell)
+        if writes:
+            save(result, args.out)
+    return result

@@ -1,0 +1,113 @@
+"""A transformers model for tools/eval_tasks.py: lm-eval's own HFLM at any k', with what passed through counted."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from megatron_emoe.hf.active_experts import counting_rows, set_active_experts, trained_k
+from megatron_emoe.hf.import_model import tokenizer_flags
+from megatron_emoe.hf.one_process import silent_transformers
+from megatron_emoe.hf.registry import read_config
+from megatron_emoe.settings.elastic_rules import check_tail_scale
+from megatron_emoe.settings.tail_scale import parse_tail_scale
+from megatron_emoe.tasks.results import Passage, TaskSettings, TasksResult, missing, resume
+from megatron_emoe.tasks.run import check, find_tasks, load_tasks, report_table, run_cells
+
+
+class HfTaskModel:
+    """`lm` for lm-eval, and `active` to run it at k'. tail_scale: as set_active_experts takes it."""
+
+    def __init__(self, lm: HFLM, tail_scale: Mapping[int, float] | None = None) -> None:
+        self.lm, self.tail_scale = lm, tail_scale
+
+    @contextmanager
+    def active(self, k: int) -> Iterator[Passage]:
+        """Inside, k' = `k`. The value is complete on the way out: what went through the model inside."""
+        set_active_experts(self.lm.model, k, self.tail_scale)
+        passage = Passage()
+        hook = self.lm.model.get_input_embeddings().register_forward_pre_hook(_token_counter(passage))
+        try:
+            with counting_rows(self.lm.model) as rows:
+                yield passage
+        finally:
+            hook.remove()
+        passage.rows = rows
+
+
+def _token_counter(passage: Passage) -> Callable[[nn.Module, tuple], None]:
+    def count(_embedding: nn.Module, inputs: tuple) -> None:
+        passage.tokens += inputs[0].numel()
+
+    return count
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder (ValueError: there is none that can be read)."""
+    if "tokenizer_model" not in tokenizer_flags(folder, folder):  # transformers would make up an empty one
+        raise ValueError(f"--load {folder}: no tokenizer in it (tokenizer.json, tokenizer.model or vocab.json)")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--load {folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
+
+
+def load_model(folder: Path, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The model in a folder, in evaluation mode. dtype: "auto" for the stored one, or torch's name of a type.
+
+    Raises:
+        ValueError: weights that are not in its files; transformers would go on with random numbers.
+    """
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    with silent_transformers():
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=wanted, trust_remote_code=False, output_loading_info=True
+        )
+    lost = [*loading["missing_keys"], *loading["mismatched_keys"]]
+    if lost:
+        raise ValueError(f"--load {folder}: not in its files, or of another shape: {', '.join(map(str, lost))}")
+    return model.to(device).eval()
+
+
+def run(args: Namespace, header: Callable[..., TasksResult]) -> None:
+    """tools/eval_tasks.py on a Hugging Face folder (ValueError: refused before the model is loaded)."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(f"WORLD_SIZE {os.environ['WORLD_SIZE']}: --model hf runs in one process, without torchrun")
+    config = read_config(args.load)
+    max_length = check(args, config.num_experts, config.max_position_embeddings)
+    if args.micro_batch_size < 1:
+        raise ValueError(f"--micro-batch-size {args.micro_batch_size}: must be at least 1")
+    stored = getattr(config, "emoe", None) or {}  # what an export says of its training
+    words = args.emoe_tail_scale or stored.get("tail_scale")
+    check_tail_scale(words, trained_k(config), config.num_experts)
+    tail = dict(parse_tail_scale(words).table) if words else {}
+    dtype = str(config.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype
+    settings = TaskSettings(shots=args.num_fewshot, limit=args.limit, max_length=max_length, dtype=dtype)
+    fresh = header(
+        args,
+        framework="transformers",
+        iteration=0,
+        k_train=trained_k(config),
+        num_experts=config.num_experts,
+        tail_scale={str(k): scale for k, scale in tail.items()},
+        settings=settings,
+    )
+    result = resume(args.out, fresh)
+    manager, names = find_tasks(args)
+    if not missing(result, args.k, names):
+        report_table(result)
+        return
+    tokenizer = load_tokenizer(args.load)
+    tasks = load_tasks(manager, names)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.host_mode else "cpu")
+    model = load_model(args.load, args.dtype, device)
+    lm = HFLM(model, tokenizer=tokenizer, batch_size=args.micro_batch_size, max_length=max_length)
+    report_table(run_cells(args, result, HfTaskModel(lm, tail), tasks))

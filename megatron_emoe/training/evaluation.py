@@ -1,0 +1,166 @@
+"""Held-out loss at any number of active experts, with proof of the number that ran."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import nn
+
+from megatron_emoe.routing.active_k import get_active_k
+from megatron_emoe.routing.moe_layer import ElasticMoELayer
+
+Batches = Mapping[int, Sequence[Any]]
+"""Micro-batches on this rank, as the data loader gave them, by virtual pipeline chunk; a rank that reads none has no
+entry."""
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """loss: mean over the tokens that count, nats. tokens: how many those are, over all ranks. seconds: wall time on
+    this rank. positions: tokens that went through the model, over all ranks."""
+
+    loss: float
+    tokens: int
+    seconds: float
+    positions: int
+
+
+class Evaluator:
+    """Runs the same micro-batches through a model at one k' after another.
+
+    forward_step: of one micro-batch, as Megatron's schedules take it. args: Megatron's namespace.
+    """
+
+    def __init__(self, args: Namespace, forward_step: Callable) -> None:
+        self.args = args
+        self.forward_step = forward_step
+
+    def loss_at_k(
+        self,
+        model: list[nn.Module],
+        batches: Batches,
+        k: int | Sequence[int] | Mapping[int, int] | None,
+        steps: int,
+    ) -> HeldOutLoss:
+        """Evaluate `steps` global batches with k' = `k`: one number, one per layer, or the model's own (None).
+
+        The model must be in evaluation mode. Collective; every rank gets the result.
+        """
+        iterators = [iter(batches[i]) if i in batches else None for i in range(len(model))]
+        totals = torch.zeros(2, dtype=torch.float64, device=current_device())
+        start = time.perf_counter()
+        with get_active_k().evaluating(k), torch.no_grad():
+            for _ in range(steps):
+                for report in self._step(model, iterators):
+                    totals += report["lm loss"].double()
+        if parallel_state.is_pipeline_last_stage():
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            torch.distributed.all_reduce(totals, group=group)
+        torch.distributed.broadcast(totals, src=torch.distributed.get_world_size() - 1)  # it holds the last stage
+        loss, tokens = totals.tolist()  # sync: evaluation only
+        positions = steps * self.args.eval_global_batch_size * self.args.seq_length
+        return HeldOutLoss(loss / tokens, int(tokens), time.perf_counter() - start, positions)
+
+    def _step(self, model: list[nn.Module], iterators: list[Iterator | None]) -> list[dict[str, torch.Tensor]]:
+        batch, micro = self.args.eval_global_batch_size, self.args.eval_micro_batch_size
+        return self.forward(model, iterators, batch // (micro * self.args.data_parallel_size))
+
+    def forward(
+        self, model: list[nn.Module], iterators: list[Iterator | None], micro_batches: int, **changes: Any
+    ) -> Any:
+        """Run micro-batches through the pipeline, forward only. changes: of what the core's schedule is called with."""
+        args, config = self.args, get_model_config(model[0])
+        call = {
+            "forward_step_func": self.forward_step,
+            "data_iterator": iterators if len(model) > 1 else iterators[0],
+            "model": model,
+            "num_microbatches": micro_batches,
+            "seq_length": args.seq_length,
+            "micro_batch_size": args.eval_micro_batch_size,
+            "decoder_seq_length": args.decoder_seq_length,
+            "forward_only": True,
+        }
+        timers, config.timers = config.timers, None  # evaluation is not timed, as in the core
+        try:
+            return get_forward_backward_func()(**call | changes)
+        finally:
+            config.timers = timers
+
+
+@contextmanager
+def counting_rows(model: list[nn.Module]) -> Iterator[Callable[[], dict[int, int]]]:
+    """Count the rows that reach the experts inside; the value is a collective function giving rows by layer number.
+
+    Rows, not flags, prove which k ran: tokens x k over all ranks. Shapes are read on the host: no sync. Rows that a
+    dispatcher adds to fill the blocks of FP8 kernels do not count; see ElasticMoELayer.rows_of_tokens.
+    """
+    local: Counter[int] = Counter()
+    hooks = []
+    for chunk in model:
+        for layer in (module for module in chunk.modules() if isinstance(module, ElasticMoELayer)):
+            hooks.append(layer.experts.register_forward_pre_hook(_row_counter(local, layer)))
+    try:
+        yield lambda: _sum_over_ranks(local)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _row_counter(rows: Counter[int], layer: ElasticMoELayer) -> Callable[[nn.Module, tuple], None]:
+    number, shards = layer.router.global_layer_number, parallel_state.get_expert_tensor_parallel_world_size()
+
+    def count(_module: nn.Module, inputs: tuple) -> None:
+        rows[number] += layer.rows_of_tokens(inputs[0].shape[0], shards)
+
+    return count
+
+
+def _sum_over_ranks(local: Counter[int]) -> dict[int, int]:
+    """Every rank's rows; ranks that share an expert by tensor parallelism see the same rows, which count once."""
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    mine = {layer: int(rows) for layer, rows in local.items()}  # sync: padded rows only, once per evaluation
+    torch.distributed.all_gather_object(everyone, mine)
+    total = sum((Counter(rows) for rows in everyone), Counter())
+    copies = parallel_state.get_expert_tensor_parallel_world_size()
+    return {layer: total[layer] // copies for layer in sorted(total)}
+
+
+_SAMPLES_UNIT = 64
+
+
+def sequences_to_evaluate(available: int, batch: int) -> int:
+    """How many of the available sequences are evaluated in whole global batches; 0 where there are fewer than one.
+
+    A multiple of 64 where the data allow it, so that layouts with other batch sizes evaluate the same tokens.
+    """
+    unit = math.lcm(_SAMPLES_UNIT, batch)
+    return available // unit * unit or available // batch * batch
+
+
+def data_digest(dataset: Any, sequences: int) -> str:
+    """SHA-256 of what a loss is measured on: of each of the first sequences the tokens, then the labels, both int64 in
+    little-endian order, a label that does not count as -100."""
+    digest = hashlib.sha256()
+    for index in range(sequences):
+        sample = dataset[index]
+        labels = torch.as_tensor(sample["labels"]).masked_fill(torch.as_tensor(sample["loss_mask"]) == 0, -100)
+        for ids in (torch.as_tensor(sample["tokens"]), labels):
+            digest.update(ids.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def current_device() -> torch.device:
+    """The GPU of this rank, or the CPU in host mode."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,229 @@
+"""What Megatron's training loop calls: the forward step, the validation at every k', FLOPs at the expected k."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from copy import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model, unwrap_model
+from megatron.training import training as core_training
+from megatron.training.global_vars import get_signal_handler, get_tensorboard_writer, get_timers
+from megatron.training.utils import print_rank_last
+from torch import Tensor
+
+from megatron_emoe.data.datasets import get_batch
+from megatron_emoe.routing.active_k import expected_k, get_active_k
+from megatron_emoe.routing.metrics import get_elastic_tracker
+from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
+from megatron_emoe.training import exit_signals
+from megatron_emoe.training.distillation import forward_with_teacher, wants_teacher
+from megatron_emoe.training.evaluation import Evaluator, current_device
+
+
+def language_model_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the token losses, number of tokens, and both for the log; losses [batch, sequence] in nats."""
+    mask_T = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask_T)
+    tokens = mask_T.sum().int()
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
+
+
+SPIKE = 10.0  # --check-for-spiky-loss: a loss this many times the largest of the first hundred is computed again
+_OVER, _NEVER = -1.0, 1e9  # minutes
+_count_flops = core_training.num_floating_point_operations  # the core's own, before any loop replaced it
+
+
+class ElasticLoop:
+    """Forward step and evaluation for `megatron.training.pretrain`.
+
+    args: Megatron's namespace, of which the loop itself changes curr_iteration. config: the model's configuration.
+    """
+
+    def __init__(self, args: Namespace, config: ElasticTransformerConfig) -> None:
+        self.args = args
+        self.config = config
+        self._recorded: dict[int, list[Any]] = {}
+        self._source = self._validation_source = 0
+        self._exit_duration = args.exit_duration_in_mins
+        tracker = get_elastic_tracker()
+        layers = config.num_layers + (config.mtp_num_layers or 0)
+        folder = args.save or args.tensorboard_dir
+        tracker.configure(layers, config.num_moe_experts, folder, config.emoe_router_watch)
+        _report_expected_flops(args, config)
+
+    def forward_step(self, data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Tensor, partial]:
+        """One micro-batch: output of this pipeline stage, and the loss function for the last one."""
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        if model.training:
+            self._begin(model)
+        else:
+            self._let_evaluation_end()
+            if self.config.emoe_eval_k:
+                data_iterator = self._recording(data_iterator, vp_stage or 0)
+        return self.forward(data_iterator, model)
+
+    def forward(self, data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Tensor, partial]:
+        """The same without a word to the owner of k or a record of the batch: for an evaluation at a given k'."""
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        timers("batch-generator").stop()
+        inputs = {
+            "input_ids": batch["tokens"],
+            "position_ids": batch["position_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": batch["labels"],
+            "loss_mask": batch["loss_mask"],
+            "packed_seq_params": batch["packed_seq_params"],
+        }
+        if not (model.training and self.config.emoe_distill_coeff):
+            return model(**inputs), partial(self._checked_loss, batch["loss_mask"])
+        if self._wants_teacher(model):
+            output, divergence = forward_with_teacher(model, inputs)
+        else:
+            output = model(**inputs)
+            divergence = torch.zeros_like(output)
+        return output, partial(self._distilled_loss, batch["loss_mask"], divergence)
+
+    def _wants_teacher(self, model: torch.nn.Module) -> bool:
+        config = self.config
+        place = (self.args.curr_iteration, _microbatch(model))
+        return wants_teacher(config, config.moe_router_topk, *place, num_layers=config.num_layers)
+
+    def _distilled_loss(
+        self, loss_mask: Tensor, divergence: Tensor, losses: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, tokens, report = self._checked_loss(loss_mask, losses)
+        distance, _, distance_report = language_model_loss(loss_mask, divergence)
+        report["distillation loss"] = distance_report["lm loss"]
+        return loss + self.config.emoe_distill_coeff * distance, tokens, report
+
+    def _checked_loss(self, loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, tokens, report = language_model_loss(loss_mask, losses)
+        if self.args.check_for_nan_in_loss_and_grad and losses.requires_grad:
+            for rejects, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+                get_rerun_state_machine().validate_result(
+                    result=loss,
+                    rejection_func=rejects,
+                    message=f"found {what} in the local forward loss",
+                    tolerance=0.0,
+                    fatal=True,
+                )
+        if self.args.check_for_spiky_loss and losses.requires_grad:
+            machine = get_rerun_state_machine()
+            machine.validate_result(
+                result=loss,
+                rejection_func=partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss"),
+                message="spiky loss",
+                tolerance=0.0,
+                fatal=False,
+            )
+        return loss, tokens, report
+
+    def _begin(self, model: torch.nn.Module) -> None:
+        """Tell the owner of k, and the metrics, where training stands: host arithmetic."""
+        iteration = self.args.curr_iteration
+        self.args.exit_duration_in_mins = self._exit_duration
+        if self.config.draws:  # else the core's random-state tracker, which CUDA graphs read too, stays as it is
+            get_active_k().begin_microbatch(iteration, _microbatch(model))
+        interval = self.config.emoe_coactivation_interval
+        get_elastic_tracker().begin_step(iteration, self.args.log_interval, interval)
+
+    def _let_evaluation_end(self) -> None:
+        """After a signal, end the running evaluation: the core leaves it where --exit-duration-in-mins is over on any
+        rank, which is all that it looks at between two batches. Training has its own look at signals."""
+        if self.args.exit_signal_handler:
+            unless_asked = self._exit_duration or _NEVER
+            self.args.exit_duration_in_mins = _OVER if exit_signals.came() else unless_asked
+
+    def _asked_to_end(self) -> bool:
+        """Whether a signal came on any rank. Collective; sync: evaluation only."""
+        return self.args.exit_signal_handler and any(get_signal_handler().signals_received())
+
+    def _recording(self, data_iterator: Iterator | None, chunk: int) -> Iterator | None:
+        """The same iterator, whose batches are kept (on the CPU) to be evaluated again at other k'."""
+        if data_iterator is None:
+            return None
+        self._source = id(data_iterator)
+        batch = next(data_iterator)
+        self._recorded.setdefault(chunk, []).append(batch)
+        return iter([batch])
+
+    def validate_at_each_k(self, model: list[torch.nn.Module]) -> None:
+        """Validation loss at each --emoe-eval-k on the batches just evaluated; the loop's `non_loss_data_func`."""
+        recorded, self._recorded = self._recorded, {}
+        split = self._evaluated_split()
+        evaluator = Evaluator(self.args, self.forward)
+        steps = self.args.eval_iters
+        losses = {}
+        for k in self.config.emoe_eval_k or []:
+            if not self._asked_to_end():
+                losses[k] = evaluator.loss_at_k(model, recorded, k, steps).loss
+        if losses:
+            self._log_losses(split, losses)
+
+    def _evaluated_split(self) -> str:
+        """valid or test: the loop does not say which; the first source of batches is validation where there is any.
+
+        Only some ranks read data, so they agree by a reduction.
+        """
+        if self.args.do_valid and not self._validation_source:
+            self._validation_source = self._source
+        is_test = torch.tensor(float(self._source != self._validation_source), device=current_device())
+        torch.distributed.all_reduce(is_test, op=torch.distributed.ReduceOp.MAX)
+        return "test" if is_test.item() else "valid"  # sync: evaluation only
+
+    def _log_losses(self, split: str, losses: dict[int, float]) -> None:
+        """Log, TensorBoard, and one JSON line beside the checkpoint."""
+        iteration, name = self._iteration(), {"valid": "validation", "test": "test"}[split]
+        values = " | ".join(f"k'={k}: {loss:.6E}" for k, loss in losses.items())
+        print_rank_last(f" {name} loss at iteration {iteration} | {values}")
+        writer = get_tensorboard_writer()
+        for k, loss in losses.items():
+            if writer is not None:
+                writer.add_scalar(f"emoe/{name} loss at k={k}", loss, iteration)
+        folder = self.args.save or self.args.tensorboard_dir
+        if folder and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            record = {"iteration": iteration, "split": split, "loss": losses}
+            append_json_line(Path(folder) / "validation_k.jsonl", record)
+
+    def _iteration(self) -> int:
+        """Completed iterations; the loop counts curr_iteration from 0 and leaves it unset where it does not train."""
+        return max(getattr(self.args, "curr_iteration", -1) + 1, self.args.iteration)
+
+
+def append_json_line(path: Path, record: dict) -> None:
+    """Append one JSON object as a line, in a single write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _microbatch(model: torch.nn.Module) -> int:
+    """Index of the micro-batch within the step; the core's schedules write it into every layer before each forward."""
+    unwrapped = unwrap_model(model)
+    layers = list(unwrapped.decoder.layers)
+    if not layers and getattr(unwrapped, "mtp", None) is not None:
+        layers = [layer.mtp_model_layer for layer in unwrapped.mtp.layers]
+    return layers[0].current_microbatch if layers else 0
+
+
+def _report_expected_flops(args: Namespace, config: ElasticTransformerConfig) -> None:
+    """Let the log's FLOPs and MFU use E[k], or the measured mean where every token has its own: the core reads
+    --moe-router-topk there, and has no seam for it."""
+
+    def at_expected_k(namespace: Namespace, *rest: Any, **kwargs: Any) -> float:
+        elastic = copy(namespace)
+        k = expected_k(config, config.moe_router_topk, getattr(args, "curr_iteration", 0))
+        measured = get_elastic_tracker().mean_k if config.counts_vary else None
+        elastic.moe_router_topk = k if measured is None else measured
+        return _count_flops(elastic, *rest, **kwargs)
+
+    core_training.num_floating_point_operations = at_expected_k

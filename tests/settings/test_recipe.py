@@ -1,0 +1,43 @@
+"""examples/recipe.args is what the study measured, and holds for every model that has a flag file."""
+
+import argparse
+import sys
+
+import pytest
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from megatron_emoe.routing.active_k import k_probabilities
+from megatron_emoe.settings.elastic_config import ElasticConfig
+from megatron_emoe.settings.elastic_rules import validate_elastic
+from megatron_emoe.settings.flag_files import expand
+from tests.distributed import REPO
+
+RECIPE = REPO / "examples/recipe.args"
+
+
+def elastic(words: list[str]) -> ElasticConfig:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    ArgumentGroupFactory(ElasticConfig).build_group(parser, "elastic MoE")
+    return ElasticConfig(**vars(parser.parse_args(words)))
+
+
+def test_the_study_measured_the_recipe(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(REPO / "benchmarks"), *sys.path])
+    import study_methods
+
+    (recipe,) = (method for method in study_methods.MAIN if method.name == "recipe")
+    assert expand([f"@{RECIPE}"]) == recipe.flags.split()
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "examples/models").glob("*.args")), ids=lambda file: file.stem)
+def test_every_model_can_take_it(file):
+    words = expand([f"@{file}"])
+    flags = dict(zip(words, [*words[1:], ""], strict=True))
+    k, experts = int(flags["--moe-router-topk"]), int(flags["--num-experts"])
+    settings = elastic(expand([f"@{RECIPE}"]))
+    validate_elastic(settings, model_k=k, num_experts=experts)
+    chances = k_probabilities(settings, k)
+    assert list(chances) == list(range(k, 3 * k + 1))
+    assert chances[k] == 0.5
+    assert settings.tail_scale_at(3 * k, k) == 0.25
+    assert settings.tail_scale_at(k, k) == 1.0

@@ -1,0 +1,155 @@
+"""The command that picks a k': its answer, what it prints to run and measure, and how it fails."""
+
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megatron_emoe.sweep import curve as sweep
+from megatron_emoe.sweep.curve import SweepResult
+from tests import sweep_results
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "tools"))
+import pick_k  # noqa: E402
+
+# k = 4; two MoE layers, of which the first hardly needs its experts.
+CURVE = {1: 2.4, 2: 2.2, 3: 2.1, 4: 2.0, 6: 1.95, 8: 1.97}
+LAYERS = {(1, 4): 2.03, (2, 4): 2.01, (3, 4): 2.004, (4, 1): 2.32, (4, 2): 2.12, (4, 3): 2.05}
+
+make_result = partial(
+    sweep_results.make_result,
+    "elastic",
+    num_moe_layers=2,
+    command="python tools/sweep_k.py --load runs/elastic --k 1 2 3 4 6 8 --data-path held-out --out first.json",
+)
+
+
+@pytest.fixture
+def answer(tmp_path, capsys):
+    """What the command prints for a result and flags."""
+
+    def run(result: SweepResult, *flags: str) -> str:
+        path = tmp_path / "sweep.json"
+        sweep.save(result, path)
+        pick_k.main([str(path), *flags])
+        return capsys.readouterr().out.replace(str(path), "SWEEP")
+
+    return run
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_flops_answer_with_a_predicted_allocation_and_its_command(answer):
+    text = answer(make_result(CURVE | LAYERS), "--max-flops", "0.6")
+    # Uniform 2: 4 of 8 experts. (1, 3) is predicted at 2.2 + (0.03 + 0.05) - (0.01 + 0.12) = 2.15.
+    assert rows(text) == [
+        ["2", "4", "0.500", "2.2000", "+0.2000", "measured"],
+        ["1,3", "4", "0.500", "2.1500", "+0.1500", "predicted, per layer"],
+    ]
+    assert "best: k' = 2, loss 2.2000 (measured)\n" in text
+    assert "per layer: not all of it is measured, and nothing measured is better than 2 everywhere\n" in text
+    assert (
+        "  torchrun --nproc-per-node 1 tools/sweep_k.py --load runs/elastic --k 1 2 3 4 6 8 --data-path held-out "
+        "--k-per-layer 1,3 --out SWEEP\n"
+    ) in text
+    assert "tools/sweep_k.py --load runs/elastic --data-path held-out --k 2 --out k2.json\n" in text
+    assert "vllm serve EXPORTED --hf-overrides '{\"num_experts_per_tok\": 2}'" in text
+
+
+def test_a_measured_allocation_that_is_better_is_the_answer(answer):
+    text = answer(make_result(CURVE | LAYERS | {(1, 3): 2.16}), "--max-flops", "0.6")
+    assert rows(text)[1] == ["1,3", "4", "0.500", "2.1600", "+0.1600", "measured, per layer"]
+    assert "best: k' = 1,3, loss 2.1600 (measured)" in text
+    assert "per layer: 1,3 is better than 2 everywhere, measured: loss -0.0400 at 1 times its expert FLOPs" in text
+    assert "predicted" not in text
+    assert "--k-per-layer 1,3" in text and "vllm serve" not in text
+
+
+def test_a_measured_allocation_that_is_worse_is_shown_and_not_the_answer(answer):
+    text = answer(make_result(CURVE | LAYERS | {(1, 3): 2.21}), "--max-flops", "0.6")
+    assert rows(text)[1] == ["1,3", "4", "0.500", "2.2100", "+0.2100", "measured, per layer"]
+    assert "best: k' = 2," in text
+    assert "per layer: measured, and not better than 2 everywhere\n" in text
+
+
+def test_without_measured_layers_it_says_how_to_measure_them(answer):
+    text = answer(make_result(CURVE), "--max-flops", "0.6")
+    assert len(rows(text)) == 1
+    assert "per layer: no layer was measured alone; to measure:" in text
+    assert re.search(r"sweep_k.py .* --layer-sensitivity --out SWEEP", text)
+
+
+def test_latency(answer):
+    result = make_result(CURVE, latency={2: 1.0, 4: 1.5})
+    text = answer(result, "--max-latency-ms", "1.2")
+    assert rows(text) == [["2", "4", "0.500", "2.2000", "+0.2000", "measured", "1"]]
+    assert "--max-latency-ms: at most 1.2 ms per token, one token alone" in text
+
+
+def test_quality(answer):
+    text = answer(make_result(CURVE), "--min-quality", "0.9")  # a loss of at most 2.0 - ln 0.9 = 2.1054
+    assert "best: k' = 3, loss 2.1000" in text
+
+
+def test_the_tail_scale_in_force_is_said(answer):
+    text = answer(make_result(CURVE, tail_scale={"6": 0.25, "8": 0.1}), "--max-flops", "2")
+    assert "best: k' = 6, loss 1.9500 (measured), with tail scale 0.25\n" in text
+    assert "--k 6 --emoe-tail-scale 6:0.25 8:0.1 --out k6.json" in text
+    assert "do not serve a tail scale (here 0.25)" in text
+
+
+def test_nothing_fits_is_one_line_and_a_bad_status(tmp_path):
+    path = tmp_path / "sweep.json"
+    sweep.save(make_result(CURVE), path)
+    run = subprocess.run(
+        [sys.executable, pick_k.__file__, str(path), "--max-flops", "0.2"],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        env={"PYTHONPATH": str(REPO)},
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == (
+        "pick_k.py: --max-flops 0.2: no measured k' of elastic has at most 0.2 times the expert FLOPs at k = 4; "
+        "the nearest is k' = 1 with 0.25\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "one of the arguments --max-flops --max-latency-ms --min-quality is required"),
+        (["--max-flops", "1", "--min-quality", "1"], "not allowed with argument --max-flops"),
+        (["--max-flops", "1", "--at", "large"], "--at: only with --max-latency-ms"),
+    ],
+)
+def test_flags_that_do_not_go_together(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        pick_k.main([str(tmp_path / "sweep.json"), *flags])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-flops", "0"], "--max-flops 0: must be a finite number above 0"),
+        (["--max-latency-ms", "1", "--at", "large"], "has no latency_ms_large; must be measured"),
+    ],
+)
+def test_bad_values(tmp_path, flags, message):
+    path = tmp_path / "sweep.json"
+    sweep.save(make_result(CURVE), path)
+    with pytest.raises(SystemExit, match=f"pick_k.py: .*{message}"):
+        pick_k.main([str(path), *flags])
+
+
+def test_an_unreadable_sweep(tmp_path):
+    with pytest.raises(SystemExit, match="nowhere.json: cannot be read"):
+        pick_k.main([str(tmp_path / "nowhere.json"), "--max-flops", "1"])

@@ -1,0 +1,132 @@
+"""Self-distillation: the divergence against torch's own, who teaches whom, and a whole run with and without it."""
+
+import re
+
+import pytest
+import torch
+from torch.nn.functional import kl_div, log_softmax
+
+from megatron_emoe.settings.elastic_config import ElasticConfig
+from megatron_emoe.training.distillation import wants_teacher
+from tests.distributed import run_ranks
+from tests.tiny import BASE, arguments, flags, start, train
+
+LARGER = {"emoe_selection": "prefix", "emoe_k_schedule": "default-or-larger", "emoe_k_max": 5}
+EP2 = {"expert_model_parallel_size": 2}
+STEPS = {"train_iters": 6, "global_batch_size": 8}
+TOO_SMALL_TO_COUNT = 1e-30
+TOKENS_OF_A_RANK = BASE["micro_batch_size"] * BASE["seq_length"]
+
+
+def divergence_of_a_shard(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The divergence of two ranks' halves of a vocabulary of 12, and the gradient of its weighted sum."""
+    from megatron.core import parallel_state
+
+    from megatron_emoe.training.distillation import teacher_divergence
+
+    start(tensor_model_parallel_size=2)
+    own, teacher, weights = logits_of_two_models(dtype)
+    half = slice(6 * parallel_state.get_tensor_model_parallel_rank(), None)
+    own = own[..., half][..., :6].requires_grad_()
+    divergence = teacher_divergence(own, teacher[..., half][..., :6], parallel_state.get_tensor_model_parallel_group())
+    (divergence * weights).sum().backward()
+    return divergence.detach(), own.grad
+
+
+def logits_of_two_models(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    own, teacher = (30 * torch.randn(2, 3, 12, generator=generator) for _ in range(2))
+    return own.to(dtype), teacher.to(dtype), torch.rand(2, 3, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_value_and_gradient_over_two_shards_are_those_of_torch_over_the_whole(dtype):
+    shards = run_ranks(divergence_of_a_shard, 2, dtype)
+    own, teacher, weights = logits_of_two_models(dtype)
+    own.requires_grad_()
+    targets = log_softmax(teacher.double(), dim=-1)
+    expected = kl_div(log_softmax(own.double(), dim=-1), targets, reduction="none", log_target=True).sum(-1)
+    (expected * weights).sum().backward()
+    for divergence, _ in shards:
+        torch.testing.assert_close(divergence.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    gradient = torch.cat([grad for _, grad in shards], dim=-1)
+    torch.testing.assert_close(gradient, own.grad, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("draw", ["step", "layer"])
+def test_a_teacher_is_wanted_exactly_where_a_layer_draws_more(draw):
+    from megatron_emoe.routing.active_k import Place, scheduled_k
+
+    elastic = ElasticConfig(**LARGER, emoe_k_draw=draw, emoe_distill_coeff=0.5)
+    answers = set()
+    for iteration in range(40):
+        drawn = [scheduled_k(elastic, 2, Place(iteration, 0, layer)) for layer in (1, 2, 3)]
+        wanted = wants_teacher(elastic, 2, iteration, 0, num_layers=3)
+        assert wanted == (max(drawn) > 2)
+        answers.add(wanted)
+    assert answers == {True, False}
+    assert not any(wants_teacher(ElasticConfig(**LARGER), 2, i, 0, num_layers=3) for i in range(40))
+
+
+def logged(log: str, name: str) -> list[float]:
+    return [float(value) for value in re.findall(rf" {name}: (\S+)", log)]
+
+
+def test_with_a_weight_too_small_to_count_a_run_is_the_run_without_and_the_teacher_ran_at_k():
+    words = flags(**EP2 | LARGER | STEPS)
+    plain = run_ranks(train, 2, words)
+    taught = run_ranks(train, 2, [*words, "--emoe-distill-coeff", str(TOO_SMALL_TO_COUNT)])
+    for mine, theirs in zip(taught, plain, strict=True):
+        assert mine.weights.keys() == theirs.weights.keys()
+        assert all(torch.equal(mine.weights[name], theirs.weights[name]) for name in mine.weights)
+    assert logged(taught[1].log, "lm loss") == logged(plain[1].log, "lm loss")
+    assert len(logged(taught[1].log, "distillation loss")) == STEPS["train_iters"]
+
+    elastic = ElasticConfig(**LARGER, emoe_distill_coeff=TOO_SMALL_TO_COUNT)
+    teaching = [i for i in range(STEPS["train_iters"]) if wants_teacher(elastic, 2, i, 0, num_layers=2)]
+    assert 0 < len(teaching) < STEPS["train_iters"]
+    for run in taught:
+        routes = [route for route in run.routes if not route.training]
+        assert all(not route.grad and route.map_TE.sum() == 2 * TOKENS_OF_A_RANK for route in routes)
+        assert {route.step for route in routes} == set(teaching)
+    distances = logged(taught[1].log, "distillation loss")
+    for step in (0, *range(2, STEPS["train_iters"])):  # the core's second line still holds the first step
+        assert (distances[step] > 0) == (step in teaching)
+
+
+def test_distillation_draws_the_outputs_together():
+    words = flags(**EP2 | LARGER | STEPS | {"emoe_k_default_prob": 1e-9, "train_iters": 25, "lr": 1e-2})
+    loose, tight = (
+        logged(run_ranks(train, 2, [*words, "--emoe-distill-coeff", str(coeff)])[1].log, "distillation loss")[-5:]
+        for coeff in (TOO_SMALL_TO_COUNT, 10)
+    )
+    assert sum(tight) < sum(loose) / 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"emoe_distill_coeff": -1.0}, r"--emoe-distill-coeff -1.0: must be a finite number of at least 0"),
+        (
+            {"emoe_selection": None, "emoe_k_schedule": None, "emoe_k_max": None},
+            r"--emoe-distill-coeff 0.5: needs an --emoe-k-schedule that draws more than --moe-router-topk 2 experts",
+        ),
+        (
+            {"mtp_num_layers": 1},
+            r"--emoe-distill-coeff 0.5 cannot be combined with --mtp-num-layers 1: its losses are computed inside",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2},
+            r"--emoe-distill-coeff 0.5 cannot be combined with --pipeline-model-parallel-size 2: one stage",
+        ),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(RuntimeError, match=message):
+        run_ranks(arguments_of, 2 if "pipeline_model_parallel_size" in settings else 1, settings)
+
+
+def arguments_of(settings: dict) -> None:
+    from megatron_emoe.routing.transformer_config import elastic_config_from_args
+
+    elastic_config_from_args(arguments(flags(**LARGER | {"emoe_distill_coeff": 0.5} | settings)))
