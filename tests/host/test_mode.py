@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pretrain_stock
 import pytest
 import torch
 
 from megatron_emoe.host import mode as host_mode
+from tests import pretrain_stock
 from tests.distributed import REPO, run_ranks, torchrun
 
 MODEL = (
