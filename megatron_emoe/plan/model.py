@@ -14,7 +14,7 @@ from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.elastic_config import flag
 from megatron_emoe.training.arguments import completed, parsed
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 MODELS = {
     "olmoe-7b": "olmoe_1b_7b.args",
