@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 pretrain_emoe.py --emoe-selection coactivation --emoe-pool-k 8 ...
 
-All of Megatron's flags, plus the group "elastic MoE" (--help). Continue from a checkpoint with --load DIR --finetune.
+All of Megatron's flags (--help-all), plus the group "elastic MoE" (--help). Continue from a checkpoint with --load DIR
+--finetune.
 """
 
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.training import exit_signals
+from megatron_emoe.training.first_look import look_at_training
 
 exit_signals.start()
+look_at_training(__doc__)
 host_mode.start()
 
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402

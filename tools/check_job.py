@@ -6,17 +6,19 @@ After `--` come the flags of pretrain_emoe.py. Exit status 2, with flag or path,
 refused on the nodes, could not be stopped and requeued, or could not write a checkpoint.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from megatron_emoe.plan.preflight import Job, check
+from megatron_emoe.plan.job import Job, check_given
+from megatron_emoe.settings import flag_files
+from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.flag_types import whole
 from megatron_emoe.settings.refusal import fail
-from megatron_emoe.training.arguments import whole
+from megatron_emoe.training.first_look import check_words
 
 
 def read_job(words: list[str]) -> Job:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, epilog="The flags of pretrain_emoe.py: pretrain_emoe.py --help, and --help-all.")
     parser.add_argument("--nodes", type=whole, required=True, help="Nodes of the job.")
     parser.add_argument("--processes", type=whole, required=True, help="Ranks on each node.")
     parser.add_argument("--gpus", type=int, help="GPUs on each node; 0: host mode. Default: as many as processes.")
@@ -33,6 +35,11 @@ def main() -> None:
         own, flags = own[:split], own[split + 1 :]
     job = read_job(own)
     try:
+        flags = flag_files.expand(flags)
+        check_given(job, flags)
+        check_words(flags)
+        from megatron_emoe.plan.preflight import check
+
         check(job, flags)
     except ValueError as error:
         fail(error)

@@ -7,23 +7,22 @@ second half of the tokens is fitted on and the first half judged; what is printe
 sweep may read without one that was fitted on.
 """
 
+from __future__ import annotations
+
+import math
+from argparse import ArgumentParser, Namespace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from megatron_emoe.host import mode as host_mode
+from megatron_emoe.settings.flag_files import own_command
+from megatron_emoe.settings.paths import check_out
+from megatron_emoe.settings.refusal import fail
+from megatron_emoe.training.first_look import look_at_evaluation
 
-host_mode.start()
-
-import math  # noqa: E402
-from argparse import ArgumentParser, Namespace  # noqa: E402
-from datetime import UTC, datetime  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import torch  # noqa: E402
-
-from megatron_emoe.model.checkpoint import locate  # noqa: E402
-from megatron_emoe.routing.transformer_config import check_ks  # noqa: E402
-from megatron_emoe.settings.flag_files import own_command  # noqa: E402
-from megatron_emoe.settings.refusal import fail  # noqa: E402
-from megatron_emoe.sweep.tail_fit import Fitted, run_fit, tail_scale_path  # noqa: E402
-from megatron_emoe.training.arguments import parse_evaluation  # noqa: E402
+if TYPE_CHECKING:
+    from megatron_emoe.sweep.tail_fit import Fitted
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -47,8 +46,20 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+def check_asked(args: Namespace) -> None:
+    """What can be refused without the checkpoint (ValueError with flag, value and rule)."""
+    if not 0 < args.max_scale < math.inf:
+        raise ValueError(f"--max-scale {args.max_scale}: must be above 0 and finite")
+    if args.out:
+        check_out(args.out)
+
+
 def check(args: Namespace) -> Path:
     """The file to write (ValueError with flag, value and rule)."""
+    from megatron_emoe.model.checkpoint import locate
+    from megatron_emoe.routing.transformer_config import check_ks
+    from megatron_emoe.sweep.tail_fit import tail_scale_path
+
     for k in args.k:
         if not args.moe_router_topk < k <= args.num_experts:
             rule = f"must lie in [{args.moe_router_topk + 1}, {args.num_experts}], above the k of the checkpoint"
@@ -58,12 +69,7 @@ def check(args: Namespace) -> Path:
         raise ValueError(
             f"--load {args.load}: was trained with --emoe-selection {args.emoe_selection}: no tail to scale"
         )
-    if not 0 < args.max_scale < math.inf:
-        raise ValueError(f"--max-scale {args.max_scale}: must be above 0 and finite")
-    target = Path(args.out) if args.out else tail_scale_path(locate(args.load, args.ckpt_step))
-    if not target.parent.is_dir():
-        raise ValueError(f"--out {target}: the folder {target.parent} does not exist")
-    return target
+    return Path(args.out) if args.out else tail_scale_path(locate(args.load, args.ckpt_step))
 
 
 def table(found: dict[int, Fitted]) -> str:
@@ -80,6 +86,18 @@ def table(found: dict[int, Fitted]) -> str:
 
 
 def main() -> None:
+    look_at_evaluation(__doc__, add_arguments, check_asked)
+    host_mode.start()
+    run()
+
+
+def run() -> None:
+    """The fit, with Megatron."""
+    import torch
+
+    from megatron_emoe.sweep.tail_fit import run_fit
+    from megatron_emoe.training.arguments import parse_evaluation
+
     fixed = {"skip_train": True, "no_load_optim": True, "no_load_rng": True, "split": "0,100,0"}
     fixed["create_attention_mask_in_dataloader"] = False
     args = parse_evaluation(add_arguments, **fixed, seed=1234)

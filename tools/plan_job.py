@@ -16,34 +16,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-warnings.filterwarnings("ignore")  # Megatron's, about libraries of GPUs
-logging.disable(logging.WARNING)
-
-from megatron_emoe.host import mode as host_mode  # noqa: E402
-
-host_mode.enable(force=True)  # a plan asks nothing of a GPU
-
-from megatron_emoe.plan import report as plan_report  # noqa: E402
-from megatron_emoe.plan.check import check_parameters  # noqa: E402
-from megatron_emoe.plan.layout import OPTIMIZER_STATES  # noqa: E402
-from megatron_emoe.plan.model import MODELS, read_model  # noqa: E402
-from megatron_emoe.plan.search import RECOMPUTATIONS, Machine, Plan, Wanted, propose  # noqa: E402
-from megatron_emoe.training.arguments import whole  # noqa: E402
-
-
-def positive(word: str) -> float:
-    """A number above 0."""
-    try:
-        number = float(word)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{word!r}: must be a number above 0")
-    return number
+from megatron_emoe.host import mode as host_mode
+from megatron_emoe.plan import report as plan_report
+from megatron_emoe.plan.layout import OPTIMIZER_STATES
+from megatron_emoe.plan.model import MODELS, read_model
+from megatron_emoe.plan.search import RECOMPUTATIONS, Machine, Plan, Wanted, propose
+from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.flag_types import positive, whole
+from megatron_emoe.settings.refusal import fail
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or a file of Megatron's flags")
     parser.add_argument("--recipe", metavar="FILE", help="flag file with the elastic settings, for E[k] and k_max")
     _add_job(parser)
@@ -132,6 +116,9 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
 
 def check(plan: Plan) -> int:
     """Build and compare; the exit status."""
+    host_mode.enable(force=True)  # the ranks have no memory, and none of a GPU
+    from megatron_emoe.plan.check import check_parameters
+
     print(f"{plan.model.name}, {plan.layout.name()}: every distinct rank built at full size on the meta device")
     agree = True
     for checked in check_parameters(plan.model, plan.layout):
@@ -143,13 +130,14 @@ def check(plan: Plan) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    warnings.filterwarnings("ignore")  # Megatron's, about libraries of GPUs
+    logging.disable(logging.WARNING)
     try:
         plans = plans_of(args)
         if args.check:
             return check(plans[0])
     except ValueError as error:
-        print(f"plan_job.py: error: {error}", file=sys.stderr)
-        return 2
+        fail(error)
     if args.print_flags:
         print(plan_report.flags_line(plans[0]))
     elif args.json:

@@ -8,17 +8,15 @@ the same tokens; parallel layout and --micro-batch-size may differ from training
 so an interrupted sweep goes on where it stopped, and --evidence or --latency can be added later.
 """
 
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
 from megatron_emoe.host import mode as host_mode
-
-host_mode.start()
-
-from argparse import ArgumentParser, Namespace  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-from megatron_emoe.settings.refusal import fail  # noqa: E402
-from megatron_emoe.sweep.request import check_sweep, per_layer  # noqa: E402
-from megatron_emoe.training.arguments import parse_evaluation  # noqa: E402
+from megatron_emoe.settings.flag_types import per_layer
+from megatron_emoe.settings.refusal import fail
+from megatron_emoe.sweep.request import check_asked, check_sweep
+from megatron_emoe.training.first_look import look_at_evaluation
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -75,6 +73,15 @@ def hf_arguments(folder: Path) -> tuple[Namespace, dict[str, Any] | None]:
 
 
 def main() -> None:
+    look_at_evaluation(__doc__, add_arguments, check_asked)
+    host_mode.start()
+    run()
+
+
+def run() -> None:
+    """The sweep, with Megatron."""
+    from megatron_emoe.training.arguments import parse_evaluation
+
     fixed = {"skip_train": True, "no_load_optim": True, "no_load_rng": True, "split": "0,100,0"}
     fixed["create_attention_mask_in_dataloader"] = False  # causal; [s, s] per sequence would be kept for every k
     fixed["mtp_num_layers"] = None  # layers that predict further tokens have no part in this loss

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
+from megatron_emoe.host import mode as host_mode
 from megatron_emoe.model.flops import moe_layer_numbers
-from megatron_emoe.routing.active_k import expected_k, k_probabilities
-from megatron_emoe.routing.transformer_config import ElasticTransformerConfig, elastic_config_from_args
 from megatron_emoe.settings import flag_files
-from megatron_emoe.settings.elastic_config import flag
-from megatron_emoe.training.arguments import completed, parsed
+from megatron_emoe.settings.elastic_config import ElasticConfig, flag
+from megatron_emoe.settings.k_schedule import expected_k, k_probabilities
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -76,12 +76,16 @@ _PLANNED_ALONE = {
 @dataclass(frozen=True)
 class PlannedModel:
     """name: as given. words: its flags and those of the recipe, as a shell takes them (flag files by name). args:
-    Megatron's, completed for one rank. config: with the elastic fields."""
+    Megatron's, completed for one rank."""
 
     name: str
     words: tuple[str, ...]
     args: Namespace
-    config: ElasticTransformerConfig
+
+    @cached_property
+    def config(self) -> ElasticConfig:
+        """The elastic settings among `args`."""
+        return ElasticConfig(**{field.name: getattr(self.args, field.name) for field in fields(ElasticConfig)})
 
     @property
     def moe_layers(self) -> list[int]:
@@ -125,16 +129,24 @@ def read_model(name: str, recipe: str | None, seq_length: int | None) -> Planned
     files = [_model_file(name), *([Path(recipe)] if recipe else [])]
     words = flag_files.expand([f"@{file}" for file in files])
     _refuse_layout(words)
+    args = _completed(words, seq_length)
+    if args.vocab_size is None and args.padded_vocab_size is None:
+        raise ValueError(f"--model {name}: its flags need --vocab-size, which decides the size of embedding and head")
+    return PlannedModel(name, tuple(f"@{file}" for file in files), args)
+
+
+def _completed(words: list[str], seq_length: int | None) -> Namespace:
+    """Megatron's arguments for these flags, as a run of one rank completes them (ValueError: refused)."""
+    host_mode.enable(force=True)  # a plan asks nothing of a GPU
+    from megatron_emoe.training.arguments import completed, parsed
+
     args = parsed(words, SETTLED)
     _refuse_unknown(args)
     args.seq_length = seq_length
     try:
-        completed(args)
+        return completed(args)
     except ValueError as error:
         raise ValueError(f"the flags of the model are refused: {error}") from error
-    if args.vocab_size is None and args.padded_vocab_size is None:
-        raise ValueError(f"--model {name}: its flags need --vocab-size, which decides the size of embedding and head")
-    return PlannedModel(name, tuple(f"@{file}" for file in files), args, elastic_config_from_args(args))
 
 
 def _model_file(name: str) -> Path:

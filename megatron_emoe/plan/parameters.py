@@ -10,8 +10,6 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron.training.vocab_utils import calculate_padded_vocab_size
-
 from megatron_emoe.model.flops import is_gated, moe_layer_numbers
 from megatron_emoe.plan.layout import Layout, stage_layers
 
@@ -52,7 +50,8 @@ def padded_vocabulary(args: Namespace, tp: int) -> int:
     """Rows of the embedding over all ranks, as Megatron pads them."""
     if args.padded_vocab_size is not None:
         return args.padded_vocab_size
-    return calculate_padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by, tp, logging_enabled=False)
+    multiple = args.make_vocab_size_divisible_by * tp
+    return -(-args.vocab_size // multiple) * multiple
 
 
 def table_size(args: Namespace, tp: int) -> int:

@@ -10,10 +10,8 @@ import io
 import os
 import shutil
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.model.flops import moe_layer_numbers
+from megatron_emoe.plan.job import Job, check_given, check_writable, existing
 from megatron_emoe.plan.layout import Layout, expert_rules, layout_of, megatron_rules
 from megatron_emoe.plan.model import OF_THE_LAYOUT
 from megatron_emoe.plan.parameters import router_parameters, stage_parameters
@@ -34,22 +33,6 @@ WRITERS: dict[str, Any] = {"tensorboard_dir": None, "wandb_project": "", "exit_s
 """Set for the check alone: it opens no log and leaves signals as they are."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """nodes: of the job. processes: ranks on each node. gpus: on each node; 0: the run is one in host mode. save: the
-    folder in which the job looks for the newest checkpoint, and counts how often the run died."""
-
-    nodes: int
-    processes: int
-    gpus: int
-    save: Path
-
-    @property
-    def world_size(self) -> int:
-        """Ranks of the run."""
-        return self.nodes * self.processes
-
-
 def check(job: Job, words: list[str]) -> Namespace:
     """Megatron's arguments of a run with these flags, checked for this job; words: as pretrain_emoe.py gets them.
 
@@ -59,8 +42,7 @@ def check(job: Job, words: list[str]) -> Namespace:
     """
     words = flag_files.expand(words)
     os.environ |= {"WORLD_SIZE": str(job.world_size), "RANK": "0", "LOCAL_RANK": "0"}
-    _demand(_given_rules(job, words))
-    check_writable("--save", job.save)
+    check_given(job, words)
     with contextlib.redirect_stdout(io.StringIO()), _device(job):  # Megatron prints every argument
         sys.argv[1:] = _on_device(job, words)
         args = parse(**WRITERS)
@@ -100,17 +82,6 @@ def _demand(broken: Iterator[str]) -> None:
     """ValueError with the first broken rule, if there is one."""
     for rule in broken:
         raise ValueError(rule)
-
-
-def _given_rules(job: Job, words: list[str]) -> Iterator[str]:
-    """What can be said before Megatron reads the flags."""
-    given = {word.partition("=")[0] for word in words}
-    if job.gpus and job.processes > job.gpus:
-        yield f"{job.processes} processes on a node: at most one for each of its {job.gpus} GPUs"
-    if "--save-interval" not in given:
-        yield "--save-interval is not given: a run that dies would start over; give iterations between checkpoints"
-    if "--exit-signal-handler" not in given:
-        yield "--exit-signal-handler is not given: the run would not save before its time ends"
 
 
 def _run_rules(args: Namespace) -> Iterator[str]:
@@ -163,16 +134,6 @@ def checkpoint_bytes(args: Namespace) -> int:
     return parameters * (2 if half else 4) + trained * state
 
 
-def check_writable(name: str, folder: Path) -> None:
-    """ValueError unless a file can be made in `folder`, or in the nearest folder above it that exists."""
-    place = existing(folder)
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            return
-    except OSError as error:
-        raise ValueError(f"{name} {folder}: cannot be written ({error.strerror}: {place})") from error
-
-
 def _tensorboard_dir(words: list[str]) -> Path | None:
     """As given: WRITERS has taken it out of the arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -187,9 +148,3 @@ def check_room(folder: Path, needed: int) -> None:
         raise ValueError(
             f"--save {folder}: {free / 2**30:.1f} GiB are free there, one checkpoint takes {needed / 2**30:.1f} GiB"
         )
-
-
-def existing(folder: Path) -> Path:
-    """`folder`, or the nearest path above it that exists. A link that leads nowhere does: it is in a folder's way."""
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())

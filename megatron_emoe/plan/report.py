@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_emoe.plan.check import CheckedRank
 from megatron_emoe.plan.layout import layout_flags
 from megatron_emoe.plan.memory import GIB
 from megatron_emoe.plan.search import Plan
 from megatron_emoe.plan.traffic import KINDS, sent_by_kind
+
+if TYPE_CHECKING:
+    from megatron_emoe.plan.check import CheckedRank
 
 RUNNERS_UP = 4
 

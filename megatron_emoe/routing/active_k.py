@@ -17,6 +17,7 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_emoe.settings.elastic_config import ElasticConfig
+from megatron_emoe.settings.k_schedule import k_probabilities, ramp
 
 _MASK64 = (1 << 64) - 1
 _K, _POOL, _EXPERTS = 1, 2, 3
@@ -72,36 +73,11 @@ def scheduled_k(elastic: ElasticConfig, model_k: int, place: Place) -> int:
     if elastic.emoe_k_schedule == "constant":
         return model_k
     if elastic.emoe_k_schedule == "ramp":
-        return _ramp(elastic, low, high, place.iteration)
+        return ramp(elastic, low, high, place.iteration)
     where = {"step": (0, 0), "microbatch": (place.microbatch, 0), "layer": (0, place.layer)}[elastic.emoe_k_draw]
     u = unit(elastic.emoe_seed, _K, place.iteration, *where)
     cumulative = list(accumulate(k_probabilities(elastic, model_k).values()))
     return low + min(bisect_right(cumulative, u), high - low)
-
-
-def k_probabilities(elastic: ElasticConfig, model_k: int, iteration: int = 0) -> dict[int, float]:
-    """Probability of each k of the schedule at `iteration`."""
-    low, high = elastic.k_range(model_k)
-    ks = range(low, high + 1)
-    if elastic.emoe_k_schedule == "ramp":
-        return {_ramp(elastic, low, high, iteration): 1.0}
-    if elastic.emoe_k_schedule == "weighted":
-        weights = elastic.emoe_k_weights or []
-        return {k: w / sum(weights) for k, w in zip(ks, weights, strict=True)}
-    if elastic.emoe_k_schedule in ("default-or-smaller", "default-or-larger"):
-        other = (1 - elastic.default_prob) / (high - low)
-        return {k: elastic.default_prob if k == model_k else other for k in ks}
-    return {k: 1 / len(ks) for k in ks}
-
-
-def expected_k(elastic: ElasticConfig, model_k: int, iteration: int) -> float:
-    """E[k] of the schedule at `iteration`, for FLOPs and MFU."""
-    return sum(k * p for k, p in k_probabilities(elastic, model_k, iteration).items())
-
-
-def _ramp(elastic: ElasticConfig, low: int, high: int, iteration: int) -> int:
-    assert elastic.emoe_k_ramp_iters is not None
-    return low + round((high - low) * min(1.0, iteration / elastic.emoe_k_ramp_iters))
 
 
 def draw_for(elastic: ElasticConfig, model_k: int, place: Place) -> Draw:

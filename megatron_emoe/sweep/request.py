@@ -1,26 +1,25 @@
-"""What a sweep is asked for: flags checked before anything is built, budgets listed, and the loop over the cells."""
+"""What a sweep is asked for: flags checked before anything is built, budgets listed, and the loop over the cells.
+
+Megatron is imported where it is needed, not with this module: `check_asked` answers without it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
-from megatron_emoe.model.checkpoint import iteration_of, locate, stored_args
 from megatron_emoe.model.flops import moe_layer_numbers
-from megatron_emoe.routing.transformer_config import check_ks
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ElasticConfig, flag
 from megatron_emoe.settings.flag_files import own_command
+from megatron_emoe.settings.paths import check_out
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.settings.tail_scale import parse_tail_scale
 from megatron_emoe.sweep.curve import sensitivity_budgets
-from megatron_emoe.sweep.evidence import save_matrices
 from megatron_emoe.sweep.result import (
     SweepCell,
     SweepData,
@@ -36,32 +35,28 @@ Budget = int | tuple[int, ...]
 """k' everywhere, or one per MoE layer in layer order."""
 
 
-def per_layer(text: str) -> tuple[int, ...]:
-    """`2,4,4` as (2, 4, 4), for argparse."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r}: must be whole numbers with commas between them, such as 2,4,4") from None
+def check_asked(args: Namespace) -> None:
+    """ValueError for what can be refused before the model is known, and without Megatron: flag, value and rule."""
+    _check_any_k(args)
+    check_out(args.out)
+    if args.coverage_at_least < 1:
+        raise ValueError(f"--coverage-at-least {args.coverage_at_least}: must be at least 1")
 
 
 def check_sweep(args: Namespace) -> SweepResult:
     """The result so far: the header of this sweep with the finished cells of --out. Nothing is built yet.
 
     Raises:
-        ValueError: a k' out of range, a list of another length than the model has MoE layers, or an --out that cannot
-            be written or belongs to another sweep.
+        ValueError: as check_asked; a k' out of range, a list of another length than the model has MoE layers, or an
+            --out that belongs to another sweep.
     """
+    check_asked(args)
     layers = len(moe_layer_numbers(args))
     _check_ks(args, layers)
-    out = Path(args.out)
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
     if args.max_eval_tokens < args.seq_length:
         raise ValueError(
             f"--max-eval-tokens {args.max_eval_tokens}: must hold one sequence of {args.seq_length} tokens"
         )
-    if args.coverage_at_least < 1:
-        raise ValueError(f"--coverage-at-least {args.coverage_at_least}: must be at least 1")
     model = _hugging_face(args) if args.hf else _megatron(args)
     header = SweepResult(
         schema=2,
@@ -79,15 +74,21 @@ def check_sweep(args: Namespace) -> SweepResult:
         command=own_command(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return resume(out, header)
+    return resume(Path(args.out), header)
 
 
-def _check_ks(args: Namespace, num_moe_layers: int) -> None:
-    """Every k' can run, and there is one for each layer where there should be."""
+def _check_any_k(args: Namespace) -> None:
     if not args.k and not args.k_per_layer:
         raise ValueError("--k is not given, nor --k-per-layer: which numbers of active experts?")
     if args.layer_sensitivity and not args.k:
         raise ValueError("--layer-sensitivity needs --k: the numbers of active experts to try in each layer")
+
+
+def _check_ks(args: Namespace, num_moe_layers: int) -> None:
+    """Every k' can run, and there is one for each layer where there should be."""
+    from megatron_emoe.routing.transformer_config import check_ks
+
+    _check_any_k(args)
     for ks in args.k_per_layer:
         if len(ks) != num_moe_layers:
             text = ",".join(map(str, ks))
@@ -98,6 +99,8 @@ def _check_ks(args: Namespace, num_moe_layers: int) -> None:
 
 def _megatron(args: Namespace) -> dict[str, Any]:
     """What the header says of a Megatron checkpoint."""
+    from megatron_emoe.model.checkpoint import iteration_of, locate, stored_args
+
     checkpoint = locate(args.load, args.ckpt_step)
     stored = stored_args(checkpoint)
     if not _has_elastic_settings(stored) and args.emoe_tail_scale is None:
@@ -194,6 +197,10 @@ class Model(Protocol):
 
 def fill(args: Namespace, result: SweepResult, model: Model, writes: bool) -> SweepResult:
     """Measure what is unfinished; --out is rewritten after every cell where `writes`."""
+    from tqdm import tqdm
+
+    from megatron_emoe.sweep.evidence import save_matrices
+
     try:
         result = with_digest(result, model.digest)
     except ValueError as error:

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
@@ -32,13 +31,15 @@ from megatron_emoe.model.flops import check_moe_layers
 from megatron_emoe.model.stored_model import check_given, model_flags
 from megatron_emoe.routing.transformer_config import elastic_config_from_args
 from megatron_emoe.routing.watch import check_marker
-from megatron_emoe.settings.elastic_config import ElasticConfig, flag
+from megatron_emoe.settings.elastic_config import flag
+from megatron_emoe.settings.field_flags import add_elastic_flags
 from megatron_emoe.settings.refusal import fail
+from megatron_emoe.training.first_look import check_source
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the groups "elastic MoE" and "host mode"; flags, help and defaults come from the ElasticConfig fields."""
-    ArgumentGroupFactory(ElasticConfig).build_group(parser, "elastic MoE")
+    add_elastic_flags(parser)
     return host_mode.add_arguments(parser)
 
 
@@ -96,13 +97,6 @@ def _refuse_several_validation_sets(args: Namespace) -> None:
         raise ValueError("--emoe-eval-k cannot be combined with --multiple-validation-sets: give one validation set")
 
 
-def whole(word: str) -> int:
-    """A whole number above 0; for argparse."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word}: must be a whole number of at least 1")
-    return int(word)
-
-
 def _broken_rule(error: Exception) -> str:
     """What an assertion of the core without a message demands: its line of source."""
     rule = traceback.extract_tb(error.__traceback__)[-1]
@@ -143,16 +137,13 @@ def _complete_evaluation(
 
 def _evaluated(args: Namespace, hf_arguments: HfArguments | None) -> Namespace:
     """The arguments of the model to evaluate: stored with --load, or those that an import of --hf would store."""
+    check_source(args)
     hf = getattr(args, "hf", None)
     if hf is None or hf_arguments is None:
-        if args.load is None:
-            raise ValueError("--load is not given: which checkpoint?")
         checkpoint = locate(args.load, args.ckpt_step)
         stored = stored_args(checkpoint)
         stored.emoe_tail_scale = fitted_tail_scale(checkpoint) or getattr(stored, "emoe_tail_scale", None)
         return stored
-    if args.load is not None:
-        raise ValueError(f"--hf {hf} excludes --load {args.load}: one model at a time")
     stored, args.hf_settings = hf_arguments(Path(hf))
     return stored
 

@@ -19,9 +19,10 @@ from megatron.training.utils import print_rank_last
 from torch import Tensor
 
 from megatron_emoe.data.datasets import get_batch
-from megatron_emoe.routing.active_k import expected_k, get_active_k
+from megatron_emoe.routing.active_k import get_active_k
 from megatron_emoe.routing.metrics import get_elastic_tracker
 from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
+from megatron_emoe.settings.k_schedule import expected_k
 from megatron_emoe.training import exit_signals
 from megatron_emoe.training.distillation import forward_with_teacher, wants_teacher
 from megatron_emoe.training.evaluation import Evaluator, current_device

@@ -12,14 +12,13 @@ from megatron_emoe.routing.active_k import (
     Draw,
     Place,
     draw_for,
-    expected_k,
     get_active_k,
-    k_probabilities,
     mix,
     scheduled_k,
     unit,
 )
 from megatron_emoe.settings.elastic_config import ElasticConfig
+from megatron_emoe.settings.k_schedule import expected_k, k_probabilities
 from tests.distributed import run_ranks
 
 DRAWS = 4000

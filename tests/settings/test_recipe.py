@@ -6,10 +6,10 @@ import sys
 import pytest
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megatron_emoe.routing.active_k import k_probabilities
 from megatron_emoe.settings.elastic_config import ElasticConfig
 from megatron_emoe.settings.elastic_rules import validate_elastic
 from megatron_emoe.settings.flag_files import expand
+from megatron_emoe.settings.k_schedule import k_probabilities
 from tests.distributed import REPO
 
 RECIPE = REPO / "examples/recipe.args"

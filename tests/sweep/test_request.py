@@ -10,10 +10,11 @@ import pytest
 import torch
 from megatron.training.arguments import parse_args, validate_args
 
+from megatron_emoe.settings.flag_types import per_layer
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.curve import SweepData
 from megatron_emoe.sweep.evidence import matrices_path
-from megatron_emoe.sweep.request import _check_ks, _has_elastic_settings, budgets, by_layer, fill, per_layer
+from megatron_emoe.sweep.request import _check_ks, _has_elastic_settings, budgets, by_layer, fill
 from megatron_emoe.training.arguments import add_arguments
 from tests import hf_models, sweeps
 from tests.distributed import run_ranks

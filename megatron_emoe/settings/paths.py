@@ -1,0 +1,22 @@
+"""Files and folders that flags name, looked for before anything is imported or built. Raise ValueError, one line."""
+
+from pathlib import Path
+
+
+def check_folder(name: str, folder: str | Path) -> None:
+    """`folder`, given with the flag `name`, is one."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{name} {folder}: no such folder")
+
+
+def check_out(path: str | Path, name: str = "--out") -> None:
+    """The folder of a file to write exists."""
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{name} {path}: the folder {Path(path).parent} does not exist")
+
+
+def check_hf_folder(folder: str | Path) -> None:
+    """A Hugging Face model is in `folder`, as far as its config.json tells."""
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{config}: no such file; {folder} is no Hugging Face model")
