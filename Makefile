@@ -35,10 +35,11 @@ test-gpu: setup ## tests that need a CUDA device (on one GPU; skipped, with the 
 test-slurm: setup ## jobs on a real Slurm of two nodes on this machine (as root on Debian or Ubuntu; about 20 minutes)
 	@tests/slurm/cluster.sh with $(BIN)/python -m pytest -q -rs -m slurm tests/slurm $(PYTEST_ARGS)
 
-check: setup ## lint, formatting and types
+check: setup ## lint, formatting, types, and which part imports which
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 
 bench: setup ## what elastic training costs against plain top-k, and conversion against copying
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)

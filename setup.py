@@ -1,23 +1,28 @@
 """Package metadata and dependency ranges. Tool settings (ruff, mypy, pytest) are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
+INIT = Path(__file__).parent / "megatron_emoe" / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+?)"', INIT.read_text(encoding="utf-8"), re.MULTILINE)
+assert VERSION, f"{INIT} names no version"
 CONVERSATIONS = "datasets>=2.19,<6"  # Megatron's SFTDataset reads its files with it
 # tools/eval_tasks.py; lm-eval's model class for transformers imports accelerate. About 0.3 GB beside datasets.
 TASKS = ["lm-eval>=0.4.13,<0.5", "accelerate>=1,<2"]
 
 setup(
     name="megatron-emoe",
-    version="0.1.0",
+    version=VERSION[1],
     description="Elastic Mixture-of-Experts training for Megatron-Core: one checkpoint, every number of active experts",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_emoe", "megatron_emoe.*"]),
+    package_data={"megatron_emoe": ["py.typed"]},  # type checkers then read the package's own annotations
     # megatron-core 0.19 needs 3.12; its dataset helpers are compiled for each Python, 3.14 is not among them.
     python_requires=">=3.12,<3.14",
     install_requires=[
@@ -39,6 +44,14 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.4,<3"],
         "eval": TASKS,
         "sft": [CONVERSATIONS],
-        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6", "mypy>=1.13,<3", CONVERSATIONS, *TASKS],
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff==0.17.6",
+            "mypy>=1.13,<3",
+            "import-linter>=2.6,<3",
+            CONVERSATIONS,
+            *TASKS,
+        ],
     },
 )
