@@ -20,6 +20,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if collection_path == GPU or GPU in collection_path.parents else True
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of one run share the server that their programs and ranks are forks of (tests/programs)."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        from tests import programs
+
+        os.environ[programs.SHARED] = str(programs.start())
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Processes that a test starts see no GPU unless it is marked gpu: what they do is the same on every machine.

@@ -1,21 +1,19 @@
-"""Run a test on several gloo ranks: as functions in fresh processes, or as a script under the real torchrun."""
+"""Run a test on several gloo ranks: as functions in fresh processes, or as a script under torchrun."""
 
-import multiprocessing
 import os
 import pickle
 import shlex
-import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing import forkserver
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+
+from tests import programs
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -33,22 +31,19 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     from a server that has imported Megatron once. Raises RuntimeError with the tracebacks of the ranks that failed, or
     TimeoutError; either way all ranks are ended.
     """
-    context = _fork_server()
     env = os.environ | _RANK_ENV | ALONE | {"WORLD_SIZE": str(world_size)}
-    ranks, pipes = [], []
+    ranks: list[programs.Call] = []
     try:
         for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
-            pipes.append(ours)
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(context.Process(target=_rank_main, args=(env, theirs, fn, args)))
-            ranks[-1].start()
-            theirs.close()
+            ranks.append(programs.Call(_rank_main, (fn, args), env))
             if rank == 0:
-                env["MASTER_PORT"] = ours.recv()
-        return _collect(pipes, time.monotonic() + timeout)
+                env["MASTER_PORT"] = ranks[0].answer.recv()
+        return _collect([rank.answer for rank in ranks], time.monotonic() + timeout)
     finally:
-        _end_ranks(ranks, wait=0 if sys.exc_info()[0] else 30)
+        failed = sys.exc_info()[0] is not None
+        for rank in ranks:
+            rank.end(wait=0 if failed else 30)
 
 
 def torchrun(
@@ -59,13 +54,16 @@ def torchrun(
     env: dict[str, str] | None = None,
     timeout: float = 600,
     check: bool = True,
+    interpreter: str | None = None,
 ) -> subprocess.CompletedProcess:
     """Run `script` under torchrun on `nproc` processes of this machine; stdout holds both streams as text.
 
-    `env` is added to this process's environment. Raises RuntimeError with the end of the output where `check` and the
-    exit status is not 0, and subprocess.TimeoutExpired, after ending every rank, when `timeout` seconds are over.
+    `env` is added to this process's environment. interpreter: a real one (sys.executable) where the start itself is
+    what is tested; by default that of tests.programs, which is the faster. Raises RuntimeError with the end of the
+    output where `check` and the exit status is not 0, and subprocess.TimeoutExpired, after ending every rank, when
+    `timeout` seconds are over.
     """
-    with start_torchrun(nproc, script, *flags, cwd=cwd, env=env) as process:
+    with start_torchrun(nproc, script, *flags, cwd=cwd, env=env, interpreter=interpreter) as process:
         output, _ = process.communicate(timeout=timeout)
     if check and process.returncode != 0:
         raise RuntimeError(f"{shlex.join(process.args)} ended with {process.returncode}:\n{output[-6000:]}")
@@ -74,10 +72,17 @@ def torchrun(
 
 @contextmanager
 def start_torchrun(
-    nproc: int, script: str | Path, *flags: str, cwd: str | Path = REPO, env: dict[str, str] | None = None, **pipes: Any
+    nproc: int,
+    script: str | Path,
+    *flags: str,
+    cwd: str | Path = REPO,
+    env: dict[str, str] | None = None,
+    interpreter: str | None = None,
+    **pipes: Any,
 ) -> Iterator[subprocess.Popen]:
     """The same, running; what is left of it is ended afterwards. pipes: where its output goes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    launcher = [interpreter or programs.python(), "-m", "torch.distributed.run"]
+    launcher += ["--standalone", f"--nproc-per-node={nproc}"]
     python_path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
     full_env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path} | (env or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | pipes
@@ -115,29 +120,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def _fork_server() -> Any:
-    """A process that has imported what ranks need, so that each starts in milliseconds, not in ten seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
-    with patch.dict(os.environ, _RANK_ENV):  # no longer than it takes to start: it keeps a copy
-        forkserver.ensure_running()
-    return context
-
-
-def _end_ranks(ranks: list[Any], wait: float) -> None:
-    for process in ranks:
-        process.join(timeout=wait)
-        process.kill()
-        process.join()
-        with suppress(ProcessLookupError):  # what a rank forked outlives one that was killed
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _rank_main(env: dict[str, str], pipe: Connection, fn: Callable[..., Any], args: tuple) -> None:
-    os.setpgid(0, 0)
-    os.environ.clear()
-    os.environ.update(env)
-    multiprocessing.set_start_method("fork", force=True)  # the default in an ordinary process; data loaders rely on it
+def _rank_main(pipe: Connection, fn: Callable[..., Any], args: tuple) -> None:
     store = _store(pipe)
     try:
         result = ("value", _run_one(store, fn, args))

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests import programs
+
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "benchmarks"))
 import bench  # noqa: E402
@@ -56,7 +58,7 @@ def test_the_measurement_runs_and_leaves_nothing(tmp_path, monkeypatch):
     """One pair with no layer of OLMoE's size: the command is the one that bench.py runs."""
     folder, result = tmp_path / "work", tmp_path / "result.json"
     folder.mkdir()
-    words = [sys.executable, "benchmarks/measure_conversion.py", "--folder", folder, "--repeats", "1"]
+    words = [programs.python(), "benchmarks/measure_conversion.py", "--folder", folder, "--repeats", "1"]
     words += ["--layers", "1", "--width", "64", result]
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     subprocess.run(words, cwd=REPO, check=True, capture_output=True, env=environment)

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_emoe.host import flags as host_flags
 from megatron_emoe.host import mode as host_mode
+from tests import programs
 from tests.device_runs import ON_DEVICE
 from tests.distributed import REPO, run_ranks
 from tests.tiny import flags
@@ -162,7 +163,7 @@ def test_what_cannot_be_measured_is_refused_before_work(words, told, monkeypatch
 def test_the_command_starts_where_nothing_of_this_is_installed_and_ends_with_status_2_without_a_gpu(tmp_path):
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     hidden.pop("PYTHONPATH", None)
-    words = [sys.executable, REPO / "benchmarks/bench_gpu.py", "--quick"]
+    words = [programs.python(), REPO / "benchmarks/bench_gpu.py", "--quick"]
     done = subprocess.run(words, cwd=tmp_path, env=hidden, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("bench_gpu.py: error: no CUDA device"), done.stderr
 

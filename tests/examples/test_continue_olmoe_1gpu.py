@@ -6,12 +6,12 @@ import io
 import os
 import shlex
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests import programs
 from tests.distributed import REPO, run_ranks
 
 SCRIPT = REPO / "examples/continue_olmoe_1gpu.sh"
@@ -19,7 +19,7 @@ SCRIPT = REPO / "examples/continue_olmoe_1gpu.sh"
 
 def run(folder: Path, *words: str, **settings: str) -> subprocess.CompletedProcess:
     (folder / "base").mkdir(exist_ok=True)
-    own = {"BASE": str(folder / "base"), "DATA": "data", "SAVE": str(folder / "save"), "PYTHON": sys.executable}
+    own = {"BASE": str(folder / "base"), "DATA": "data", "SAVE": str(folder / "save"), "PYTHON": programs.python()}
     own |= {"GPU_MEMORY": "141", "OMP_NUM_THREADS": "1"}
     env = {name: value for name, value in (os.environ | own | settings).items() if value}
     return subprocess.run(["bash", SCRIPT, *words], env=env, capture_output=True, text=True, timeout=200)
@@ -57,7 +57,7 @@ def test_megatron_takes_the_printed_flags(precision, memory, state, expected, tm
     done = run(tmp_path, "--dry-run", "--lr", "1e-5", PRECISION=precision, GPU_MEMORY=memory, STATE=state)
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout)
-    assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    assert words[:4] == [programs.python(), "-m", "torch.distributed.run", "--standalone"]
     (args,) = run_ranks(checked, 1, tmp_path, words[words.index(str(REPO / "pretrain_emoe.py")) + 1 :])
     always = {"use_precision_aware_optimizer": "True", "use_distributed_optimizer": "True", "moe_grouped_gemm": "True"}
     always |= {"transformer_impl": "transformer_engine", "main_params_dtype": "torch.float32", "lr": "1e-05"}

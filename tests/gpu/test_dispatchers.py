@@ -3,6 +3,7 @@
 One GPU runs fused permutation and, where deep_ep has it, HybridEP. DeepEP needs two.
 """
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,5 +79,5 @@ def test_two_expert_ranks(backend):
         pytest.skip(f"needs deep_ep with {backend}")
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    done = torchrun(2, REPO / "tests" / "gpu" / "two_ranks.py", backend)
+    done = torchrun(2, REPO / "tests" / "gpu" / "two_ranks.py", backend, interpreter=sys.executable)
     assert done.stdout.count(f"{backend}: equal at every k") == 2

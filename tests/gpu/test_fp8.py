@@ -2,6 +2,7 @@
 by the dispatcher against padding by the experts; and one checkpoint that trains in bf16, in FP8 and in bf16 again."""
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def train(folder: Path, *words: str, **changes: Any) -> list[float]:
     fixed = {"moe_grouped_gemm": True, "no_save_optim": True, "no_save_rng": True, "lr": 1e-4}
     fixed["no_gradient_accumulation_fusion"] = True  # it needs a kernel of Apex
     line = flags(**sizes | fixed | PREFIX | {"moe_token_dispatcher_type": "alltoall"} | changes, save=folder)
-    output = torchrun(1, REPO / "pretrain_emoe.py", *line, *words).stdout
+    output = torchrun(1, REPO / "pretrain_emoe.py", *line, *words, interpreter=sys.executable).stdout
     losses = [float(text) for text in re.findall(r"lm loss: (\S+)", output)]
     assert len(losses) >= 2 and all(torch.tensor(losses).isfinite()), output[-3000:]
     return losses

@@ -7,11 +7,11 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import programs
 from tests.sweep_results import make_result
 from tests.tiny import flags
 
@@ -37,7 +37,7 @@ class Site:
             "EMOE_BASE": str(folder / "base"),
             "EMOE_DATA": "0.3 a 0.7 b",
             "EMOE_LAYOUT": "--expert-model-parallel-size 8 --micro-batch-size 1",
-            "EMOE_PYTHON": sys.executable,
+            "EMOE_PYTHON": programs.python(),
             "EMOE_CHECK_PYTHON": "none",
         }
 
@@ -102,7 +102,7 @@ def test_the_flags_of_an_imported_checkpoint_come_from_its_own_file(site):
 
 @pytest.mark.slow
 def test_dry_run_needs_no_cluster_env_and_shows_the_planner_s_layout(site, tmp_path):
-    nowhere = {"EMOE_CLUSTER_ENV": str(tmp_path / "none"), "EMOE_PYTHON": sys.executable}
+    nowhere = {"EMOE_CLUSTER_ENV": str(tmp_path / "none"), "EMOE_PYTHON": programs.python()}
     done = site.run("emoe_7b.sh", "--dry-run", "--nodes", "2", **nowhere)
     assert done.returncode == 0, done.stderr
     assert "olmoe-7b on 16 GPUs" in done.stdout and "k_max = 24 of 64" in done.stdout
@@ -125,7 +125,7 @@ def test_dry_run_where_nothing_is_set_up_shows_the_command_without_a_plan(site, 
 @pytest.mark.slow
 def test_the_planner_s_refusal_ends_the_submission(site):
     del site.settings["EMOE_LAYOUT"]
-    site.settings |= {"EMOE_GPU_MEMORY": "10", "EMOE_CHECK_PYTHON": sys.executable}
+    site.settings |= {"EMOE_GPU_MEMORY": "10", "EMOE_CHECK_PYTHON": programs.python()}
     done = site.run("emoe_7b.sh")
     assert done.returncode == 2 and site.submitted() is None
     assert "no layout fits 8 GPUs" in done.stderr and "no layout for olmoe-7b on 1 x 8 GPUs of 10 GB" in done.stderr
@@ -180,7 +180,7 @@ def test_settings_may_have_several_lines_and_folders_with_spaces(site):
 @pytest.mark.slow
 def test_the_planner_sees_a_recipe_of_several_words(site):
     del site.settings["EMOE_LAYOUT"]
-    site.settings |= {"EMOE_CHECK_PYTHON": sys.executable}
+    site.settings |= {"EMOE_CHECK_PYTHON": programs.python()}
     recipe = f"@{REPO}/examples/recipe.args --emoe-k-max 16"
     done = site.run("emoe_7b.sh", "--dry-run", EMOE_RECIPE=recipe)
     assert "k_max = 16 of 64" in done.stdout, done.stderr
@@ -207,7 +207,7 @@ def test_flags_are_checked_at_the_job_s_size_before_submission(site):
     job = {"EMOE_GPUS_PER_NODE": "0", "EMOE_PROCS_PER_NODE": "1", "EMOE_RECIPE": "", "EMOE_TRAIN_FLAGS": ""}
     (site.folder / "tiny.args").write_text("\n".join(flags(save_interval=2)))
     job |= {"EMOE_MODEL_FLAGS": f"@{site.folder}/tiny.args", "EMOE_BASE": "none", "EMOE_DATA": "none"}
-    site.settings |= job | {"EMOE_CHECK_PYTHON": sys.executable, "EMOE_LAYOUT": "--tensor-model-parallel-size 2"}
+    site.settings |= job | {"EMOE_CHECK_PYTHON": programs.python(), "EMOE_LAYOUT": "--tensor-model-parallel-size 2"}
     done = site.run("emoe_21b.sh", "--nodes=3")
     assert done.returncode == 2 and site.submitted() is None
     assert "check_job.py: error: world size (3) is not divisible by total_model_size" in done.stderr
@@ -273,7 +273,7 @@ def test_the_parts_of_a_sweep_are_joined_in_order_of_k(tmp_path):
     for k, loss in {8: 2.5, 4: 2.0, 16: 3.0}.items():
         save(make_result("run", {k: loss}), tmp_path / f"sweep.k{k}.json")
     parts = sorted(map(str, tmp_path.glob("sweep.k*.json")))
-    tool = [sys.executable, str(REPO / "tools" / "join_sweeps.py")]
+    tool = [programs.python(), str(REPO / "tools" / "join_sweeps.py")]
     env = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run([*tool, *parts, "--out", tmp_path / "all.json"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
