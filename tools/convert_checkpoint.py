@@ -18,10 +18,13 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.paths import check_folder, check_hf_folder
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = command_line(__doc__)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (_add_import, _add_export, _add_verify, _add_inspect):
         add(verbs)
@@ -123,7 +126,9 @@ def run_inspect(chosen: argparse.Namespace) -> None:
 
 
 def _choose_device(chosen: argparse.Namespace) -> None:
-    """Only a comparison of whole models uses a GPU. Before anything of Megatron is imported."""
+    """Only a comparison of whole models uses a GPU. Before anything of Megatron is imported, if it is at all."""
+    if chosen.verb == "inspect" and (chosen.folder / "config.json").is_file():
+        return
     warnings.simplefilter("ignore")  # torch and the core say at import what they would have on a GPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron_emoe.host import mode as host_mode
@@ -135,14 +140,25 @@ def _choose_device(chosen: argparse.Namespace) -> None:
         host_mode.setup(["--host-mode"] if chosen.host_mode else [])
 
 
+def _check(chosen: argparse.Namespace) -> None:
+    """ValueError for what is plainly not there, before anything is imported."""
+    if getattr(chosen, "workers", 1) < 1:
+        raise ValueError(f"--workers {chosen.workers}: must be at least 1")
+    if getattr(chosen, "hf", None) is not None:
+        check_hf_folder(chosen.hf)
+    if getattr(chosen, "megatron", None) is not None:
+        check_folder("--megatron", chosen.megatron)
+    if chosen.verb == "inspect" and not chosen.folder.is_dir():
+        raise ValueError(f"{chosen.folder}: no such folder")
+
+
 def main() -> int:
     """Exit status 0; 1: the models differ; 2: refused, with one message on stderr."""
     chosen = parser().parse_args()
-    if getattr(chosen, "workers", 1) < 1:
-        parser().error(f"--workers {chosen.workers}: must be at least 1")
-    _choose_device(chosen)
     run = {"import": run_import, "export": run_export, "verify": run_verify, "inspect": run_inspect}[chosen.verb]
     try:
+        _check(chosen)
+        _choose_device(chosen)
         return run(chosen) or 0
     except ValueError as error:
         print(f"{Path(sys.argv[0]).name} {chosen.verb}: error: {error}", file=sys.stderr)

@@ -15,17 +15,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_emoe.host import mode as host_mode
+from megatron_emoe.settings import flag_files
+from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.paths import check_hf_folder
+from megatron_emoe.settings.refusal import fail
+from megatron_emoe.tasks.request import add_arguments, add_hf_arguments, check_asked
+from megatron_emoe.training.first_look import look_at_evaluation
+
 
 def kind_of_model(words: list[str]) -> str | None:
     """The value of --model, before any library is imported; None: the command line's own parser will refuse it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--model")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", nargs="?")
     return parser.parse_known_args(words)[0].model
 
 
 def header(args: argparse.Namespace, **model: Any) -> Any:
     """The result without cells."""
-    from megatron_emoe.settings.flag_files import own_command
     from megatron_emoe.tasks.results import TasksResult
     from megatron_emoe.tasks.run import versions
 
@@ -33,7 +40,7 @@ def header(args: argparse.Namespace, **model: Any) -> Any:
         label=args.label or Path(args.load).resolve().name,
         checkpoint=str(args.load),
         versions=versions(),
-        command=own_command(),
+        command=flag_files.own_command(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         **model,
     )
@@ -41,40 +48,48 @@ def header(args: argparse.Namespace, **model: Any) -> Any:
 
 def run_hf(words: list[str]) -> None:
     """--model hf, in one process. ValueError: refused."""
+    args = look_at_hf(words)
     from megatron_emoe.tasks.on_transformers import run
-    from megatron_emoe.tasks.run import add_arguments
 
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_arguments(parser)
-    parser.add_argument("--load", type=Path, required=True, help="Folder with config.json and safetensors.")
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="Rows in one forward pass. Default: 8.")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    parser.add_argument("--host-mode", action="store_true", help="Run on CPU even where CUDA is present.")
-    parser.add_argument("--emoe-tail-scale", nargs="+", help="a(k'): one number, or pairs k':a.")
-    run(parser.parse_args(words), header)
+    run(args, header)
+
+
+def look_at_hf(words: list[str]) -> argparse.Namespace:
+    """The command line of --model hf, checked as far as it goes without lm-eval. ValueError: refused."""
+    parser = command_line(__doc__, epilog="Of --model megatron: eval_tasks.py --model megatron --help.")
+    add_hf_arguments(parser)
+    if not {"-h", "--help", "--version"} & set(words):
+        demand_lm_eval()
+    args = parser.parse_args(words)
+    check_asked(args)
+    check_hf_folder(args.load)
+    return args
 
 
 def run_megatron() -> None:
     """--model megatron, on every rank. ValueError: refused before a process group exists."""
-    from megatron_emoe.host import mode as host_mode
-
+    look_at_evaluation(__doc__, add_arguments, check_asked)
+    demand_lm_eval()
     host_mode.start()
     from megatron_emoe.tasks.on_megatron import run
 
     run(header)
 
 
+def demand_lm_eval() -> None:
+    """ValueError where lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm_eval is not installed: pip install 'megatron-emoe[eval]'")
+
+
 def main() -> int:
     """Exit status 0, or 2 after one message on stderr."""
-    if importlib.util.find_spec("lm_eval") is None:
-        print("eval_tasks.py: error: lm_eval is not installed: pip install 'megatron-emoe[eval]'", file=sys.stderr)
-        return 2
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        run_megatron() if kind_of_model(sys.argv[1:]) == "megatron" else run_hf(sys.argv[1:])
+        words = flag_files.expand(sys.argv[1:])
+        run_megatron() if kind_of_model(words) == "megatron" else run_hf(words)
     except ValueError as error:
-        print(f"eval_tasks.py: error: {error}", file=sys.stderr)
-        return 2
+        fail(error)
     return 0
 
 

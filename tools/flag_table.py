@@ -1,23 +1,22 @@
 """Print the table of elastic flags for the README, or put it there: python tools/flag_table.py [--write README.md]."""
 
-import argparse
 import dataclasses
 import os
 import re
-import sys
 import typing
 from pathlib import Path
+
+from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.elastic_config import ElasticConfig, flag
+from megatron_emoe.settings.field_flags import field_texts
+from megatron_emoe.settings.refusal import fail
 
 BEGIN, END = "<!-- flags: tools/flag_table.py --write README.md -->", "<!-- end of flags -->"
 
 
 def table() -> str:
     """One row per field of ElasticConfig: flag, values, default, and the field's own documentation."""
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
-    from megatron_emoe.settings.elastic_config import ElasticConfig, flag
-
-    texts = ArgumentGroupFactory(ElasticConfig).field_docstrings
+    texts = field_texts(ElasticConfig)
     rows = ["| flag | values | default | meaning |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(ElasticConfig):
         default = "off" if field.default is False else "unset" if field.default is None else f"`{field.default}`"
@@ -46,7 +45,7 @@ def written(text: str, new: str) -> str:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = command_line(__doc__)
     options.add_argument("--write", type=Path, help="Markdown file whose table to replace.")
     path = options.parse_args().write
     if path is None:
@@ -55,7 +54,7 @@ def main() -> None:
     try:
         text = written(path.read_text(), table())
     except (OSError, ValueError) as error:
-        sys.exit(f"flag_table.py: error: --write {path}: {error}")
+        fail(f"--write {path}: {error}")
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

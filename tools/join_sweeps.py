@@ -5,10 +5,10 @@
 A k' in several of them is taken from the last. --out is replaced when everything has been read and fits.
 """
 
-import argparse
-import os
 import sys
 
+from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep.result import SweepResult, agreed, load, save, upsert_cell
 
 
@@ -29,7 +29,7 @@ def join(paths: list[str]) -> SweepResult:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("sweeps", nargs="+", help="Results of tools/sweep_k.py.")
     parser.add_argument("--out", required=True, help="Result file (JSON).")
     args = parser.parse_args()
@@ -38,8 +38,7 @@ def main() -> int:
         save(joined, args.out)
     except (ValueError, OSError) as error:  # load() has turned errors of reading into ValueErrors
         told = f"--out {args.out}: cannot be written ({error.strerror})" if isinstance(error, OSError) else error
-        print(f"{os.path.basename(sys.argv[0])}: error: {told}", file=sys.stderr)
-        return 2
+        fail(told)
     print(f"{args.out}: k' {', '.join(str(cell.k) for cell in joined.cells)}")
     return 0
 

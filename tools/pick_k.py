@@ -7,13 +7,16 @@
 The answer is the measured k' of the lowest loss within the budget (with --min-quality: of the fewest expert FLOPs).
 Where the sweep measured layers alone (tools/sweep_k.py --layer-sensitivity), a greedy search looks for a k' per layer
 that is better at the same cost. Its loss is a prediction until that very cell is measured; the command for it is
-printed, and the answer changes only for a measured, lower loss. Exit status 1 where no measured k' fits.
+printed, and the answer changes only for a measured, lower loss. Exit status 1 where no measured k' fits, 2 for bad
+input.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.allocation import Allocation, moe_layers, sensitivities
 from megatron_emoe.sweep.budget import (
@@ -31,7 +34,7 @@ from megatron_emoe.sweep.serving import serving_lines, sweep_command, tail_scale
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("result", type=Path, metavar="SWEEP.json", help="a result of tools/sweep_k.py")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument(
@@ -161,9 +164,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         result = sweep.load(args.result)
         limit = limit_of(result, args)
-        print("\n".join(lines(args.result, result, limit, answer(result, limit))))
     except ValueError as error:
+        fail(error)
+    try:
+        found = answer(result, limit)
+    except ValueError as error:  # nothing fits: an answer too, and no mistake in the question
         raise SystemExit(f"pick_k.py: {error}") from error
+    print("\n".join(lines(args.result, result, limit, found)))
 
 
 if __name__ == "__main__":

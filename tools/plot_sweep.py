@@ -6,20 +6,23 @@ Each curve is one checkpoint. The dashed line is the k it was trained with; the 
 range (see `megatron_emoe.sweep.curve.range_end`), and R in the legend is that range divided by k.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
+from typing import TYPE_CHECKING, Any
 
 from megatron_emoe.settings.atomic_file import written_whole
+from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.curve import SweepCell, SweepResult
+
+if TYPE_CHECKING:  # matplotlib takes a second to import: it is where a chart is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # The colours of Okabe and Ito, which stay apart for colour-blind eyes, without their yellow, too faint on white.
 # Markers and dashes repeat with other periods: curves also stay apart in grey, and beyond seven of them.
@@ -63,6 +66,9 @@ def draw(results: Sequence[SweepResult], *, x: str = "k", title: str = "") -> Fi
     """
     check_results(results)
     check_axis(results, x)
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6 + 0.2 * len(results)), layout="constrained")
         axes = figure.add_subplot()
@@ -118,6 +124,8 @@ def _set_x_axis(axes: Axes, results: Sequence[SweepResult], x: str) -> float:
 
 
 def _set_k_ticks(axes: Axes, ks: Sequence[int]) -> None:
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
+
     # From 1 to 64 on a linear axis, all budgets near a small k would lie on top of each other.
     log = ks[-1] > LINEAR_UP_TO * ks[0]
     if log:
@@ -201,6 +209,8 @@ def _draw_legend(figure: Figure, axes: Axes) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write the chart as PNG, SVG or PDF, by suffix; an older file is replaced only once the new one is complete."""
+    import matplotlib
+
     kind = path.suffix.lower().removeprefix(".")
     # Without a date, one result gives one and the same file.
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
@@ -209,7 +219,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help="a result of tools/sweep_k.py")
     parser.add_argument("--out", required=True, type=Path, help=f"file to write, one of {', '.join(SUFFIXES)}")
     parser.add_argument("--title", default="", help="title above the chart (default: none)")
@@ -243,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = load_results(args.results, args.labels)
         save_figure(draw(results, x=args.x, title=args.title), args.out)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"plot_sweep.py: {error}") from error
+        fail(error)
     for result in results:
         left_out = len(result.cells) - len(sweep.curve(result))
         if left_out:

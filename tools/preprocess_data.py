@@ -8,6 +8,8 @@
 The result is the same for every number of workers. It appears whole at the end; a run that fails leaves nothing.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import copy
@@ -19,29 +21,52 @@ import sys
 import time
 import warnings
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from megatron_emoe.data.corpus import cut, find_files, group
+from megatron_emoe.settings.command_line import CommandLine, command_line
+
+if TYPE_CHECKING:  # these, and Megatron's tokenizers, take ten seconds to import: not before the flags are checked
+    from megatron_emoe.data.preprocess import Encoder, TokenWriter
 
 # Remarks of the libraries on a machine without a GPU, which encoding text does not need.
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
-from megatron.core.datasets.indexed_dataset import DType  # noqa: E402
-from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_tokenizer  # noqa: E402
-from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
-from megatron.training.config import TokenizerConfig  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from megatron_emoe.data.corpus import cut, find_files, group  # noqa: E402
-from megatron_emoe.data.files import Sidecar, tokenizer_digest, write_sidecar  # noqa: E402
-from megatron_emoe.data.preprocess import Encoder, TokenWriter, encode_in_order, publish, staging, train_tokenizer  # noqa: E402
-
 FOLDER_SUFFIXES = [".txt", ".md", ".py", ".jsonl"]
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+HELP_ALL = "--help-all"
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; those of the tokenizer are generated from Megatron's TokenizerConfig."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """All flags; those of the tokenizer are generated from Megatron's TokenizerConfig."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.config import TokenizerConfig
+
+    parser = own_flags()
+    ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
+    args = parser.parse_args(argv)
+    args.pad_vocab_size = False  # padding is a matter of the model's embedding, not of the ids
+    return args
+
+
+def first_look(argv: list[str]) -> None:
+    """Help, version, and what can be refused before Megatron is imported (ValueError, or the program ends)."""
+    parser = own_flags()
+    parser.add_argument(HELP_ALL, action="store_true", help="Print the help of Megatron's other flags of a tokenizer.")
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument("--tokenizer-type", metavar="KIND", help="Megatron's name of the kind, as HuggingFaceTokenizer")
+    group.add_argument("--tokenizer-model", metavar="PATH", help="the tokenizer: a file, or the folder of a model")
+    args, _ = parser.parse_known_args(argv)
+    check(args)
+    check_outputs(args, find_files(args.input, args.suffix))
+
+
+def own_flags() -> CommandLine:
+    """A parser with all flags but the tokenizer's."""
+    parser = command_line(__doc__)
     add = parser.add_argument_group("input").add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="JSONL or text files, folders, glob patterns")
     add("--json-keys", nargs="+", default=["text"], help="keys to take; several make a data set each, <prefix>_<key>")
@@ -56,24 +81,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("tokenizer training").add_argument
     add("--train-tokenizer", type=int, metavar="VOCAB", help="first train a SentencePiece model, <prefix>.model")
     add("--train-tokenizer-bytes", type=int, default=10_000_000, help="text to train on (default: %(default)s)")
-    ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
-    args = parser.parse_args(argv)
-    args.pad_vocab_size = False  # padding is a matter of the model's embedding, not of the ids
-    return args
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the tool; 0, or 1 after one message on stderr."""
-    args = parse_args(argv)
+    """Run the tool; 0, or 2 after one message on stderr."""
+    words = sys.argv[1:] if argv is None else argv
+    if HELP_ALL in words:
+        parse_args(["--help"])
     try:
-        _check(args)
+        first_look(words)
+        args = parse_args(words)
+        check_model(args)
         run(args)
     except KeyboardInterrupt:
-        print("preprocess_data: interrupted, nothing was written", file=sys.stderr)
+        print("preprocess_data.py: interrupted, nothing was written", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"preprocess_data: error: {error}", file=sys.stderr)
-        return 1
+        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -81,10 +107,9 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Flags that cannot work, before any file is read."""
+def check(args: argparse.Namespace) -> None:
+    """ValueError for flags that cannot work, before any file is read."""
     trains = args.train_tokenizer is not None
-    needs_file = args.tokenizer_type in SP_TOKENIZERS and not os.path.isfile(args.tokenizer_model or "")
     rules = [
         (args.workers < 1, f"--workers {args.workers}: must be at least 1"),
         (not 0 <= args.holdout < 1, f"--holdout {args.holdout}: must be at least 0 and below 1"),
@@ -97,11 +122,19 @@ def _check(args: argparse.Namespace) -> None:
             f"--train-tokenizer makes a SentencePieceTokenizer, not --tokenizer-type {args.tokenizer_type}",
         ),
         (not trains and args.tokenizer_type is None, "--tokenizer-type is missing (or --train-tokenizer VOCAB)"),
-        (not trains and needs_file, f"--tokenizer-model {args.tokenizer_model}: no such file"),
     ]
     for broken, message in rules:
         if broken:
             raise ValueError(message)
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """ValueError where a kind of tokenizer that is a file has none."""
+    from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS
+
+    needs_file = args.tokenizer_type in SP_TOKENIZERS and args.train_tokenizer is None
+    if needs_file and not os.path.isfile(args.tokenizer_model or ""):
+        raise ValueError(f"--tokenizer-model {args.tokenizer_model}: no such file")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -111,12 +144,15 @@ def run(args: argparse.Namespace) -> None:
         ValueError: for everything that is wrong with the flags or the input.
         OSError: the results cannot be written.
     """
+    from megatron_emoe.data.files import Sidecar, write_sidecar
+    from megatron_emoe.data.preprocess import publish, staging
+
     started = time.perf_counter()
     files = find_files(args.input, args.suffix)
     source_bytes = sum(map(os.path.getsize, files))
     if source_bytes == 0:
         raise ValueError(f"--input {' '.join(args.input)}: all {len(files)} files are empty")
-    _check_outputs(args, files)
+    check_outputs(args, files)
     directory, name = os.path.split(os.path.abspath(args.output_prefix))
     with staging(directory) as folder:
         staged = _with_tokenizer(args, files, os.path.join(folder, f"{name}.model"))
@@ -142,7 +178,7 @@ def _outputs(args: argparse.Namespace) -> dict[tuple[str, bool], str]:
     return {(key, side): names[key] + end for key in names for side, end in sides.items()}
 
 
-def _check_outputs(args: argparse.Namespace, files: list[str]) -> None:
+def check_outputs(args: argparse.Namespace, files: list[str]) -> None:
     """No result takes the place of an input, nor of an earlier result without --overwrite."""
     paths = [args.output_prefix + name + end for name in _outputs(args).values() for end in (".bin", ".idx", ".json")]
     paths += [f"{args.output_prefix}.model"] if args.train_tokenizer else []
@@ -158,6 +194,8 @@ def _with_tokenizer(args: argparse.Namespace, files: list[str], model_path: str)
     """The flags of the tokenizer to encode with: as given, or those of one trained now."""
     if args.train_tokenizer is None:
         return args
+    from megatron_emoe.data.preprocess import train_tokenizer
+
     print(f"training a tokenizer of {args.train_tokenizer} entries ...", file=sys.stderr)
     keys = tuple(args.json_keys)
     train_tokenizer(files, model_path, args.train_tokenizer, args.train_tokenizer_bytes, keys, args.errors)
@@ -172,6 +210,8 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
     Raises:
         ValueError: it cannot be loaded, or has no end-of-document token for --append-eod.
     """
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
     named = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
     try:
         tokenizer = build_tokenizer(args)
@@ -185,6 +225,10 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
 
 def make_encoder(args: argparse.Namespace) -> Encoder:
     """What one worker process encodes with."""
+    from megatron.core.datasets.indexed_dataset import DType
+
+    from megatron_emoe.data.preprocess import Encoder
+
     tokenizer = load_tokenizer(args)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     return Encoder(tokenizer, dtype, tuple(args.json_keys), args.errors, args.append_eod, args.holdout)
@@ -194,6 +238,11 @@ def _encode(
     args: argparse.Namespace, files: list[str], source_bytes: int, prefix: str, vocab_size: int
 ) -> dict[tuple[str, bool], TokenWriter]:
     """Encode everything into the staged .bin files; each of them has at least one document afterwards."""
+    from megatron.core.datasets.indexed_dataset import DType
+    from tqdm import tqdm
+
+    from megatron_emoe.data.preprocess import TokenWriter, encode_in_order
+
     dtype = DType.optimal_dtype(vocab_size)
     writers = {output: TokenWriter(prefix + name, dtype) for output, name in _outputs(args).items()}
     tasks = group(piece for file in files for piece in cut(file))
@@ -217,6 +266,8 @@ def _about(
     args: argparse.Namespace, staged: argparse.Namespace, tokenizer: Any, files: list[str], source_bytes: int
 ) -> dict[str, Any]:
     """What every sidecar of this run says alike; a tokenizer trained here is named by its final path."""
+    from megatron_emoe.data.files import tokenizer_digest
+
     model = f"{args.output_prefix}.model" if args.train_tokenizer else args.tokenizer_model
     return {
         "tokenizer_type": staged.tokenizer_type,

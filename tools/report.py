@@ -6,28 +6,33 @@ writes card.html, one file that needs no other, and card.md, its tables in Markd
 data, of models trained at the same k. What was not measured is an empty cell.
 """
 
+from __future__ import annotations
+
 import argparse
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import plot_sweep
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import MaxNLocator
 
 from megatron_emoe.settings.atomic_file import write_atomically
+from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.card import Card, make_card, name_seeds
 from megatron_emoe.sweep.card_page import Figure, inline_svg, to_html, to_markdown
 from megatron_emoe.sweep.curve import SweepResult
 
+if TYPE_CHECKING:  # matplotlib takes a second to import: it is where a chart is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Drawing
+
 LATENCIES = {"latency_ms_batch1": "one token alone", "latency_ms_large": "a full micro-batch"}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.json", help="results of tools/sweep_k.py")
     parser.add_argument("--out", required=True, type=Path, metavar="CARD.html", help="page to write; CARD.md beside it")
     parser.add_argument(
@@ -85,6 +90,9 @@ def points(result: SweepResult, field: str) -> list[tuple[int, float]]:
 
 def draw_latency(results: Sequence[SweepResult]) -> Drawing:
     """Milliseconds per token over k', a panel for one token alone and one for a full batch, if measured."""
+    import matplotlib
+    from matplotlib.figure import Figure as Drawing
+
     measured = [field for field in LATENCIES if any(points(result, field) for result in results)]
     with matplotlib.rc_context(plot_sweep.STYLE):
         figure = Drawing(figsize=(7.2, 3.4 + 0.2 * len(results)), layout="constrained")
@@ -98,6 +106,8 @@ def draw_latency(results: Sequence[SweepResult]) -> Drawing:
 
 
 def _draw_panel(axes: Axes, results: Sequence[SweepResult], field: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for index, result in enumerate(results):
         wheels = (plot_sweep.COLOURS, plot_sweep.MARKERS, plot_sweep.DASHES)
         colour, marker, dash = (wheel[index % len(wheel)] for wheel in wheels)
@@ -112,6 +122,8 @@ def _draw_panel(axes: Axes, results: Sequence[SweepResult], field: str) -> None:
 
 def svg(figure: Drawing, prefix: str) -> str:
     """The chart for a page; its text stays text."""
+    import matplotlib
+
     text = io.StringIO()
     with matplotlib.rc_context({**plot_sweep.STYLE, "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -136,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra = [baseline] if baseline is not None and baseline not in results else []
         written = write(card, charts([*named, *extra]), args.out)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"report.py: {error}") from error
+        fail(error)
     print("\n".join(f"wrote {path}" for path in written))
 
 

@@ -1,4 +1,8 @@
-"""What a checkpoint is, on either side, from headers and metadata alone: no tensor is read."""
+"""What a checkpoint is, on either side, from headers and metadata alone: no tensor is read.
+
+Each side imports its own libraries: a Hugging Face folder needs no Megatron, and what Megatron saved no transformers
+unless hf/ lies beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from megatron.training.checkpointing import get_checkpoint_tracker_filename
-from transformers import PretrainedConfig
-
-from megatron_emoe.hf.registry import architecture_of, read_config
-from megatron_emoe.hf.safetensors_files import SafetensorsFolder
-from megatron_emoe.hf.torch_dist import TorchDistReader
-from megatron_emoe.model.checkpoint import iteration_of, locate, stored_args
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ElasticConfig, flag
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
 
 _EXPERTS = ".mlp.experts."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -121,16 +121,23 @@ def inspect(folder: Path) -> Inspection:
     """
     if (folder / "config.json").is_file():
         return _inspect_hf(folder)
-    if (folder / ".metadata").is_file():
-        return _inspect_megatron(folder, folder.parent)
-    if Path(get_checkpoint_tracker_filename(str(folder))).is_file():
-        return _inspect_megatron(locate(str(folder), source="inspect"), folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
+    if (folder / ".metadata").is_file():
+        return _inspect_megatron(folder, folder.parent)
+    from megatron.training.checkpointing import get_checkpoint_tracker_filename
+
+    from megatron_emoe.model.checkpoint import locate
+
+    if Path(get_checkpoint_tracker_filename(str(folder))).is_file():
+        return _inspect_megatron(locate(str(folder), source="inspect"), folder)
     raise ValueError(f"{folder}: neither a Hugging Face model (config.json) nor a Megatron checkpoint")
 
 
 def _inspect_hf(folder: Path) -> Inspection:
+    from megatron_emoe.hf.registry import architecture_of, read_config
+    from megatron_emoe.hf.safetensors_files import SafetensorsFolder
+
     config = read_config(folder)
     architecture = architecture_of(config)
     stored = SafetensorsFolder(folder).tensors
@@ -149,8 +156,11 @@ def _inspect_hf(folder: Path) -> Inspection:
 
 def _inspect_megatron(checkpoint: Path, folder: Path) -> Inspection:
     """checkpoint: the folder of one iteration; folder: what it lies in, with hf/ beside it."""
+    from megatron_emoe.hf.torch_dist import TorchDistReader
+    from megatron_emoe.model.checkpoint import iteration_of, stored_args
+
     args = stored_args(checkpoint, source="inspect")
-    config = read_config(folder / "hf") if (folder / "hf").is_dir() else None
+    config = _companion(folder / "hf")
     vocabulary = config.vocab_size if config else args.vocab_size
     stored = TorchDistReader(checkpoint).tensors
     model, optimizer = {}, 0
@@ -177,6 +187,15 @@ def _inspect_megatron(checkpoint: Path, folder: Path) -> Inspection:
         optimizer_bytes=optimizer,
         has_hf=config is not None,
     )
+
+
+def _companion(folder: Path) -> PretrainedConfig | None:
+    """The configuration of the Hugging Face model that was imported, where it was kept."""
+    if not folder.is_dir():
+        return None
+    from megatron_emoe.hf.registry import read_config
+
+    return read_config(folder)
 
 
 def _count(tensors: Iterable[tuple[str | None, str, Iterable[int], torch.dtype]]) -> Tensors:

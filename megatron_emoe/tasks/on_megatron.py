@@ -22,9 +22,9 @@ from megatron_emoe.settings.refusal import fail
 from megatron_emoe.settings.tail_scale import parse_tail_scale
 from megatron_emoe.tasks.forward_server import ForwardServer, check_layout, control_group, from_rank_0
 from megatron_emoe.tasks.lm_eval_model import MegatronLM, Text
+from megatron_emoe.tasks.request import add_arguments
 from megatron_emoe.tasks.results import Passage, TaskSettings, TasksResult, missing, resume
 from megatron_emoe.tasks.run import (
-    add_arguments,
     check,
     check_selection,
     find_tasks,

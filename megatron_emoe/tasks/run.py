@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import random
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,6 +24,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
+from megatron_emoe.tasks.request import PAPER_TASKS, check_asked
 from megatron_emoe.tasks.results import (
     Passage,
     TaskCell,
@@ -34,20 +35,6 @@ from megatron_emoe.tasks.results import (
     missing,
     save,
 )
-
-PAPER_TASKS = {
-    "arc_challenge": "arc",
-    "arc_easy": "arc",
-    "gsm8k": "gsm8k",
-    "hellaswag": "hellaswag",
-    "humaneval": "humaneval",
-    "nq_open": "nq_open",
-    "triviaqa": "triviaqa",
-    "winogrande": "winogrande",
-    "mmlu": "mmlu",
-}
-"""The nine tasks of EMoE (arXiv 2509.21892), and the folder of each in lm-eval: reading all of lm-eval's 14,000 tasks
-takes half a minute."""
 
 _ROOT = Path(lm_eval.tasks.__file__).parent
 SEED = 1234
@@ -62,43 +49,18 @@ class TaskModel(Protocol):
     def active(self, k: int) -> AbstractContextManager[Passage]: ...
 
 
-def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """The flags of tools/eval_tasks.py that both kinds of model share."""
-    group = parser.add_argument_group("tasks")
-    group.add_argument("--model", choices=["hf", "megatron"], required=True, help="What --load holds.")
-    group.add_argument("--k", type=int, nargs="+", required=True, help="Numbers of active experts k' to evaluate.")
-    group.add_argument(
-        "--tasks", nargs="+", default=list(PAPER_TASKS), help=f"Tasks of lm-eval. Default: {' '.join(PAPER_TASKS)}."
-    )
-    group.add_argument("--include-path", type=Path, help="Folder with more tasks, as YAML files.")
-    group.add_argument("--num-fewshot", type=int, help="Examples in the prompt. Default: each task's own number.")
-    group.add_argument("--limit", type=int, help="Documents of each task to use at most, for a first look.")
-    group.add_argument("--max-length", type=int, help="Tokens that the model sees at most. Default: the model's own.")
-    group.add_argument(
-        "--allow-code-execution", action="store_true", help="Run programs that the model writes (humaneval)."
-    )
-    group.add_argument("--out", type=Path, required=True, help="Result file (JSON); finished cells in it are kept.")
-    group.add_argument("--label", help="Name of the model in tables. Default: the name of the --load folder.")
-    return parser
-
-
 def check(args: Namespace, num_experts: int, longest: int) -> int:
     """The number of tokens that the model may see. num_experts, longest: of the model.
 
     Raises:
-        ValueError: flag, value and rule, for the first number out of range or an --out that cannot be written.
+        ValueError: flag, value and rule, for the first number out of range, else as check_asked.
     """
     for k in args.k:
         if not 1 <= k <= num_experts:
             raise ValueError(f"--k {k}: must lie in [1, {num_experts}], the number of experts")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: must be at least 1")
-    if args.num_fewshot is not None and args.num_fewshot < 0:
-        raise ValueError(f"--num-fewshot {args.num_fewshot}: must be at least 0")
+    check_asked(args)
     if args.max_length is not None and not 2 <= args.max_length <= longest:
         raise ValueError(f"--max-length {args.max_length}: must lie in [2, {longest}], what the model can see")
-    if not args.out.parent.is_dir():
-        raise ValueError(f"--out {args.out}: the folder {args.out.parent} does not exist")
     return args.max_length or longest
 
 
@@ -117,8 +79,6 @@ def find_tasks(args: Namespace) -> tuple[TaskManager, list[str]]:
     Raises:
         ValueError: a task that does not exist, or one that runs code which nobody allowed.
     """
-    if args.include_path is not None and not args.include_path.is_dir():
-        raise ValueError(f"--include-path {args.include_path}: no such folder")
     manager = _manager(args.tasks, args.include_path)
     for name in args.tasks:
         if name not in manager.task_index:

@@ -1,5 +1,6 @@
 """Planned parameters equal those of models really built: all four at full size, every distinct rank of some layouts."""
 
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_emoe.plan.layout import Layout
+from megatron_emoe.plan.parameters import padded_vocabulary
 from tests.distributed import run_ranks
 
 ONE = Layout(gpus=1, gpus_per_node=8, tp=1, pp=1, ep=1, etp=1, micro_batch=1, global_batch=256, seq=4096)
@@ -107,13 +109,21 @@ def test_ranks_that_share_experts_are_built_as_the_flags_say(tmp_path):
 def wrong_vocabulary(path: str, layout: Layout) -> list[bool]:
     from megatron_emoe.plan import parameters as plan_parameters
 
-    plan_parameters.calculate_padded_vocab_size = lambda size, *args, **kwargs: size
+    plan_parameters.padded_vocabulary = lambda args, tp: args.vocab_size
     return [rank.agrees for rank in checked_file(path, layout)]
 
 
 def test_a_wrong_vocabulary_does_not_agree(tmp_path):
     path, layout = tiny_file(tmp_path, FEATURES[0]), replace(ONE, seq=64, global_batch=4)
     assert run_ranks(wrong_vocabulary, 1, path, layout)[0] == [False]
+
+
+@pytest.mark.parametrize(("size", "multiple", "tp"), [(50304, 128, 1), (50304, 128, 8), (100, 7, 3), (1, 1, 1)])
+def test_a_vocabulary_is_padded_as_megatron_does(size, multiple, tp):
+    from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+    args = Namespace(padded_vocab_size=None, vocab_size=size, make_vocab_size_divisible_by=multiple)
+    assert padded_vocabulary(args, tp) == calculate_padded_vocab_size(size, multiple, tp, logging_enabled=False)
 
 
 def broken_check(name: str) -> list[bool]:

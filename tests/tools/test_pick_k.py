@@ -143,13 +143,18 @@ def test_flags_that_do_not_go_together(tmp_path, capsys, flags, message):
         (["--max-latency-ms", "1", "--at", "large"], "has no latency_ms_large; must be measured"),
     ],
 )
-def test_bad_values(tmp_path, flags, message):
+def test_bad_values(tmp_path, capsys, flags, message):
     path = tmp_path / "sweep.json"
     sweep.save(make_result(CURVE), path)
-    with pytest.raises(SystemExit, match=f"pick_k.py: .*{message}"):
-        pick_k.main([str(path), *flags])
+    refuses(capsys, [str(path), *flags], message)
 
 
-def test_an_unreadable_sweep(tmp_path):
-    with pytest.raises(SystemExit, match="nowhere.json: cannot be read"):
-        pick_k.main([str(tmp_path / "nowhere.json"), "--max-flops", "1"])
+def test_an_unreadable_sweep(tmp_path, capsys):
+    refuses(capsys, [str(tmp_path / "nowhere.json"), "--max-flops", "1"], "nowhere.json: cannot be read")
+
+
+def refuses(capsys, words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        pick_k.main(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and ": error: " in line and message in line

@@ -187,14 +187,20 @@ def test_labels_from_the_command_line(files, tmp_path, monkeypatch):
     assert [text.split(":")[0] for text in legend_texts(figures[0])] == ["plain", "elastic"]
 
 
-def fails(arguments: list, message: str) -> None:
-    with pytest.raises(SystemExit) as error:
-        plot_sweep.main([str(argument) for argument in arguments])
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+@pytest.fixture
+def fails(capsys):
+    """A function that expects a call to be refused by one line with `message`."""
+
+    def refused(arguments: list, message: str) -> None:
+        with pytest.raises(SystemExit) as left:
+            plot_sweep.main([str(argument) for argument in arguments])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert left.value.code == 2 and ": error: " in line and message in line
+
+    return refused
 
 
-def test_errors_name_the_rule_and_leave_nothing(files, tmp_path):
+def test_errors_name_the_rule_and_leave_nothing(files, tmp_path, fails):
     out = tmp_path / "wall.png"
     other = tmp_path / "other.json"
     sweep.save(make_result("32 experts", EMOE, num_experts=32), other)
@@ -218,7 +224,7 @@ def test_errors_name_the_rule_and_leave_nothing(files, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_chart_that_fails_to_draw_keeps_the_old_file(files, tmp_path, monkeypatch):
+def test_a_chart_that_fails_to_draw_keeps_the_old_file(files, tmp_path, monkeypatch, fails):
     out = tmp_path / "wall.png"
     out.write_bytes(b"old")
 
@@ -239,8 +245,8 @@ def test_as_a_command(files, tmp_path):
     assert (done.returncode, done.stdout) == (0, "wrote wall.png\n"), done.stderr
     assert (tmp_path / "wall.png").read_bytes().startswith(b"\x89PNG")
     failed = subprocess.run([*command[:-1], "wall.gif"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert failed.returncode == 1
-    assert failed.stderr == "plot_sweep.py: --out: wall.gif; must end in one of .png, .svg, .pdf\n"
+    assert failed.returncode == 2
+    assert failed.stderr == "plot_sweep.py: error: --out: wall.gif; must end in one of .png, .svg, .pdf\n"
 
 
 def test_sweeps_over_different_data_are_refused(tmp_path):

@@ -256,16 +256,16 @@ def test_bad_input_is_one_message_and_leaves_nothing(case, tmp_path, words, mode
     flags, message = BAD_FLAGS[case]
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     usual = ["--input", words, "--output-prefix", tmp_path / "new" / "d", *sp(model), "--append-eod", "--workers", 1]
-    assert tool.main([*map(str, usual), *flags]) == 1
+    assert tool.main([*map(str, usual), *flags]) == 2
     printed = capsys.readouterr().err.strip().splitlines()[-1]
-    assert printed.startswith("preprocess_data: error: ")
+    assert printed.startswith("preprocess_data.py: error: ")
     assert message.replace("{tmp}", str(tmp_path)) in printed
     assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_an_error_in_a_worker_is_the_same_message(tmp_path, model, capsys):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": fine}\n')
-    assert run("--input", tmp_path / "bad.jsonl", "--output-prefix", tmp_path / "d", *sp(model), workers=2) == 1
+    assert run("--input", tmp_path / "bad.jsonl", "--output-prefix", tmp_path / "d", *sp(model), workers=2) == 2
     assert "bad.jsonl line 2: not valid JSON" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["bad.jsonl"]
 
@@ -274,7 +274,7 @@ def test_an_earlier_result_is_kept_unless_told(tmp_path, words, model, capsys):
     (tmp_path / "one.txt").write_text("a single document")
     flags = ["--output-prefix", tmp_path / "d", *sp(model), "--append-eod"]
     assert run("--input", tmp_path / "one.txt", *flags) == 0
-    assert run("--input", words, *flags) == 1
+    assert run("--input", words, *flags) == 2
     assert f"{tmp_path}/d.bin exists (--overwrite replaces it)" in capsys.readouterr().err
     assert decoded(tmp_path / "d") == ["a single document"]
     assert run("--input", words, *flags, "--overwrite") == 0
@@ -285,13 +285,13 @@ def test_a_failing_overwrite_keeps_the_earlier_result(tmp_path, words, model):
     (tmp_path / "bad.jsonl").write_text("{")
     flags = ["--output-prefix", tmp_path / "d", *sp(model), "--append-eod", "--overwrite"]
     assert run("--input", words, *flags) == 0
-    assert run("--input", tmp_path / "bad.jsonl", *flags) == 1
+    assert run("--input", tmp_path / "bad.jsonl", *flags) == 2
     assert decoded(tmp_path / "d") == texts_of(words)
 
 
 def test_an_input_is_never_overwritten(tmp_path, words, model, capsys):
     (tmp_path / "d.json").write_text(words.read_text())  # the place of the sidecar
-    assert run("--input", tmp_path / "d.json", "--output-prefix", tmp_path / "d", *sp(model), "--overwrite") == 1
+    assert run("--input", tmp_path / "d.json", "--output-prefix", tmp_path / "d", *sp(model), "--overwrite") == 2
     assert f"{tmp_path}/d.json is one of the inputs" in capsys.readouterr().err
     assert (tmp_path / "d.json").read_text() == words.read_text()
 
@@ -309,8 +309,8 @@ def file_size_limit(limit: int):
 
 def test_a_disk_that_is_full_is_one_message_and_leaves_nothing(tmp_path, words, model, capsys):
     with file_size_limit(4096):
-        assert run("--input", words, "--output-prefix", tmp_path / "d", *sp(model)) == 1
-    assert "preprocess_data: error: [Errno 27] File too large" in capsys.readouterr().err
+        assert run("--input", words, "--output-prefix", tmp_path / "d", *sp(model)) == 2
+    assert "preprocess_data.py: error: [Errno 27] File too large" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 
 
@@ -343,7 +343,7 @@ def test_an_interrupted_run_leaves_nothing_and_no_process(tmp_path, words, model
     os.kill(process.pid, signum)
     process.join(timeout=30)
     assert process.exitcode == 130
-    assert "preprocess_data: interrupted, nothing was written" in capfd.readouterr().err
+    assert "preprocess_data.py: interrupted, nothing was written" in capfd.readouterr().err
     assert not (tmp_path / "new").exists()
     for worker in tmp_path.glob("*.worker"):
         with pytest.raises(ProcessLookupError):

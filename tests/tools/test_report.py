@@ -135,19 +135,27 @@ def test_seeds(files):
     assert any(text.startswith("elastic, seed 7") for text in page.texts)
 
 
-def fails(arguments: list, message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
-        report.main(list(map(str, arguments)))
+@pytest.fixture
+def fails(capsys):
+    """A function that expects a call to be refused by one line that matches `message`."""
+
+    def refused(arguments: list, message: str) -> None:
+        with pytest.raises(SystemExit) as left:
+            report.main(list(map(str, arguments)))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert left.value.code == 2 and re.search(f": error: .*{message}", line), line
+
+    return refused
 
 
-def test_errors_name_the_rule_and_leave_nothing(files, tmp_path):
+def test_errors_name_the_rule_and_leave_nothing(files, tmp_path, fails):
     out = tmp_path / "card.html"
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     other = tmp_path / "other.json"
     sweep.save(make_result("other", {4: 1.7}, k_train=4), other)
     before = sorted(os.listdir(tmp_path))
-    fails([*files, "--out", tmp_path / "card.pdf"], "report.py: --out: .*card.pdf; must end in .html")
+    fails([*files, "--out", tmp_path / "card.pdf"], "--out: .*card.pdf; must end in .html")
     fails([*files, "--out", tmp_path / "none" / "card.html"], "the folder .*none must exist")
     fails([*files, files[0], "--out", out], "label: 'plain' is given 2 times; must be unique")
     fails([*files, broken, "--out", out], "broken.json: ")
@@ -158,7 +166,7 @@ def test_errors_name_the_rule_and_leave_nothing(files, tmp_path):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_card_that_cannot_be_written_keeps_the_old_one(files, tmp_path, monkeypatch):
+def test_a_card_that_cannot_be_written_keeps_the_old_one(files, tmp_path, monkeypatch, fails):
     written(files)
     old = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
 
