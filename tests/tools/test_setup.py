@@ -1,7 +1,7 @@
 """tools/setup_env.sh: which interpreter it takes, when it has work to do, and what an interruption leaves behind.
 
 Every test runs the real script on a small copy of the repository. Only the interpreters are stand-ins: their `-m venv`
-makes an environment whose pip writes down its arguments instead of downloading anything.
+makes an environment whose pip writes down its arguments instead of downloading anything, and so does a stand-in for uv.
 """
 
 import os
@@ -18,7 +18,10 @@ REPO = Path(__file__).resolve().parents[2]
 WORKING = f"""#!/bin/sh
 case $2 in *_base_executable*) echo "$0 3.12.0"; exit;; esac
 if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; exit; fi
+if [ "$1 $2 $3" = "-m pip config" ]; then printf %s "$PIP_CONFIG"; exit; fi
 if [ "$1 $2" = "-m pip" ]; then echo "$@" >> "$PIP_LOG"; sh -c "$PIP_BEHAVIOUR"; exit; fi
+case $4 in "import megatron"*) echo "bytecode: ${{PYTHONDONTWRITEBYTECODE-yes}}" >> "$PIP_LOG.import"
+  sh -c "${{IMPORT_BEHAVIOUR:-true}}"; exit;; esac
 exec {sys.executable} "$@"
 """
 
@@ -29,6 +32,7 @@ def repo(tmp_path: Path) -> Path:
     copy = tmp_path / "repo"
     (copy / "tools").mkdir(parents=True)
     shutil.copy(REPO / "tools" / "setup_env.sh", copy / "tools")
+    shutil.copy(REPO / "tools" / "uv_settings.py", copy / "tools")
     shutil.copy(REPO / "setup.py", copy)
     for name in ("bin", "home", "pyenv"):
         (tmp_path / name).mkdir()
@@ -58,7 +62,7 @@ def run_setup(repo: Path, *flags: str, **env: str) -> subprocess.CompletedProces
     """Run the script where PATH, home and pyenv are the fixture's; stdout and stderr come back as one text."""
     base = repo.parent
     settings = {"PATH": str(base / "bin"), "HOME": str(base / "home"), "PYENV_ROOT": str(base / "pyenv")}
-    settings |= {"PIP_LOG": str(base / "pip.log"), "PIP_BEHAVIOUR": "true"}
+    settings |= {"PIP_LOG": str(base / "pip.log"), "PIP_BEHAVIOUR": "true", "PIP_CONFIG": ""}
     return subprocess.run(
         ["bash", "tools/setup_env.sh", *flags],
         cwd=repo,
@@ -237,3 +241,109 @@ def test_too_little_disk_is_said_before_anything_is_made(repo):
     assert result.returncode == 1
     assert ".venv needs 8 GB of disk, 2 GB are free" in result.stdout
     assert not (repo / ".venv").exists()
+
+
+# uv as far as the script asks: its list of interpreters is empty, an installation is written down with its settings.
+UV = """#!/bin/sh
+[ "$1" = python ] && exit 1
+echo "$@" >> "$PIP_LOG.uv"
+env | sort | sed -n 's/^\\(UV_[^=]*=.*\\|SSL_CERT_FILE=.*\\)/  \\1/p' >> "$PIP_LOG.uv"
+sh -c "${UV_BEHAVIOUR:-true}"
+"""
+
+
+def with_uv(repo: Path) -> Path:
+    """uv and an interpreter on PATH; where uv's calls are written down."""
+    make_python(repo.parent / "bin" / "python3.12")
+    make_python(repo.parent / "bin" / "uv", UV)
+    for tool in ("env", "sort"):
+        (repo.parent / "bin" / tool).symlink_to(shutil.which(tool))
+    return repo.parent / "pip.log.uv"
+
+
+def test_uv_installs_where_it_is_there_and_pip_is_not_asked(repo):
+    log = with_uv(repo)
+    result = run_setup(repo)
+    assert result.returncode == 0, result.stdout
+    into = "pip install -q --python .venv/bin/python --index-strategy unsafe-best-match"
+    assert log.read_text().splitlines() == [f"{into} torch>=2.6,<3", f"{into} -e .[dev]"]
+    assert pip_calls(repo) == [] and run_setup(repo).stdout == ""
+
+
+def test_uv_is_told_what_pip_is_configured_to_do(repo):
+    log = with_uv(repo)
+    config = """global.cert='/ca.pem'
+global.constraint='/of-the-file.txt'
+global.extra-index-url='https://one.example/simple\\nfile:///two'
+global.find-links='/wheels /more wheels'
+install.index-url='https://of-install.example'
+freeze.timeout='1'
+:env:.constraint='/a.txt /b.txt'
+:env:.disable-pip-version-check='1'
+:env:.default-timeout='180'
+"""
+    result = run_setup(repo, PIP_CONFIG=config)
+    assert result.returncode == 0, result.stdout
+    settings = sorted({line.strip() for line in log.read_text().splitlines() if line.startswith("  ")})
+    assert settings == [
+        "SSL_CERT_FILE=/ca.pem",
+        "UV_CONSTRAINT=/a.txt /b.txt",  # the environment's, which wins over the file's as it does in pip
+        "UV_DEFAULT_INDEX=https://of-install.example",
+        "UV_FIND_LINKS=/wheels,/more,wheels",  # pip splits at white space
+        "UV_HTTP_TIMEOUT=180",
+        "UV_INDEX=https://one.example/simple file:///two",
+    ]
+    assert pip_calls(repo) == []
+
+
+def test_uv_keeps_settings_of_its_own(repo):
+    log = with_uv(repo)
+    run_setup(repo, PIP_CONFIG="global.index-url='https://pip.example'\n", UV_DEFAULT_INDEX="https://uv.example")
+    assert "UV_DEFAULT_INDEX=https://uv.example" in log.read_text() and "pip.example" not in log.read_text()
+
+
+def test_a_setting_that_uv_cannot_be_told_leaves_it_to_pip(repo):
+    log = with_uv(repo)
+    result = run_setup(repo, PIP_CONFIG="global.no-index='1'\n")
+    assert result.returncode == 0, result.stdout
+    assert "set-up: pip installs, not uv: pip's setting no-index has no counterpart in uv\n" in result.stdout
+    assert len(pip_calls(repo)) == 2 and not log.exists()
+
+
+def test_where_uv_fails_pip_tries(repo):
+    with_uv(repo)
+    result = run_setup(repo, UV_BEHAVIOUR="echo no such wheel >&2; exit 2")
+    assert result.returncode == 0, result.stdout
+    assert (
+        "no such wheel\nset-up: uv could not install torch>=2.6,<3 (its message is above): pip tries" in result.stdout
+    )
+    assert len(pip_calls(repo)) == 2  # uv is not asked for the second part
+
+
+def test_another_torch_index_reaches_uv_for_torch_alone(repo):
+    log = with_uv(repo)
+    run_setup(repo, EMOE_TORCH_INDEX="https://wheels.example/cpu")
+    torch, package = log.read_text().splitlines()
+    assert torch.endswith("torch>=2.6,<3 --default-index https://wheels.example/cpu")
+    assert "wheels.example" not in package
+
+
+def test_pip_leaves_byte_code_to_the_first_import(repo):
+    make_python(repo.parent / "bin" / "python3.12")
+    run_setup(repo)
+    assert [" --no-compile " in call for call in pip_calls(repo)] == [True, True]
+
+
+def test_the_first_import_writes_byte_code_even_where_imports_should_not(repo):
+    make_python(repo.parent / "bin" / "python3.12")
+    run_setup(repo, PYTHONDONTWRITEBYTECODE="1")
+    assert (repo.parent / "pip.log.import").read_text() == "bytecode: yes\n"
+
+
+def test_an_environment_that_cannot_be_imported_is_not_finished(repo):
+    make_python(repo.parent / "bin" / "python3.12")
+    failing = "echo Traceback; echo 'ImportError: no such library'; exit 1"
+    result = run_setup(repo, IMPORT_BEHAVIOUR=failing)
+    assert result.returncode == 1
+    assert "set-up: what was installed in .venv cannot be imported: ImportError: no such library\n" in result.stdout
+    assert "interrupted" in run_setup(repo, "--dry-run").stdout
