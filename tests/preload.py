@@ -1,14 +1,12 @@
-"""What a rank of `run_ranks` finds in memory: imported once by the fork server, before the first rank is forked.
+"""What a rank of `run_ranks` finds in memory: imported once by the server (tests/programs), before the first is forked.
 
 Importing Megatron and transformers takes ten seconds; so would reading the sources of the core's configuration classes,
 for the help of 900 flags, again for every command line.
 """
 
 import argparse
-import gc
 from typing import Any
 
-import megatron.core.tokenizers.text  # noqa: F401
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments
 
@@ -31,4 +29,3 @@ def _remembered(self: Any, cls: type) -> dict[str, str]:
 
 ArgumentGroupFactory._get_field_docstrings = _remembered
 add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-gc.freeze()  # what is here is never garbage: no rank need look at it

@@ -51,6 +51,7 @@ def _take_over(request: Mapping[str, Any], streams: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     unbuffered = request["unbuffered"] or bool(os.environ.get("PYTHONUNBUFFERED"))
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
     sys.stdout = sys.__stdout__ = _writer(1, unbuffered)
@@ -66,7 +67,7 @@ def _take_names(request: Mapping[str, Any], interpreter: str) -> None:
     sys.executable = interpreter
     sys.argv = ["-c", *request["words"]] if option == ["-c"] else words
     first = os.path.dirname(os.path.realpath(words[0])) if request["kind"] == "script" else os.getcwd()
-    sys.path[:0] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path.insert(0, first)
 
 
 def _call(task: str, answer: int) -> int:
