@@ -10,14 +10,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gc
 import multiprocessing
 import runpy
+import socket
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_emoe.host import mode as host_mode
 
-host_mode.setup([])
+host_mode.setup(["--host-mode"])  # where CUDA is present too: a fork of a process that has asked for it cannot use it
 
 import megatron_emoe.sweep.on_megatron  # noqa: E402
 import megatron_emoe.sweep.tail_fit  # noqa: E402
@@ -29,9 +31,19 @@ _CONTEXT = multiprocessing.get_context("fork")
 
 def start(script: Path, words: list[str], log: Path) -> BaseProcess:
     """Run `python script words` as the only rank; both its streams go to `log`."""
-    process = _CONTEXT.Process(target=_run, args=(script, words, log))
-    process.start()
+    log.write_text("")
+    (process,) = start_ranks(script, words, log, 1)
     return process
+
+
+def start_ranks(script: Path, words: Sequence[str], log: Path, ranks: int) -> list[BaseProcess]:
+    """The same on several ranks of this machine, as torchrun would; the streams of all are added to `log`."""
+    port = _free_port() if ranks > 1 else 0  # 0: any that is free, which only the rank that takes it knows
+    starts = [(script, list(words), log, rank, ranks, port) for rank in range(ranks)]
+    processes: list[BaseProcess] = [_CONTEXT.Process(target=_run, args=args) for args in starts]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def wait_for_one(processes: list[BaseProcess]) -> BaseProcess:
@@ -40,12 +52,18 @@ def wait_for_one(processes: list[BaseProcess]) -> BaseProcess:
     return next(process for process in processes if process.sentinel == ended)
 
 
-def _run(script: Path, words: list[str], log: Path) -> None:
-    with open(log, "w") as file:
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _run(script: Path, words: list[str], log: Path, rank: int, ranks: int, port: int) -> None:
+    with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ.update(rank, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any port that is free
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
     sys.argv = [str(script), *words]
     sys.orig_argv = ["python", *sys.argv]
     runpy.run_path(str(script), run_name="__main__")  # its SystemExit and its exceptions are the process's

@@ -1,31 +1,35 @@
-"""The whole of elastic continued training, on real text, on any machine: about a quarter of an hour on two cores.
+"""The whole of elastic continued training, on real text, on any machine: about eight minutes on two cores.
 
 Corpus (the Python standard library's sources) -> SentencePiece -> Megatron data -> a base run with plain top-k and
-expert parallelism -> two continued runs from it, plain top-k and the recipe of docs/study.md -> the tail scale of the
-second, fitted -> sweeps over k', for the elastic run also of each layer alone and of the k' per layer that this
-suggests for a budget -> demo/card.html, demo/card.md, demo/wall.png.
-Every step is one command of this repository; one whose output is complete is not run again.
+expert parallelism -> two continued runs from it side by side, plain top-k and the recipe of docs/study.md -> the tail
+scale of each, fitted -> sweeps over k', of plain top-k with and without its tail scale, for the elastic run also of
+each layer alone and of the k' per layer that this suggests for a budget -> demo/card.html, demo/card.md, demo/wall.png.
+Every step is one command of this repository, written at the top of its log; one whose output is complete is not run
+again. All run on the CPU.
 """
 
 import json
-import re
+import os
 import subprocess
 import sys
 import sysconfig
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO / "benchmarks"))  # forks.py
+from demo_run import Lane, Spent, Step, run  # noqa: E402
 
-from megatron_emoe.settings.tail_scale import TAIL_SCALE_FILE
-from megatron_emoe.sweep.budget import flops_limit, name, proposals
-from megatron_emoe.sweep.curve import (
+from megatron_emoe.settings.tail_scale import TAIL_SCALE_FILE  # noqa: E402
+from megatron_emoe.sweep.budget import flops_limit, name, proposals  # noqa: E402
+from megatron_emoe.sweep.curve import (  # noqa: E402
     K,
+    best_k,
     cost_at_k,
     effective_range,
     load,
+    loss_at,
     markdown_table,
     missing_ks,
     peak_gain,
@@ -33,7 +37,6 @@ from megatron_emoe.sweep.curve import (
     wall,
 )
 
-REPO = Path(__file__).resolve().parent.parent
 OUT = REPO / "demo"
 VOCAB = 2048
 LAYERS, TRAINED_K = 3, 4
@@ -48,71 +51,60 @@ LATENCY = ("latency_ms_batch1", "latency_ms_large")
 ELASTIC = "@examples/recipe.args"
 """What makes the elastic run elastic."""
 FITTED_KS = (8, 16)
-"""The k' that its tail scale is fitted at."""
+"""The k' that a tail scale is fitted at."""
 HELD_OUT_TOKENS = 32768
 
 MODEL = f"""--num-layers {LAYERS} --hidden-size 96 --num-attention-heads 4 --seq-length 256
     --max-position-embeddings 256 --num-experts 32 --moe-router-topk {TRAINED_K} --moe-ffn-hidden-size 48
     --ffn-hidden-size 48 --swiglu --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
     --attention-dropout 0 --hidden-dropout 0 --untie-embeddings-and-output-weights --moe-aux-loss-coeff 1e-2
-    --moe-router-dtype fp32"""
-PARALLEL = "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
-TRAIN = """--micro-batch-size 4 --global-batch-size 8 --adam-beta2 0.95 --clip-grad 1.0 --weight-decay 0.1
+    --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall"""
+PARALLEL = "--expert-model-parallel-size 2"
+"""The base run's. What follows from it runs on one rank each: Megatron's checkpoints load in any layout."""
+TRAIN = """--global-batch-size 8 --adam-beta2 0.95 --clip-grad 1.0 --weight-decay 0.1
     --lr-decay-style cosine --log-interval 10 --eval-iters 4 --split 99,1,0 --no-create-attention-mask-in-dataloader"""
 
 
-@dataclass(frozen=True)
-class Step:
-    """One command; `done` tells whether it has succeeded. iterations: what its log counts up to, for the progress
-    bar."""
-
-    name: str
-    command: list[str]
-    done: Callable[[], bool]
-    iterations: int = 0
+TITLES = {"topk": "topk", "topk_fitted": "topk + a(k')", "elastic": "elastic + a(k')"}
+"""The curves by the name of their sweep: + a(k') is with the fitted tail scale, as in docs/study.md."""
 
 
-def python(script: str, *words: object) -> list[str]:
-    return [sys.executable, str(REPO / script), *map(str, words)]
+def training(run: str, iterations: int, lr: str, extra: str, ranks: int = 1) -> Step:
+    save = OUT / "checkpoints" / run
+    flags = f"""{MODEL} {TRAIN} --micro-batch-size {8 // ranks} --train-iters {iterations} {lr}
+        --eval-interval {iterations} --data-path {OUT}/data/stdlib --data-cache-path {OUT}/data/cache/{run}
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model {OUT}/data/stdlib.model --save {save}
+        --save-interval {iterations} --tensorboard-dir {OUT}/tensorboard/{run} {extra}"""
+    newest = save / "latest_checkpointed_iteration.txt"
+    done = lambda: newest.exists() and newest.read_text().strip() == str(iterations)  # noqa: E731
+    return Step(run, "pretrain_emoe.py", flags.split(), done, ranks, iterations)
 
 
-def torchrun(script: str, flags: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launcher, str(REPO / script), *flags.split()]
+def sweep_file(curve: str) -> Path:
+    return OUT / f"sweep_{curve}.json"
 
 
-def training(name: str, iterations: int, lr: str, extra: str) -> Step:
-    save = OUT / "checkpoints" / name
-    flags = f"""{MODEL} {PARALLEL} {TRAIN} --train-iters {iterations} {lr} --eval-interval {iterations}
-        --data-path {OUT}/data/stdlib --tokenizer-type SentencePieceTokenizer --tokenizer-model {OUT}/data/stdlib.model
-        --save {save} --save-interval {iterations} --tensorboard-dir {OUT}/tensorboard/{name} {extra}"""
-    done = (save / "latest_checkpointed_iteration.txt").exists
-    return Step(name, torchrun("pretrain_emoe.py", flags), done, iterations)
-
-
-def sweep_file(run: str) -> Path:
-    return OUT / f"sweep_{run}.json"
-
-
-def sweep(run: str, title: str, extra: str, cells: Sequence[K], fields: Sequence[str] = ()) -> Step:
-    """A sweep of a run into its file, done once the file has these cells with these fields."""
-    out = sweep_file(run)
-    flags = f"--load {OUT}/checkpoints/{run} --label {run} --out {out} {held_out(HELD_OUT_TOKENS)} {extra}"
+def sweep(run: str, title: str, extra: str, cells: Sequence[K], fields: Sequence[str] = (), curve: str = "") -> Step:
+    """A sweep of a run into its file, or that of another curve; done once the file has these cells with these
+    fields."""
+    out = sweep_file(curve or run)
     done = lambda: out.exists() and not missing_ks(load(out), cells, fields)  # noqa: E731
-    return Step(title, torchrun("tools/sweep_k.py", flags), done)
+    flags = f"--load {OUT}/checkpoints/{run} --out {out} {held_out(run, HELD_OUT_TOKENS)} {extra}"
+    return Step(title, "tools/sweep_k.py", [*flags.split(), "--label", TITLES[curve or run]], done, 1)
 
 
 def fit(run: str) -> Step:
     """The tail scale of a run, fitted on other tokens than those of its sweep."""
     done = lambda: any((OUT / f"checkpoints/{run}").glob(f"*/{TAIL_SCALE_FILE}"))  # noqa: E731
-    flags = f"--load {OUT}/checkpoints/{run} --k {numbers(FITTED_KS)} {held_out(2 * HELD_OUT_TOKENS)}"
-    return Step("fit tail scale", torchrun("tools/fit_tail_scale.py", flags), done)
+    flags = f"--load {OUT}/checkpoints/{run} --k {numbers(FITTED_KS)} {held_out(run, 2 * HELD_OUT_TOKENS)}"
+    return Step(f"fit {run}", "tools/fit_tail_scale.py", flags.split(), done, 1)
 
 
-def held_out(tokens: int) -> str:
+def held_out(run: str, tokens: int) -> str:
     """Flags of an evaluation: large micro-batches, so that small experts are worth their calls."""
-    return f"""--data-path {OUT}/data/stdlib_heldout --max-eval-tokens {tokens} --micro-batch-size 16
-        --global-batch-size 32 --no-create-attention-mask-in-dataloader {PARALLEL}"""
+    return f"""--data-path {OUT}/data/stdlib_heldout --data-cache-path {OUT}/data/cache/{run} --max-eval-tokens {tokens}
+        --micro-batch-size 16 --global-batch-size 32 --no-create-attention-mask-in-dataloader
+        --moe-token-dispatcher-type alltoall"""
 
 
 def numbers(ks: Sequence[int]) -> str:
@@ -126,27 +118,41 @@ def sources() -> list[str]:
     return [str(path) for path in parts if path.suffix == ".py" or (path.is_dir() and any(path.rglob("*.py")))]
 
 
-def steps() -> Iterator[Step]:
-    """All steps in order. Ask for the next one only once a step is done: some read what the steps before them wrote."""
-    corpus = python("tools/preprocess_data.py", "--input", *sources())
-    corpus += f"--suffix .py --output-prefix {OUT}/data/stdlib --train-tokenizer {VOCAB} --append-eod".split()
-    yield Step(
-        "corpus", [*corpus, *"--holdout 0.05 --workers 2 --errors ignore".split()], (OUT / "data/stdlib.json").exists
-    )
-    continued = f"--load {OUT}/checkpoints/base --finetune"
+def stages() -> Iterator[tuple[Lane, ...]]:
+    """What runs one after another; of each, the lanes that run side by side."""
+    yield (base(),)
+    yield topk(), elastic()
+    yield (drawings(),)
+
+
+def base() -> Lane:
+    flags = ["--input", *sources(), "--suffix", ".py", "--train-tokenizer", str(VOCAB), "--append-eod"]
+    flags += f"--output-prefix {OUT}/data/stdlib --holdout 0.05 --workers 2 --errors ignore".split()
+    yield Step("corpus", "tools/preprocess_data.py", flags, (OUT / "data/stdlib.json").exists)
+    yield training("base", BASE_ITERS, "--lr 2e-3 --min-lr 1e-3 --lr-warmup-iters 30", PARALLEL, ranks=2)
+
+
+def continued(run: str, extra: str) -> Step:
     low = "--lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 10"
-    yield training("base", BASE_ITERS, "--lr 2e-3 --min-lr 1e-3 --lr-warmup-iters 30", "")
-    yield training("topk", CONTINUED_ITERS, low, continued)
-    yield training("elastic", CONTINUED_ITERS, low, f"{continued} {ELASTIC} --emoe-eval-k 4 8 12")
+    return training(run, CONTINUED_ITERS, low, f"--load {OUT}/checkpoints/base --finetune {extra}")
+
+
+def topk() -> Lane:
+    yield continued("topk", "")
+    yield sweep("topk", "sweep topk", f"--k {numbers(KS)} --latency --emoe-tail-scale 1", KS, LATENCY)
+    yield fit("topk")
+    yield sweep("topk", "sweep topk fitted", f"--k {numbers(KS)}", KS, curve="topk_fitted")
+
+
+def elastic() -> Lane:
+    yield continued("elastic", f"{ELASTIC} --emoe-eval-k 4 8 12")
     yield fit("elastic")
-    for run in ("topk", "elastic"):
-        yield sweep(run, f"sweep {run}", f"--k {numbers(KS)} --latency", KS, LATENCY)
+    yield sweep("elastic", "sweep elastic", f"--k {numbers(KS)} --latency", KS, LATENCY)
     alone = sensitivity_budgets(LAYER_KS, TRAINED_K, LAYERS)
     yield sweep("elastic", "sweep layers", f"--k {numbers(LAYER_KS)} --layer-sensitivity", alone)
     if allocations := suggested():
         words = " ".join(map(name, allocations))
         yield sweep("elastic", "sweep k' per layer", f"--k-per-layer {words}", allocations)
-    yield from drawings()
 
 
 def suggested() -> list[tuple[int, ...]]:
@@ -155,77 +161,66 @@ def suggested() -> list[tuple[int, ...]]:
     return [proposal.k for proposal in proposals(elastic, flops_limit(elastic, BUDGET))]
 
 
-def drawings() -> Iterator[Step]:
+def drawings() -> Lane:
     """The chart and the card, made anew where a sweep is newer."""
-    files = [sweep_file("topk"), sweep_file("elastic")]
+    files = [sweep_file(curve) for curve in TITLES]
+    card = ["--baseline", str(files[0]), "--title", f"Demo: top-k, and {ELASTIC}"]
     for title, script, target, extra in (
         ("plot", "tools/plot_sweep.py", OUT / "wall.png", []),
-        (
-            "card",
-            "tools/report.py",
-            OUT / "card.html",
-            ["--baseline", files[0], "--title", f"Demo: top-k, and {ELASTIC}"],
-        ),
+        ("card", "tools/report.py", OUT / "card.html", card),
     ):
-        yield Step(
-            title, python(script, *files, *extra, "--out", target), lambda target=target: is_newer(target, files)
-        )
+        words = [*map(str, files), *extra, "--out", str(target)]
+        yield Step(title, script, words, lambda target=target: is_newer(target, files))
 
 
 def is_newer(target: Path, files: Sequence[Path]) -> bool:
     return target.exists() and all(target.stat().st_mtime_ns > file.stat().st_mtime_ns for file in files)
 
 
-def run(step: Step, seconds: dict[str, float]) -> None:
-    """Run one step, its output in demo/logs, its progress on the terminal. SystemExit with the log's end if it
-    fails."""
-    log = OUT / "logs" / f"{re.sub('[^a-z]+', '_', step.name)}.log"
-    start = time.perf_counter()
-    total = step.iterations or None
-    form = "{desc:18} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]" if total else "{desc:18} [{elapsed}]"
-    every = {"miniters": 0, "mininterval": 0.5 if sys.stderr.isatty() else 30}
-    with open(log, "w") as file, tqdm(total=total, desc=step.name, bar_format=form, **every) as bar:
-        process = subprocess.Popen(step.command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            reached = re.search(r"iteration +(\d+)/ *\d+ \|", line)
-            bar.update(int(reached[1]) - bar.n if reached else 0)
-    if process.wait() != 0 or not step.done():
-        sys.exit(f"{step.name} failed; the end of {log}:\n" + "".join(log.read_text().splitlines(True)[-20:]))
-    seconds[step.name] = round(time.perf_counter() - start, 1)
-
-
-def summary(seconds: dict[str, float]) -> str:
+def summary(spent: Sequence[Spent]) -> str:
     """The result in short; the card has it in full."""
-    topk, elastic = load(sweep_file("topk")), load(sweep_file("elastic"))
+    topk, fitted, elastic = (load(sweep_file(curve)) for curve in TITLES)
     lines = [f"Held-out loss (nats per token) at k' active experts; both runs continue one base at k = {topk.k_train}."]
-    lines += [f"elastic: {ELASTIC}", "", markdown_table([topk, elastic])]
-    for result in (topk, elastic):
+    lines += [f"elastic: {ELASTIC}; + a(k'): with its fitted tail scale", "", markdown_table([topk, fitted, elastic])]
+    for result in (topk, fitted, elastic):
         first = wall(result)
         end = f"wall at k' = {first}" if first else f"no wall up to k' = {max(KS)}"
         lines += [f"{result.label}: effective range {effective_range(result):.2f}, {end}"]
-    lines += [f"elastic against top-k: at k {cost_at_k(elastic, topk):+.4f} nats (positive: worse),"]
-    lines += [f"at its best k' {-peak_gain(elastic, topk):+.4f} against top-k at k", ""]
-    spent = ", ".join(f"{step} {value:.0f}" for step, value in seconds.items())
-    return "\n".join([*lines, f"seconds: {spent}", ""])
+    cost = cost_at_k(elastic, topk)
+    lines += [f"{elastic.label} at k against topk: {cost:+.4f} nats, {cost / loss_at(topk, topk.k_train):+.2%}"]
+    for other, where in ((topk, "topk at k"), (fitted, f"{fitted.label} at its best k'")):
+        best = peak_gain(elastic, topk) - (peak_gain(fitted, topk) if other is fitted else 0.0)
+        lines += [f"{elastic.label} at its best k' = {best_k(elastic)} against {where}: {-best:+.4f}"]
+    seconds = ", ".join(f"{one.step} {one.wall:.0f} ({one.processor:.0f})" for one in spent)
+    return "\n".join([*lines, "", f"seconds by step, of processor time in brackets: {seconds}", ""])
+
+
+NEXT = """With a model of your own (README.md):
+python tools/convert_checkpoint.py import --hf MODEL --out CHECKPOINT
+torchrun --nproc-per-node 8 pretrain_emoe.py @CHECKPOINT/model.args @examples/recipe.args --load CHECKPOINT \\
+  --finetune --save OUT --data-path DATA_text_document ...
+torchrun --nproc-per-node 8 tools/sweep_k.py --load OUT --k 4 8 16 --data-path HELDOUT --out sweep.json"""
 
 
 def main() -> None:
+    os.chdir(REPO)
     for folder in ("logs", "data", "checkpoints"):
         (OUT / folder).mkdir(parents=True, exist_ok=True)
     timings = OUT / "seconds.json"
-    seconds = json.loads(timings.read_text()) if timings.exists() else {}
-    for step in steps():
-        if step.done():
-            continue
-        run(step, seconds)
-        timings.write_text(json.dumps(seconds))
-    print(f"\n{summary(seconds)}\nwhich k' for {BUDGET:g} of the expert FLOPs?", flush=True)
+    spent = {one["step"]: Spent(**one) for one in json.loads(timings.read_text())} if timings.exists() else {}
+
+    def note(one: Spent) -> None:
+        spent[one.step] = one
+        timings.write_text(json.dumps([asdict(each) for each in spent.values()]))
+
+    for lanes in stages():
+        run(lanes, OUT / "logs", note)
+    print(f"\n{summary(list(spent.values()))}\nwhich k' for {BUDGET:g} of the expert FLOPs?", flush=True)
     question = ["tools/pick_k.py", str(sweep_file("elastic").relative_to(REPO)), "--max-flops", f"{BUDGET:g}"]
     print(f"python {' '.join(question)}\n", flush=True)
-    subprocess.run([sys.executable, *question], cwd=REPO, check=True)
+    subprocess.run([sys.executable, *question], check=True)
     print(f"\ncard: {OUT}/card.html, {OUT}/card.md\nfigure: {OUT}/wall.png\ntensorboard --logdir {OUT}/tensorboard")
+    print(f"\n{NEXT}")
 
 
 if __name__ == "__main__":
