@@ -224,4 +224,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on after the last step that is complete", file=sys.stderr)
+        sys.exit(130)

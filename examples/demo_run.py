@@ -131,7 +131,9 @@ def run(lanes: Sequence[Lane], logs: Path, note: Callable[[Spent], None]) -> Non
                 wait([process.sentinel for one in running for process in one.left], timeout=1)
                 for one in [one for one in running if one.has_ended()]:
                     running.remove(one)
-                    note(one.spent())
+                    spent = one.spent()
+                    bar.write(f"{spent.step}: {spent.wall:.0f} s")
+                    note(spent)
                     _go_on(one.lane, running, logs)
         finally:
             for process in (process for one in running for process in one.left):

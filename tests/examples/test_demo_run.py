@@ -131,3 +131,13 @@ def test_ranks_are_forked_from_one_process_and_reach_each_other(tmp_path):
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, check=True, timeout=300)
     assert (tmp_path / "log").read_text().splitlines().count("sum 111 of 3") == 3
+
+
+def test_what_an_import_says_goes_to_a_log_and_not_to_the_terminal(tmp_path, capfd):
+    log = tmp_path / "log"
+    with demo_run._streams_in(log):
+        os.write(1, b"of stdout\n")
+        os.write(2, b"of stderr\n")
+    os.write(1, b"after\n")
+    assert log.read_text() == "of stdout\nof stderr\n"
+    assert capfd.readouterr() == ("after\n", "")
