@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_emoe.host import mode as host_mode
+from megatron_emoe.plan import kept
 from megatron_emoe.plan import report as plan_report
 from megatron_emoe.plan.layout import OPTIMIZER_STATES
 from megatron_emoe.plan.model import MODELS, read_model
@@ -94,7 +95,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def plans_of(args: argparse.Namespace) -> list[Plan]:
     """The plans that fit, best first. Raises ValueError with the rule that nothing satisfies."""
-    model = read_model(args.model, args.recipe, args.seq)
+    model = read_model(args.model, args.recipe, args.seq, kept.user_folder())
     wanted = Wanted(
         gpus=args.gpus,
         gpus_per_node=min(args.gpus_per_node, args.gpus),

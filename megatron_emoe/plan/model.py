@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.model.flops import moe_layer_numbers
+from megatron_emoe.plan import kept
 from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.elastic_config import ElasticConfig, flag
 from megatron_emoe.settings.k_schedule import expected_k, k_probabilities
@@ -117,10 +118,11 @@ class PlannedModel:
         return self.config.emoe_k_ramp_iters or 0
 
 
-def read_model(name: str, recipe: str | None, seq_length: int | None) -> PlannedModel:
+def read_model(name: str, recipe: str | None, seq_length: int | None, keep_in: Path | None = None) -> PlannedModel:
     """The model `name` (one of MODELS, or a flag file) with the elastic settings of the flag file `recipe`.
 
-    seq_length: tokens; None: 4096, or the model's longest sequence where that is shorter.
+    seq_length: tokens; None: 4096, or the model's longest sequence where that is shorter. keep_in: a folder for what
+    Megatron says of the flags (see kept.py); where it says it anew, this process is in host mode from then on.
 
     Raises:
         ValueError: no such model or file, flags that Megatron or the elastic settings refuse, or that a plan does not
@@ -129,7 +131,7 @@ def read_model(name: str, recipe: str | None, seq_length: int | None) -> Planned
     files = [_model_file(name), *([Path(recipe)] if recipe else [])]
     words = flag_files.expand([f"@{file}" for file in files])
     _refuse_layout(words)
-    args = _completed(words, seq_length)
+    args = kept.arguments([*words, f"{seq_length}"], lambda: _completed(words, seq_length), keep_in)
     if args.vocab_size is None and args.padded_vocab_size is None:
         raise ValueError(f"--model {name}: its flags need --vocab-size, which decides the size of embedding and head")
     return PlannedModel(name, tuple(f"@{file}" for file in files), args)

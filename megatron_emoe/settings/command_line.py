@@ -57,10 +57,11 @@ def is_first_rank() -> bool:
 def version_line(program: str) -> str:
     """`program (megatron_emoe 1.0.0, megatron-core 0.19.2, torch 2.14.1)`, as installed; nothing is imported."""
     parts = {"megatron_emoe": "megatron-emoe", "megatron-core": "megatron-core", "torch": "torch"}
-    return f"{program} ({', '.join(f'{name} {_installed(package)}' for name, package in parts.items())})"
+    return f"{program} ({', '.join(f'{name} {installed(package)}' for name, package in parts.items())})"
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
+    """The version of a package, without importing it, or `not installed`."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,8 +1,12 @@
 """The search, its measure, and tools/plan_job.py as a user calls it."""
 
+import contextlib
 import json
 import shlex
+import tempfile
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -23,7 +27,15 @@ def _plan(words: list[str]) -> Answer:
     import torch
 
     torch.distributed.destroy_process_group()
-    return run_tool("plan_job", *words)
+    with nothing_kept():
+        return run_tool("plan_job", *words)
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Inside, plans ask Megatron anew, and leave nothing in the user's folder."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict("os.environ", XDG_CACHE_HOME=folder):
+        yield
 
 
 def found(*words: object) -> dict[str, Any]:
@@ -114,7 +126,8 @@ def accepted(gpus: int, memory: int) -> dict[str, int]:
     worlds = {}
     for name in MODELS:
         words = ["--model", name, "--gpus", gpus, "--gpu-memory", memory, "--recipe", RECIPE, "--print-flags"]
-        answer = run_tool("plan_job", *words)
+        with nothing_kept():
+            answer = run_tool("plan_job", *words)
         assert answer.status == 0, (name, answer.err)
         flags = [*read_model(name, None, None).words, f"@{RECIPE}", *shlex.split(answer.out)]
         args = arguments.completed(arguments.parsed(flag_files.expand(flags)), gpus)
