@@ -1,4 +1,4 @@
-"""Comparisons of router_kernel.py with selection.py, for any device: in Triton's interpreter, or on a GPU.
+"""Comparisons of routing/kernel.py with selection.py, for any device: in Triton's interpreter, or on a GPU.
 
 Logits of a token are all different here, and so are its random numbers: where there are ties, torch.topk may choose as
 it likes. Where a bias or groups add rounded numbers up, tokens whose order hangs on the rounding are left out.

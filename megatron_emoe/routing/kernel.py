@@ -1,5 +1,5 @@
 """Elastic routing in one pass over the logits and one back: what `--moe-router-fusion` runs where the core's fused
-top-k does not select what is asked for. selection.py is the definition; router_kernel_device.py has the kernels.
+top-k does not select what is asked for. selection.py is the definition; kernel_device.py has the kernels.
 
 Ties: of equal logits (with a bias: equal sums of score and bias) the lower expert number ranks first, of equal random
 numbers the better rank. torch.topk, and so selection.py, leaves both open. Shape suffixes: T tokens, E experts, P pool.

@@ -20,7 +20,7 @@ K_KEYS = ("num_experts_per_tok", "moe_k")
 """The names of k in config.json, the second in ERNIE-4.5's (`k_key` of `megatron_emoe.hf.architecture`)."""
 
 _TRANSFORMERS = 'AutoModelForCausalLM.from_pretrained("{model}", {key}={k})'
-_HOOKS = "megatron_emoe.hf.active_experts.set_active_experts(model, {arguments})"
+_HOOKS = "megatron_emoe.set_active_experts(model, {arguments})"
 
 
 def tail_scale_at(result: SweepResult, k: int | Allocation) -> float:

@@ -1,12 +1,21 @@
-"""What the README says of flags and files is so."""
+"""What README.md, CONTRIBUTING.md and docs say of flags, files and targets is so."""
 
+import argparse
 import re
+import shlex
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 README = (REPO / "README.md").read_text()
 TREE = README.split("## What is where")[1].split("```")[1]
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").rglob("*.md"))]
+TAKE_MEGATRON_S = ("pretrain_emoe.py", "tools/sweep_k.py", "tools/fit_tail_scale.py", "tools/eval_tasks.py")
+TORCHRUN_S = {"--nproc-per-node"}
 
 sys.path.insert(0, str(REPO / "tools"))
 import flag_table  # noqa: E402
@@ -16,32 +25,88 @@ def test_the_flag_table_is_the_one_that_the_settings_give():
     assert flag_table.written(README, flag_table.table()) == README
 
 
-def test_every_file_of_the_tree_exists():
-    package = TREE.split("tools/ ")[0].splitlines()
-    named = [line.split()[0] for line in package if line.strip().split(" ")[0].endswith(".py")]
-    assert named, "the tree names no file"
-    for name in named:
-        assert (REPO / name).is_file() or (REPO / "megatron_emoe" / name).is_file(), name
-    for name in re.findall(r"\w+\.(?:py|sh)", TREE.split("tools/ ")[1].splitlines()[0]):
-        assert (REPO / "tools" / name).is_file(), name
+def test_the_map_has_every_wing_and_every_folder():
+    lines = [line.split()[0] for line in TREE.splitlines() if re.match(r" {0,2}\w", line)]
+    wings = {f"{path.parent.name}/" for path in (REPO / "megatron_emoe").glob("*/__init__.py")}
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    top = {f"{file.partition('/')[0]}/" for file in tracked.splitlines() if "/" in file and file[0] != "."}
+    assert set(lines) == wings | top | {"pretrain_emoe.py"}
+    assert len(lines) == len(set(lines))
 
 
-def test_every_module_is_in_the_tree():
-    for module in (REPO / "megatron_emoe").glob("*.py"):
-        assert module.name in TREE or module.name == "__init__.py", module.name
+FILE = re.compile(r"(?<![\w./{}$*<-])(?:[\w-]+/)*[\w-]+\.(?:py|sh|md|args|yaml|toml|svg|example)(?![\w(])")
+WRITTEN_BY_PROGRAMS = {"model.args", "CHECKPOINT/model.args", "OUT/model.args", "MODEL.args"}
 
 
-def test_every_flag_in_a_command_of_the_readme_is_a_flag_of_ours_or_of_megatron():
-    import argparse
+def homes(page: Path) -> list[Path]:
+    """Folders that a page may name files from: its own, the repository's, those in it, and the package's wings."""
+    package = REPO / "megatron_emoe"
+    folders = [page.parent, REPO, package, *(path.parent for path in package.glob("*/__init__.py"))]
+    return folders + [REPO / name for name in ("tools", "slurm", "examples", "benchmarks", "docs", "tests")]
 
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_every_file_that_is_named_exists(page):
+    named = set(FILE.findall(page.read_text())) - WRITTEN_BY_PROGRAMS
+    lost = [name for name in sorted(named) if not any((folder / name).exists() for folder in homes(page))]
+    assert not lost
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_every_target_that_is_named_exists(page):
+    text = page.read_text()
+    named = set(re.findall(r"`(?:[A-Z_]+=\S+ )*make ([a-z-]+)", text)) | set(re.findall(r"^make ([a-z-]+)", text, re.M))
+    assert named <= set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+
+
+@cache
+def of_megatron() -> frozenset[str]:
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_emoe.training.arguments import add_arguments
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    known = {option for action in parser._actions for option in action.option_strings}
-    known |= {"--baseline", "--max-flops", "--max-latency-ms", "--min-quality", "--layer-sensitivity"}
-    known |= {"--k-per-layer", "--latency", "--evidence"}
-    known |= {"--model", "--tasks"}
-    known |= {"--nproc-per-node", "--k", "--out", "--write", "--hf", "--megatron"}  # of torchrun and of the tools
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
+    return frozenset(option for action in parser._actions for option in action.option_strings)
+
+
+def flags_of(program: str, *verb: str) -> set[str]:
+    """The flags in the help that a program prints, and Megatron's where it says that it takes them."""
+    done = subprocess.run([sys.executable, program, *verb, "--help"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    own = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", done.stdout))
+    return own | of_megatron() if program in TAKE_MEGATRON_S else own
+
+
+def commands(page: Path) -> list[str]:
+    """Commands in blocks of a page, lines that go on joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def test_every_flag_in_a_command_of_the_readme_is_one_of_its_program():
+    seen = set()
+    for command in commands(REPO / "README.md"):
+        words = shlex.split(command, comments=True)
+        program = next((word for word in words if word.endswith(".py")), None)
+        if program is None:
+            continue
+        place = words.index(program) + 1
+        verb = words[place : place + 1] if program.endswith("convert_checkpoint.py") else []
+        flags = {word for word in words[place:] if word.startswith("--")}
+        assert flags <= flags_of(program, *verb), command
+        assert {word for word in words[:place] if word.startswith("--")} <= TORCHRUN_S, command
+        seen.add(program)
+    assert seen >= {"pretrain_emoe.py", "tools/sweep_k.py", "tools/pick_k.py", "tools/convert_checkpoint.py"}
+
+
+def test_every_flag_in_the_readme_s_words_is_one_of_ours_or_of_megatron():
+    words = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    programs = [
+        "tools/sweep_k.py",
+        "tools/pick_k.py",
+        "tools/flag_table.py",
+        "tools/plan_job.py",
+        "tools/eval_tasks.py",
+    ]
+    known = of_megatron().union(*map(flags_of, programs))
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", words)) <= known
