@@ -124,19 +124,19 @@ def our_layer(spec: ModuleSpec, config: ElasticTransformerConfig) -> ModuleSpec:
     return canonical_keys(attention_layer(elastic_layer(spec), config))
 
 
-def elastic_spec(block: Any, config: ElasticTransformerConfig) -> Any:
+def elastic_spec(spec: Any, config: ElasticTransformerConfig) -> Any:
     """A copy of one of Megatron-Core's GPT specs whose MoE layers and routers are elastic.
 
-    block: the spec of one transformer layer (as get_gpt_layer_local_spec returns it), or of a block of several
+    spec: that of one transformer layer (as get_gpt_layer_local_spec returns it), or of a block of several
     (get_gpt_decoder_block_spec); it stays as it is. config: the model's, which names the features of attention. Dense
     layers stay dense. Checkpoint keys become those that every model here has.
 
     Raises:
         TypeError: a MoE layer, router or attention in it is not the core's own, and would stay as it is.
     """
-    if not hasattr(block, "layer_specs"):
-        return our_layer(block, config)
-    return replace(block, layer_specs=[our_layer(spec, config) for spec in block.layer_specs])
+    if not hasattr(spec, "layer_specs"):
+        return our_layer(spec, config)
+    return replace(spec, layer_specs=[our_layer(layer, config) for layer in spec.layer_specs])
 
 
 def elastic_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
