@@ -1,6 +1,7 @@
 """argparse as every program here uses it: --version, no abbreviated flags, and what is refused is one line."""
 
 import argparse
+import difflib
 import importlib.metadata
 import os
 import re
@@ -30,15 +31,23 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with status 2 and one line."""
-        for pattern, words in _OWN_WORDS:
-            if re.fullmatch(pattern, message, re.DOTALL):
-                fail(re.sub(pattern, words, message, flags=re.DOTALL))
-        fail(message)
+        fail(in_own_words(message, self))
 
     def print_help(self, file: Any = None) -> None:
         """One help text is enough."""
         if is_first_rank():
             super().print_help(file)
+
+
+def in_own_words(message: str, parser: argparse.ArgumentParser) -> str:
+    """What argparse's error says as flag, value and rule; of an unknown flag, which of the parser's comes closest."""
+    for pattern, words in _OWN_WORDS:
+        if re.fullmatch(pattern, message, re.DOTALL):
+            return re.sub(pattern, words, message, flags=re.DOTALL)
+    if found := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+        close = difflib.get_close_matches(found[1], parser._option_string_actions, n=1)
+        return message + (f"; did you mean {close[0]}?" if close else "")
+    return message
 
 
 def command_line(text: str | None, *, epilog: str | None = None) -> CommandLine:

@@ -31,6 +31,7 @@ from megatron_emoe.model.flops import check_moe_layers
 from megatron_emoe.model.stored_model import check_given, model_flags
 from megatron_emoe.routing.transformer_config import elastic_config_from_args
 from megatron_emoe.routing.watch import check_marker
+from megatron_emoe.settings.command_line import in_own_words
 from megatron_emoe.settings.elastic_config import flag
 from megatron_emoe.settings.field_flags import add_elastic_flags
 from megatron_emoe.settings.refusal import fail
@@ -73,6 +74,7 @@ def _parse(complete: Callable[[Namespace, ArgumentParser, dict], None], add_more
 
     def add_all(parser: ArgumentParser) -> ArgumentParser:
         parsers.append(add_more(add_arguments(parser)))
+        parser.error = lambda message: fail(in_own_words(message, parser))  # type: ignore[method-assign]
         return parser
 
     if os.environ.get("RANK", "0") != "0" and {"-h", "--help"} & set(sys.argv):

@@ -171,11 +171,18 @@ def test_the_first_rank_of_another_machine_says_what_is_wrong_there(run, capsys,
     assert "--emoe-pool-k 9" in capsys.readouterr().err
 
 
-def test_a_mistyped_flag_is_argparse_s(run, capsys):
-    with pytest.raises(SystemExit) as left:
-        run("--emoe-pool", "6")  # no abbreviations
-    assert left.value.code == 2
-    assert "unrecognized arguments: --emoe-pool 6" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--emoe-pool 6", "unrecognized arguments: --emoe-pool 6; did you mean --emoe-pool-k?"),  # no abbreviations
+        ("--num-layer 6", "unrecognized arguments: --num-layer 6; did you mean --num-layers?"),
+        ("--xyzzy", "unrecognized arguments: --xyzzy"),
+        ("--num-layers six", "--num-layers six: must be a whole number"),
+    ],
+)
+def test_a_mistyped_flag_is_one_line(error_of, words, message):
+    """Also of Megatron's flags, whose parser would print pages of usage first, on every rank."""
+    assert error_of(*words.split()) == message
 
 
 def test_under_torchrun(tmp_path):
