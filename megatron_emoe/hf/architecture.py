@@ -106,6 +106,19 @@ class Architecture(ABC):
             **({"bf16": True} if dtype == "bfloat16" else {"fp16": True} if dtype == "float16" else {}),
         }
 
+    def balancing(self, config: PretrainedConfig) -> Flags:
+        """How the model's makers balanced its experts, as flags of training; none where config.json names nothing.
+
+        transformers averages its loss over the L layers with experts and counts all k choices, Megatron sums over
+        layers and divides by k: alpha of the one is alpha k / L of the other (docs/checkpoints.md).
+        """
+        alpha = getattr(config, "router_aux_loss_coef", None)
+        if not alpha:
+            return {}
+        layers = sum(self.is_moe(config, layer) for layer in range(config.num_hidden_layers))
+        converted = alpha * config.num_experts_per_tok / layers
+        return {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": float(f"{converted:.4g}")}
+
     def group_query(self, config: PretrainedConfig) -> Flags:
         """Grouped queries, and the width of a head where it is not hidden size / heads."""
         flags: Flags = {}

@@ -85,6 +85,14 @@ class DeepseekV2(Architecture):
             **self._shared_width(config),
         }
 
+    def balancing(self, config: PretrainedConfig) -> Flags:
+        """Its aux_loss_alpha is defined as Megatron's coefficient: per layer, counts divided by k."""
+        alpha = getattr(config, "aux_loss_alpha", None)
+        if not alpha:
+            return {}
+        kind = "seq_aux_loss" if getattr(config, "seq_aux", False) else "aux_loss"
+        return {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": float(alpha)}
+
     def _rope(self, config: PretrainedConfig) -> Flags:
         rope = config.rope_parameters
         if rope["rope_type"] == "default":

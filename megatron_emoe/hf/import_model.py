@@ -25,6 +25,10 @@ from megatron_emoe.settings.flag_files import flag_file, flag_words
 from megatron_emoe.training.arguments import stored_form
 
 FLAG_FILE = "model.args"
+NO_BALANCING = (
+    "config.json names no weight of a load-balancing loss: to train with one, give --moe-router-load-balancing-type "
+    "aux_loss --moe-aux-loss-coeff X"
+)
 _IGNORED = ("rotary_emb.inv_freq",)  # old releases saved this buffer; it follows from the configuration
 
 
@@ -58,7 +62,8 @@ def import_model(
     folder = OutputFolder(out)
     with folder.making(inputs):
         folder.check_space(_needed(source))
-        tokenizer = _write_companions(folder.path, hf, out, source.read(carried), flags)
+        balancing = architecture.balancing(config)
+        tokenizer = _write_companions(folder.path, hf, out, source.read(carried), flags, balancing)
         words = flag_words({**flags, **tokenizer})
         _write_release(folder, source, groups, architecture.layout(config), words, workers)
         if verify is not None:
@@ -67,6 +72,8 @@ def import_model(
     report(f"{out}: {sum(map(_parameters, groups)):,} parameters, {config.model_type}")
     report(f"flags of this model, for pretrain_emoe.py @{out / FLAG_FILE}:")
     report((out / FLAG_FILE).read_text().rstrip())
+    if not balancing:
+        report(NO_BALANCING)
 
 
 def _check_tensors(
@@ -198,7 +205,9 @@ def _bytes(group: Group, source: SafetensorsFolder) -> int:
     return sum(source.tensors[name].bytes for name in group.hf_tensors())
 
 
-def _write_companions(folder: Path, hf: Path, out: Path, carried: Mapping[str, Tensor], flags: Flags) -> Flags:
+def _write_companions(
+    folder: Path, hf: Path, out: Path, carried: Mapping[str, Tensor], flags: Flags, balancing: Flags
+) -> Flags:
     """hf/ with everything but the weights, and the flag file. Returns the tokenizer's flags."""
     kept = folder / HF_FOLDER
     kept.mkdir(exist_ok=True)
@@ -206,7 +215,7 @@ def _write_companions(folder: Path, hf: Path, out: Path, carried: Mapping[str, T
     if carried:
         write_shard({name: tensor.clone() for name, tensor in carried.items()}, kept / CARRIED)
     tokenizer = tokenizer_flags(kept, out / HF_FOLDER)
-    (folder / FLAG_FILE).write_text(flag_file(flags, tokenizer))
+    (folder / FLAG_FILE).write_text(flag_file(flags, tokenizer, balancing))
     return tokenizer
 
 

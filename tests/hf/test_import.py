@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_emoe.hf.import_model import import_model
+from megatron_emoe.hf.import_model import FLAG_FILE, NO_BALANCING, import_model
+from megatron_emoe.settings.flag_files import expand
 from tests import hf_models
 from tests.distributed import run_ranks
 from tests.hf_models import MODEL_TYPES
@@ -183,3 +184,24 @@ def fail_in_check(hf: Path, out: Path) -> list[str]:
 
 def test_a_checkpoint_that_fails_its_check_does_not_appear(models, tmp_path):
     assert run_ranks(fail_in_check, 1, models["olmoe"], tmp_path / "out") == [[]]
+
+
+def import_and_say(hf: Path, out: Path) -> tuple[list[str], list[str]]:
+    said: list[str] = []
+    import_model(hf, out, report=said.append)
+    return said, expand([f"@{out / FLAG_FILE}"])
+
+
+def test_a_run_of_an_imported_model_balances_its_experts_as_its_makers_did(copy, tmp_path):
+    hf = copy("olmoe", router_aux_loss_coef=0.03)
+    ((said, words),) = run_ranks(import_and_say, 1, hf, tmp_path / "out")
+    assert words[words.index("--moe-router-load-balancing-type") + 1] == "aux_loss"
+    # transformers: alpha x k over the mean of 2 layers, k = 2; Megatron: the coefficient of each layer
+    assert float(words[words.index("--moe-aux-loss-coeff") + 1]) == 0.03 * 2 / 2
+    assert NO_BALANCING not in said
+
+
+def test_where_the_configuration_names_no_loss_weight_it_is_said(copy, tmp_path):
+    ((said, words),) = run_ranks(import_and_say, 1, copy("olmoe", router_aux_loss_coef=0.0), tmp_path / "out")
+    assert "--moe-aux-loss-coeff" not in words
+    assert said[-1] == NO_BALANCING

@@ -71,15 +71,23 @@ def test_the_file_is_the_configuration_flag_by_flag(file, config, tmp_path):
 
 def test_the_suggested_loss_weight_is_that_of_the_configuration(file, config, tmp_path):
     suggested = flags_in(file.read_text().partition(MARK)[2].partition("\n")[2], tmp_path)
-    assert suggested.keys() == {"moe_router_load_balancing_type", "moe_aux_loss_coeff"}
+    imported = architecture_of(config).balancing(config)
+    assert suggested.keys() == imported.keys() == {"moe_router_load_balancing_type", "moe_aux_loss_coeff"}
+    assert suggested["moe_router_load_balancing_type"] == imported["moe_router_load_balancing_type"]
+    weight = imported["moe_aux_loss_coeff"]
+    assert float(suggested["moe_aux_loss_coeff"]) == weight
     if config.model_type == "deepseek_v2":  # its own definition is Megatron's: per layer, counts divided by k
-        assert suggested == {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": "1e-3"}
+        assert imported == {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 1e-3}
         assert (config.seq_aux, config.aux_loss_alpha) == (True, 1e-3)
         return
     # transformers averages over layers and counts all k choices: at balance alpha x k. Megatron: coefficient x layers.
     layers = sum(architecture_of(config).is_moe(config, layer) for layer in range(config.num_hidden_layers))
-    converted = config.router_aux_loss_coef * config.num_experts_per_tok / layers
-    assert float(suggested["moe_aux_loss_coeff"]) == pytest.approx(converted, rel=1e-3)
+    assert weight == pytest.approx(config.router_aux_loss_coef * config.num_experts_per_tok / layers, rel=1e-3)
+
+
+def test_a_configuration_without_a_loss_weight_suggests_none(config):
+    config.router_aux_loss_coef = config.aux_loss_alpha = 0.0
+    assert architecture_of(config).balancing(config) == {}
 
 
 def test_the_conversion_of_loss_weights_holds():
