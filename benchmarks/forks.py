@@ -65,5 +65,6 @@ def _run(script: Path, words: list[str], log: Path, rank: int, ranks: int, port:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
     sys.argv = [str(script), *words]
+    sys.path.insert(0, str(script.parent))  # where a script finds those beside it
     sys.orig_argv = ["python", *sys.argv]
     runpy.run_path(str(script), run_name="__main__")  # its SystemExit and its exceptions are the process's

@@ -111,9 +111,12 @@ def test_processor_time_is_that_of_all_ranks(folder):
 
 
 def test_ranks_are_forked_from_one_process_and_reach_each_other(tmp_path):
-    (tmp_path / "rank.py").write_text(
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/beside.py").write_text("")
+    (tmp_path / "scripts/rank.py").write_text(
         textwrap.dedent("""
             import os, sys, torch
+            import beside
             torch.distributed.init_process_group("gloo")
             total = torch.tensor([10 ** int(os.environ["RANK"])])
             torch.distributed.all_reduce(total)
@@ -125,7 +128,7 @@ def test_ranks_are_forked_from_one_process_and_reach_each_other(tmp_path):
         sys.path.insert(0, {str(REPO / "benchmarks")!r})
         import forks
         from pathlib import Path
-        ranks = forks.start_ranks(Path("rank.py"), ["sum"], Path("log"), 3)
+        ranks = forks.start_ranks(Path("scripts/rank.py"), ["sum"], Path("log"), 3)
         [rank.join() for rank in ranks]
         sys.exit(any(rank.exitcode for rank in ranks))
     """
