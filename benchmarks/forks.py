@@ -38,11 +38,14 @@ def start(script: Path, words: list[str], log: Path) -> BaseProcess:
 
 def start_ranks(script: Path, words: Sequence[str], log: Path, ranks: int) -> list[BaseProcess]:
     """The same on several ranks of this machine, as torchrun would; the streams of all are added to `log`."""
-    port = _free_port() if ranks > 1 else 0  # 0: any that is free, which only the rank that takes it knows
-    starts = [(script, list(words), log, rank, ranks, port) for rank in range(ranks)]
-    processes: list[BaseProcess] = [_CONTEXT.Process(target=_run, args=args) for args in starts]
-    for process in processes:
-        process.start()
+    with socket.socket() as holder:
+        # The ranks inherit it, so nobody else is given its port before the first rank listens there.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        starts = [(script, list(words), log, rank, ranks, holder.getsockname()[1]) for rank in range(ranks)]
+        processes: list[BaseProcess] = [_CONTEXT.Process(target=_run, args=args) for args in starts]
+        for process in processes:
+            process.start()
     return processes
 
 
@@ -50,12 +53,6 @@ def wait_for_one(processes: list[BaseProcess]) -> BaseProcess:
     """The first of the running processes to end."""
     ended = wait([process.sentinel for process in processes])[0]
     return next(process for process in processes if process.sentinel == ended)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _run(script: Path, words: list[str], log: Path, rank: int, ranks: int, port: int) -> None:
