@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed import REPO
 
-REFUSE = "from megatron_emoe import refusal; {}refusal.fail('--flag 9: too large')"
+REFUSE = "from megatron_emoe.settings import refusal; {}refusal.fail('--flag 9: too large')"
 
 
 def refuse(local_rank: int, before: str = "") -> subprocess.Popen:
