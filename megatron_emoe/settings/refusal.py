@@ -18,6 +18,7 @@ def fail(error: object) -> NoReturn:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, which a job script has its ranks ignore
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # as --exit-signal-handler has it blocked
         time.sleep(PATIENCE)
     print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -26,8 +26,12 @@ def test_the_first_rank_says_why_and_ends():
     assert ended.returncode == 2
 
 
-def test_another_rank_leaves_the_word_to_the_first():
-    waiting = refuse(1)
+BLOCKED = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); "
+
+
+@pytest.mark.parametrize("before", ["", BLOCKED], ids=["ignored", "blocked too"])
+def test_another_rank_leaves_the_word_to_the_first(before):
+    waiting = refuse(1, before)
     with pytest.raises(subprocess.TimeoutExpired):  # torchrun would end the first rank, and its message, with this one
         waiting.wait(timeout=5)
     waiting.send_signal(signal.SIGTERM)
