@@ -110,7 +110,7 @@ prepare_uv() {
   local found line
   type -P uv >/dev/null || return 1
   if ! found=$("$VENV/bin/python" -m pip config list | "$VENV/bin/python" tools/uv_settings.py 2>&1); then
-    say "pip installs, not uv: $found"
+    say "pip installs, not uv: ${found:-its settings cannot be listed}"
     return 1
   fi
   while IFS= read -r line; do [ -z "$line" ] || export "${line?}"; done <<<"$found"
