@@ -21,7 +21,7 @@ from megatron_emoe.model.stored_model import check_shape
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ElasticConfig, flag
 from megatron_emoe.settings.tail_scale import TAIL_SCALE_FILE, tail_scale_words
 
-_MEASURING_ONLY = {"emoe_eval_k", "emoe_coactivation_interval", "emoe_router_watch"}
+_MEASURING_ONLY = {"emoe_eval_k", "emoe_coactivation_interval", "emoe_router_watch", "emoe_gradient_check"}
 LAYOUT_FLAGS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",

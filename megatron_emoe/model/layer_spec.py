@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -28,7 +29,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import gpt
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_emoe.model.attention import (
     ClippedSelfAttention,
@@ -195,11 +196,21 @@ class ElasticGPTModelBuilder(GPTModelBuilder):
 
 
 def train_routers_only(model: nn.Module) -> None:
-    """Freeze every weight of the model but those of its routers."""
+    """Freeze every weight of the model but those of its routers.
+
+    Hidden states then ask for a gradient where they enter: recomputation and pipeline stages pass none to others.
+    """
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, ElasticRouter):
             module.requires_grad_(True)
+    if getattr(model, "embedding", None) is not None:  # the first stage's
+        model.embedding.register_forward_hook(_ask_for_gradient)
+
+
+def _ask_for_gradient(_module: nn.Module, _inputs: Any, hidden: Tensor) -> None:
+    if torch.is_grad_enabled():
+        hidden.requires_grad_(True)
 
 
 @dataclass(kw_only=True)

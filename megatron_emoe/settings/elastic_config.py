@@ -136,6 +136,10 @@ class ElasticConfig:
     emoe_train: Literal["all", "router"] = "all"
     """Which weights are trained. router: the routers alone, everything else stays as it is."""
 
+    emoe_gradient_check: Literal["stop", "off"] = "stop"
+    """What to do where a weight that is to be trained got no gradient in the first ten steps. stop: end the run and
+    name it. off: nothing."""
+
     emoe_eval_k: list[int] | None = None
     """At every evaluation, also report the validation loss at each of these k' (experts), on the same batches."""
 
