@@ -5,7 +5,7 @@ TE ?= .te
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-convert test test-te test-gpu test-slurm check bench bench-gpu study clean
+.PHONY: help setup demo demo-convert test test-fast test-te test-gpu test-slurm check bench bench-gpu study clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -24,6 +24,9 @@ demo-convert: setup ## a tiny Hugging Face model into Megatron, verified, traine
 
 test: setup ## all tests (those that need a GPU skip themselves without one)
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-fast: setup ## what takes no training: under two minutes, for every save
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 test-te: setup ## build Transformer Engine (20 to 40 minutes, once), and test its modules, names and keys without a GPU
 	@VENV="$(VENV)" TE="$(TE)" bash tools/setup_te.sh

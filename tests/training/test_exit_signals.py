@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import programs
 from tests.distributed import ALONE, REPO, run_ranks
 from tests.tiny import Run, flags, tiny_datasets, train
 
@@ -181,7 +181,7 @@ def signalled_with_programs(number: int, said: Path) -> None:
 def run_alone(code: str, *words: str) -> subprocess.CompletedProcess:
     """Run the program in a session of its own, as the only rank."""
     env = os.environ | ALONE | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", code, *words]
+    command = [programs.python(), "-c", code, *words]
     return subprocess.run(
         command, cwd=REPO, env=env, start_new_session=True, timeout=200, capture_output=True, text=True
     )
