@@ -98,12 +98,13 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
 
     A first start with --load equal to --save and nothing saved yet is allowed: that is how a job that restarts itself
     is written. A continued run must keep its elastic settings; one that starts from another's weights (--finetune,
-    --pretrained-checkpoint) is told old and new.
+    --pretrained-checkpoint) is told old and new. A --save folder with another run's checkpoints is refused.
 
     Raises:
         ValueError: with flag, stored and given value.
     """
     found = _source(args)
+    _keep_other_runs(args)
     if found is None or found[0] != "--load":
         recovery_of(args)  # it may refuse a folder that holds damaged checkpoints alone: this run would start over
     if found is None:
@@ -122,6 +123,19 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
         check_layout(args, stored, f"{source} {folder}")
     for change in changes:
         report(f"elastic setting changed: {change}")
+
+
+def _keep_other_runs(args: Namespace) -> None:
+    """ValueError where this run would start from iteration 0 in a folder that holds another run's checkpoints: it would
+    overwrite them one by one, and the first save would already lead the next start astray."""
+    if args.save is None or _restarts(args) or not has_checkpoint(args.save):
+        return
+    newest = newest_whole(Path(args.save))
+    held = f"iteration {newest}" if newest else "checkpoints"
+    raise ValueError(
+        f"--save {args.save}: holds {held} of another run, which this one would overwrite: go on from there with "
+        f"--load {args.save} (without --finetune), or name another folder"
+    )
 
 
 def checkpoint_to_load(args: Namespace) -> Path | None:
@@ -150,7 +164,9 @@ def _located(args: Namespace, found: tuple[str, str, int | None]) -> Path:
 
 
 def _restarts(args: Namespace) -> bool:
-    return args.load is not None and args.load == args.save and not args.finetune
+    """Whether a run goes on in the folder that it saves to, where anything is saved there yet."""
+    one_folder = None not in (args.load, args.save) and Path(args.load).absolute() == Path(args.save).absolute()
+    return one_folder and not args.finetune
 
 
 def starts_anew(args: Namespace) -> bool:

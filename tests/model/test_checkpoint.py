@@ -282,7 +282,7 @@ def test_finetune_starts_a_new_run_and_is_told(stored):
 
 
 NO_ELASTIC_SETTING = [
-    *("emoe_eval_k", "emoe_coactivation_interval", "emoe_router_watch"),
+    *("emoe_eval_k", "emoe_coactivation_interval", "emoe_router_watch", "emoe_gradient_check"),
     *("emoe_qk_norm", "emoe_clip_qkv"),
 ]
 
@@ -401,6 +401,23 @@ def test_restart_is_checked(stored):
     folder = stored(namespace(**COACTIVATION))
     with pytest.raises(ValueError, match="elastic settings differ"):
         check(namespace(load=folder, save=folder))
+
+
+@pytest.mark.parametrize("how", ["anew", "from weights", "elsewhere"])
+def test_a_folder_with_checkpoints_of_another_run_is_not_written_into(how, stored, tmp_path):
+    held, weights = stored(namespace(), "held"), stored(namespace(), "weights")  # of iteration 40
+    changes = {
+        "anew": {},
+        "from weights": {"load": held, "finetune": True},
+        "elsewhere": {"load": weights},
+    }[how]
+    with refuses(
+        f"--save {held}: holds iteration 40 of another run, which this one would overwrite: go on from there with "
+        f"--load {held} (without --finetune), or name another folder"
+    ):
+        check(namespace(save=held, **changes))
+    assert check(namespace(save=str(tmp_path / "fresh"), **changes)) == []
+    assert check(namespace(save=f"{held}/", load=held)) == []  # the same folder, by another name
 
 
 def test_pretrained_checkpoint(stored, tmp_path):
