@@ -150,6 +150,7 @@ def _run_one(store: Any, fn: Callable[..., Any], args: tuple) -> Any:
 
     ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
     dist.init_process_group("gloo", store=store, **ranks)
+    dist.barrier()  # a rank that ends sooner than another has connected would fail it
     try:
         return fn(*args)
     finally:

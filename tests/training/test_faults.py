@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -196,7 +197,8 @@ def test_a_lost_rank_ends_the_others_at_once_and_the_next_run_goes_on(tmp_path):
     run = RUN | {"train_iters": 400, "save": tmp_path, "load": tmp_path, "log_interval": 100}
     words = flags(**run)
     log = tmp_path / "log"
-    with open(log, "w") as out, start_torchrun(2, "pretrain_emoe.py", *words, stdout=out, stderr=out) as job:
+    real = {"interpreter": sys.executable, "stderr": subprocess.STDOUT}  # whose children are its ranks
+    with open(log, "w") as out, start_torchrun(2, "pretrain_emoe.py", *words, stdout=out, **real) as job:
         wait_until(lambda: (tmp_path / TRACKER).is_file() and int((tmp_path / TRACKER).read_text() or 0) >= 4, 240)
         victim = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()[-1]
         os.kill(int(victim), signal.SIGKILL)
