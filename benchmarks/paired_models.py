@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,10 +25,13 @@ def build(args: Namespace, config: object, forward_step: Callable, batches: Iter
     )
     for chunk in model:
         chunk.train()
+    run_config = get_model_config(model[0])
+    if run_config.finalize_model_grads_func is None:  # the training loop would set it
+        run_config.finalize_model_grads_func = finalize_model_grads
 
     def step(iteration: int) -> None:
         args.curr_iteration = iteration
-        rest = (get_model_config(model[0]), get_forward_backward_func(), iteration)
+        rest = (run_config, get_forward_backward_func(), iteration)
         train_step(forward_step, batches, model, optimizer, scheduler, *rest)
 
     return model, step

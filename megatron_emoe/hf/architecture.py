@@ -25,6 +25,8 @@ class Architecture(ABC):
     carried: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tensors that this package does not train: kept on import, written back on export."""
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
+    balancing_key: ClassVar[str] = "router_aux_loss_coef"
+    """The name of the load-balancing loss's weight in config.json."""
 
     @abstractmethod
     def refuse(self, config: PretrainedConfig) -> None:
@@ -107,12 +109,12 @@ class Architecture(ABC):
         }
 
     def balancing(self, config: PretrainedConfig) -> Flags:
-        """How the model's makers balanced its experts, as flags of training; none where config.json names nothing.
+        """The flags of training that balance experts as config.json, completed by transformers, has it; none at 0.
 
         transformers averages its loss over the L layers with experts and counts all k choices, Megatron sums over
         layers and divides by k: alpha of the one is alpha k / L of the other (docs/checkpoints.md).
         """
-        alpha = getattr(config, "router_aux_loss_coef", None)
+        alpha = getattr(config, self.balancing_key, None)
         if not alpha:
             return {}
         layers = sum(self.is_moe(config, layer) for layer in range(config.num_hidden_layers))

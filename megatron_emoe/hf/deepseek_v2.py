@@ -24,6 +24,7 @@ _LATENT_EPS = 1e-6  # transformers gives kv_a_layernorm no other
 class DeepseekV2(Architecture):
     model_type = "deepseek_v2"
     rope_types = ("default", "yarn")
+    balancing_key = "aux_loss_alpha"
 
     def refuse(self, config: PretrainedConfig) -> None:
         must_be = {
@@ -87,7 +88,7 @@ class DeepseekV2(Architecture):
 
     def balancing(self, config: PretrainedConfig) -> Flags:
         """Its aux_loss_alpha is defined as Megatron's coefficient: per layer, counts divided by k."""
-        alpha = getattr(config, "aux_loss_alpha", None)
+        alpha = getattr(config, self.balancing_key, None)
         if not alpha:
             return {}
         kind = "seq_aux_loss" if getattr(config, "seq_aux", False) else "aux_loss"

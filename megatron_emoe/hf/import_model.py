@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,6 @@ from megatron_emoe.settings.flag_files import flag_file, flag_words
 from megatron_emoe.training.arguments import stored_form
 
 FLAG_FILE = "model.args"
-NO_BALANCING = (
-    "config.json names no weight of a load-balancing loss: to train with one, give --moe-router-load-balancing-type "
-    "aux_loss --moe-aux-loss-coeff X"
-)
 _IGNORED = ("rotary_emb.inv_freq",)  # old releases saved this buffer; it follows from the configuration
 
 
@@ -72,8 +69,20 @@ def import_model(
     report(f"{out}: {sum(map(_parameters, groups)):,} parameters, {config.model_type}")
     report(f"flags of this model, for pretrain_emoe.py @{out / FLAG_FILE}:")
     report((out / FLAG_FILE).read_text().rstrip())
+    for line in said_of_balancing(hf, architecture.balancing_key, balancing):
+        report(line)
+
+
+def said_of_balancing(hf: Path, key: str, balancing: Flags) -> Iterator[str]:
+    """What a person has to know of load balancing where config.json itself does not name its weight, or it is 0."""
+    named = key in json.loads((hf / "config.json").read_text())
     if not balancing:
-        report(NO_BALANCING)
+        yield (
+            f"config.json: {key} is {'0' if named else 'not there'}, so these flags balance no experts: to train with "
+            "a loss that does, give --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff X"
+        )
+    elif not named:
+        yield f"config.json: {key} is not there; --moe-aux-loss-coeff follows from transformers' default"
 
 
 def _check_tensors(

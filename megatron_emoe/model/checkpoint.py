@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_emoe.model.recovery import Recovery, damage, newest_whole, plan
 from megatron_emoe.model.stored_model import check_shape
-from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ElasticConfig, flag
+from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, flag
+from megatron_emoe.settings.paths import same_folder
 from megatron_emoe.settings.tail_scale import TAIL_SCALE_FILE, tail_scale_words
 
-_MEASURING_ONLY = {"emoe_eval_k", "emoe_coactivation_interval", "emoe_router_watch", "emoe_gradient_check"}
 LAYOUT_FLAGS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -126,16 +126,19 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
 
 
 def _keep_other_runs(args: Namespace) -> None:
-    """ValueError where this run would start from iteration 0 in a folder that holds another run's checkpoints: it would
-    overwrite them one by one, and the first save would already lead the next start astray."""
-    if args.save is None or _restarts(args) or not has_checkpoint(args.save):
+    """ValueError where a run would save among checkpoints that it does not go on from: it would overwrite them one by
+    one, and its first save would already lead the next start astray."""
+    if args.save is None or args.skip_train or _restarts(args):
         return
     newest = newest_whole(Path(args.save))
-    held = f"iteration {newest}" if newest else "checkpoints"
-    raise ValueError(
-        f"--save {args.save}: holds {held} of another run, which this one would overwrite: go on from there with "
-        f"--load {args.save} (without --finetune), or name another folder"
-    )
+    tracker = Path(get_checkpoint_tracker_filename(args.save))
+    if newest is not None:
+        raise ValueError(
+            f"--save {args.save}: holds iteration {newest} of another run, which this one would overwrite: go on from "
+            f"there with --load {args.save} (without --finetune), or name another folder"
+        )
+    if tracker.is_file() and tracker.read_text(errors="replace").strip() == "release":
+        raise ValueError(f"--save {args.save}: holds a model to start from, which would be lost: name another folder")
 
 
 def checkpoint_to_load(args: Namespace) -> Path | None:
@@ -165,8 +168,7 @@ def _located(args: Namespace, found: tuple[str, str, int | None]) -> Path:
 
 def _restarts(args: Namespace) -> bool:
     """Whether a run goes on in the folder that it saves to, where anything is saved there yet."""
-    one_folder = None not in (args.load, args.save) and Path(args.load).absolute() == Path(args.save).absolute()
-    return one_folder and not args.finetune
+    return same_folder(args.load, args.save) and not args.finetune
 
 
 def starts_anew(args: Namespace) -> bool:
@@ -222,7 +224,7 @@ def elastic_changes(args: Namespace, stored: Namespace) -> list[str]:
     changes = []
     for field in fields(ElasticConfig):
         old, new = getattr(stored, field.name, field.default), getattr(args, field.name)
-        if old != new and field.name not in (*_MEASURING_ONLY, *MODEL_FEATURES):
+        if old != new and field.name not in (*ONLY_WATCHING, *MODEL_FEATURES):
             changes.append(f"{flag(field.name)}: stored {old}, now {new}")
     if stored.moe_router_topk != args.moe_router_topk:
         changes.append(f"--moe-router-topk: stored {stored.moe_router_topk}, now {args.moe_router_topk}")

@@ -204,7 +204,8 @@ def train_routers_only(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ElasticRouter):
             module.requires_grad_(True)
-    if getattr(model, "embedding", None) is not None:  # the first stage's
+    cut = model.config.recompute_granularity is not None or model.config.pipeline_model_parallel_size > 1
+    if cut and getattr(model, "embedding", None) is not None:  # the first stage's
         model.embedding.register_forward_hook(_ask_for_gradient)
 
 

@@ -27,6 +27,7 @@ from megatron_emoe.plan.model import OF_THE_LAYOUT
 from megatron_emoe.plan.parameters import router_parameters, stage_parameters
 from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.elastic_config import flag
+from megatron_emoe.settings.paths import same_folder
 from megatron_emoe.training.arguments import parse
 
 WRITERS: dict[str, Any] = {"tensorboard_dir": None, "wandb_project": "", "exit_signal_handler": False}
@@ -94,9 +95,9 @@ def _run_rules(args: Namespace) -> Iterator[str]:
 
 def _folder_rules(job: Job, args: Namespace) -> Iterator[str]:
     """What makes a job that is stopped and requeued lose its work."""
-    if Path(args.save).resolve() != job.save.resolve():
+    if not same_folder(args.save, job.save):
         yield f"--save {args.save}: must be the job's folder {job.save} (EMOE_SAVE), where it looks for checkpoints"
-    if args.load is None or Path(args.load).resolve() != job.save.resolve():
+    if not same_folder(args.load, job.save):
         rule = "a requeued job goes on from there; weights to start from are EMOE_BASE (--pretrained-checkpoint)"
         yield f"--load {args.load}: must be the job's folder {job.save} (EMOE_SAVE): {rule}"
     if args.finetune:

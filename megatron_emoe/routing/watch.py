@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
@@ -25,8 +26,20 @@ MARKER = "emoe_stopped.txt"
 """In --save: why the run stopped itself. A run does not go on while it is there."""
 
 
-class RoutingFailure(RuntimeError):
+class RunStopped(RuntimeError):
+    """A run ends itself, for a reason that would come again: it is not to be started again as it is."""
+
+
+class RoutingFailure(RunStopped):
     """The router watch ends a run: layer, value, limit."""
+
+
+def stop(folder: Path | None, reason: str, error: RunStopped) -> NoReturn:
+    """Leave the reason in --save (None: nowhere) and raise the error; on every rank alike."""
+    if folder is not None and torch.distributed.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARKER).write_text(f"{reason}\n")
+    raise error
 
 
 def troubles(values: Mapping[str, Tensor], layers: Sequence[int], num_experts: int) -> list[str]:
@@ -91,15 +104,10 @@ class RouterWatch:
         if not found:
             return ""
         if self.mode == "stop" and self._in_a_row >= PATIENCE:
-            self._stop(f"routing has broken down by iteration {iteration}: {'; '.join(found)}")
+            broken = f"routing has broken down by iteration {iteration}: {'; '.join(found)}"
+            stop(self.folder, broken, RoutingFailure(f"--emoe-router-watch stop: {broken}"))
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return f" WARNING: {found[0]}{more} |"
-
-    def _stop(self, reason: str) -> None:
-        if self.folder is not None and torch.distributed.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / MARKER).write_text(f"{reason}\n")
-        raise RoutingFailure(f"--emoe-router-watch stop: {reason}")
 
 
 def check_marker(folder: str | None) -> None:

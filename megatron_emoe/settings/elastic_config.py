@@ -257,4 +257,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+ONLY_WATCHING = ("emoe_eval_k", "emoe_coactivation_interval", "emoe_router_watch", "emoe_gradient_check")
+"""Settings that change nothing of what is trained."""
+
 MODEL_FEATURES = ("emoe_qk_norm", "emoe_clip_qkv")  # part of which model it is, like the number of layers

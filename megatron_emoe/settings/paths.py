@@ -9,6 +9,11 @@ def check_folder(name: str, folder: str | Path) -> None:
         raise ValueError(f"{name} {folder}: no such folder")
 
 
+def same_folder(one: str | Path | None, other: str | Path | None) -> bool:
+    """Whether two flags name one folder, by whatever way, which need not exist. None: not given, no folder."""
+    return one is not None and other is not None and Path(one).resolve() == Path(other).resolve()
+
+
 def check_out(path: str | Path, name: str = "--out") -> None:
     """The folder of a file to write exists."""
     if not Path(path).parent.is_dir():

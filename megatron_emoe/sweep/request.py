@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_emoe.model.flops import moe_layer_numbers
-from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ElasticConfig, flag
+from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, flag
 from megatron_emoe.settings.flag_files import own_command
 from megatron_emoe.settings.paths import check_out
 from megatron_emoe.settings.refusal import fail
@@ -115,9 +115,9 @@ def _megatron(args: Namespace) -> dict[str, Any]:
 
 def _has_elastic_settings(stored: Namespace) -> bool:
     """Whether a run stored elastic settings other than those of plain top-k."""
-    measuring = ("emoe_eval_k", "emoe_coactivation_interval", "emoe_seed", *MODEL_FEATURES)
+    no_matter = ("emoe_seed", *ONLY_WATCHING, *MODEL_FEATURES)
     settings = {field.name: field.default for field in dataclasses.fields(ElasticConfig)}
-    return any(getattr(stored, name, old) != old for name, old in settings.items() if name not in measuring)
+    return any(getattr(stored, name, old) != old for name, old in settings.items() if name not in no_matter)
 
 
 _NOT_IN_TRANSFORMERS = {

@@ -90,6 +90,8 @@ def _parse(complete: Callable[[Namespace, ArgumentParser, dict], None], add_more
         _refuse_several_validation_sets(args)
     except (ValueError, AssertionError) as error:  # the core checks its own flags by assertions
         fail(str(error) or _broken_rule(error))
+    except OSError as error:
+        fail(f"{error.filename}: cannot be read ({error.strerror})")
     set_global_variables(args)
     return args
 

@@ -21,7 +21,7 @@ from megatron_emoe.settings.command_line import Adder, CommandLine, command_line
 from megatron_emoe.settings.elastic_config import ElasticConfig, flag
 from megatron_emoe.settings.elastic_rules import validate_elastic
 from megatron_emoe.settings.field_flags import add_elastic_flags
-from megatron_emoe.settings.paths import check_folder, check_hf_folder
+from megatron_emoe.settings.paths import check_folder, check_hf_folder, same_folder
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.settings.tail_scale import parse_tail_scale
 
@@ -135,7 +135,7 @@ def check_source(args: Namespace) -> None:
 def check_training(args: Namespace) -> None:
     """What a training run's elastic settings must satisfy where the command line has the model's k and number of
     experts, and that --load is there (ValueError). A run that goes on where it saves may find nothing there yet."""
-    if args.load is not None and (args.load != args.save or args.finetune):
+    if args.load is not None and (args.finetune or not same_folder(args.load, args.save)):
         check_folder("--load", args.load)
     model_k, num_experts = args.moe_router_topk, args.num_experts
     if not model_k or not num_experts or args.use_checkpoint_args:  # the checkpoint's may be others

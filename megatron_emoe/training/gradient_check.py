@@ -7,7 +7,8 @@ layers cut the way back (recomputation passes no gradient to inputs that ask for
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,27 +17,51 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from megatron_emoe.settings.refusal import fail
+from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
+from megatron_emoe.routing.watch import RunStopped, stop
 
 STEPS = 10
-"""Steps in which every weight must have had a gradient. Most have one in the first; a router has none in a step that
-draws k = 1 for it, where the model's own softmax comes after the selection."""
+"""Steps in which every weight must have had a gradient. Most have one in the first."""
 
-_ONE_OF_MANY = re.compile(r"(?<=local_experts\.)\d+|(?<=weight)\d+$")
+_ONE_OF_MANY = re.compile(r"(?<=local_experts\.)\d+|(?<=weight)\d+$|(?<=bias)\d+$")
+
+
+def check_gradients(args: Namespace, config: ElasticTransformerConfig) -> None:
+    """Have Megatron look, behind its own work on the gradients of a step, whether every weight has one.
+
+    Not where --emoe-gradient-check is off; where a graph is captured, which must not wait; and not with sharded weights
+    (FSDP), whose gradients are elsewhere.
+    """
+    unseen = config.cuda_graph_impl != "none" or args.use_megatron_fsdp or args.use_torch_fsdp2
+    if config.emoe_gradient_check == "stop" and not unseen:
+        folder = Path(args.save) if args.save else None
+        config.finalize_model_grads_func = GradientCheck(folder, routers=not may_lack_router_gradient(config))
+
+
+def may_lack_router_gradient(config: ElasticTransformerConfig) -> bool:
+    """Whether a step that draws k = 1 gives a router no gradient: the softmax over one selected expert is always 1."""
+    after = config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax
+    return after and config.k_range(config.moe_router_topk)[0] == 1
 
 
 class GradientCheck:
     """Megatron's `finalize_model_grads`, and behind it the check until it has passed. Collective, as that is.
 
-    Experts of a layer count as one: in a small batch some get no token.
+    folder: --save, where the reason of a stop is left. routers: whether they count. Experts of a layer count as one: in
+    a small batch some get no token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None, *, routers: bool = True) -> None:
+        self.folder, self.routers = folder, routers
         self.missing: set[str] | None = None
         self.steps = 0
 
     def __call__(self, model: list[nn.Module], *args: Any, **kwargs: Any) -> None:
-        """Finish the gradients of a step; SystemExit with status 2 where weights had none in the first STEPS."""
+        """Finish the gradients of a step.
+
+        Raises:
+            RunStopped: on every rank, where weights had no gradient in the first STEPS.
+        """
         finalize_model_grads(model, *args, **kwargs)
         if self.missing is None or self.missing:
             self._look(model)
@@ -44,38 +69,31 @@ class GradientCheck:
     def _look(self, model: list[nn.Module]) -> None:
         found = over_all_ranks(gradients(model))
         before = found.keys() if self.missing is None else self.missing
-        self.missing = {name for name in before if not found[name]}
+        self.missing = {name for name in before if not found[name] and (self.routers or ".router." not in name)}
         self.steps += 1
         if self.missing and self.steps >= STEPS:
-            fail(refusal(sorted(self.missing)))
+            why = reason(sorted(self.missing))
+            stop(self.folder, why, RunStopped(why))
 
 
 def gradients(model: list[nn.Module]) -> dict[str, bool]:
     """Whether any number of a weight's gradient is other than 0, by name, for the weights of this rank that train."""
-    names, largest = [], []
+    names: list[str] = []
+    any_other: list[Tensor] = []
     for chunk, part in enumerate(model):
         for name, weight in unwrap_model(part).named_parameters():
-            gradient = getattr(weight, "main_grad", weight.grad)
             if weight.requires_grad:
-                names.append(_place(chunk) + _ONE_OF_MANY.sub("*", name))
-                largest.append(torch.zeros(()) if gradient is None else _largest(gradient))
+                gradient = getattr(weight, "main_grad", weight.grad)
+                names.append(_stage(chunk) + _ONE_OF_MANY.sub("*", name))
+                any_other.append(weight.new_zeros((), dtype=torch.bool) if gradient is None else gradient.any())
     found: dict[str, bool] = {}
-    for name, value in zip(names, _numbers(largest), strict=True):
-        found[name] = found.get(name, False) or value != 0
+    for name, value in zip(names, torch.stack(any_other).tolist() if names else [], strict=True):  # sync: first steps
+        found[name] = found.get(name, False) or value
     return found
 
 
-def _largest(gradient: Tensor) -> Tensor:
-    return gradient.detach().abs().amax().float() if gradient.numel() else torch.zeros(())
-
-
-def _numbers(values: Sequence[Tensor]) -> list[float]:
-    """Sync: in the first steps only."""
-    return torch.stack([value.to(values[0].device) for value in values]).tolist() if values else []
-
-
-def _place(chunk: int) -> str:
-    """Layers are numbered from 0 in every stage and chunk of a pipeline."""
+def _stage(chunk: int) -> str:
+    """Layers are numbered from 0 in every stage and chunk of a pipeline: what goes before a weight's name."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     return f"stage {parallel_state.get_pipeline_model_parallel_rank()}, chunk {chunk}: " if stages > 1 else ""
 
@@ -91,7 +109,7 @@ def over_all_ranks(found: dict[str, bool]) -> dict[str, bool]:
     return merged
 
 
-def refusal(missing: list[str]) -> str:
+def reason(missing: list[str]) -> str:
     """What to say of weights without a gradient."""
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     return (

@@ -26,7 +26,7 @@ from megatron_emoe.settings.k_schedule import expected_k
 from megatron_emoe.training import exit_signals
 from megatron_emoe.training.distillation import forward_with_teacher, wants_teacher
 from megatron_emoe.training.evaluation import Evaluator, current_device
-from megatron_emoe.training.gradient_check import GradientCheck
+from megatron_emoe.training.gradient_check import check_gradients
 
 
 def language_model_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -59,8 +59,7 @@ class ElasticLoop:
         folder = args.save or args.tensorboard_dir
         tracker.configure(layers, config.num_moe_experts, folder, config.emoe_router_watch)
         _report_expected_flops(args, config)
-        if config.emoe_gradient_check == "stop":
-            config.finalize_model_grads_func = GradientCheck()
+        check_gradients(args, config)
 
     def forward_step(self, data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Tensor, partial]:
         """One micro-batch: output of this pipeline stage, and the loss function for the last one."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_emoe.hf.import_model import FLAG_FILE, NO_BALANCING, import_model
+from megatron_emoe.hf.import_model import FLAG_FILE, import_model
 from megatron_emoe.settings.flag_files import expand
 from tests import hf_models
 from tests.distributed import run_ranks
@@ -192,16 +192,25 @@ def import_and_say(hf: Path, out: Path) -> tuple[list[str], list[str]]:
     return said, expand([f"@{out / FLAG_FILE}"])
 
 
-def test_a_run_of_an_imported_model_balances_its_experts_as_its_makers_did(copy, tmp_path):
+def test_a_run_of_an_imported_model_balances_its_experts_as_its_configuration_says(copy, tmp_path):
     hf = copy("olmoe", router_aux_loss_coef=0.03)
     ((said, words),) = run_ranks(import_and_say, 1, hf, tmp_path / "out")
     assert words[words.index("--moe-router-load-balancing-type") + 1] == "aux_loss"
     # transformers: alpha x k over the mean of 2 layers, k = 2; Megatron: the coefficient of each layer
     assert float(words[words.index("--moe-aux-loss-coeff") + 1]) == 0.03 * 2 / 2
-    assert NO_BALANCING not in said
+    assert "config.json" not in said[-1]
 
 
-def test_where_the_configuration_names_no_loss_weight_it_is_said(copy, tmp_path):
-    ((said, words),) = run_ranks(import_and_say, 1, copy("olmoe", router_aux_loss_coef=0.0), tmp_path / "out")
-    assert "--moe-aux-loss-coeff" not in words
-    assert said[-1] == NO_BALANCING
+@pytest.mark.parametrize("changes", [{"router_aux_loss_coef": 0.0}, {"router_aux_loss_coef": None}], ids=["0", "gone"])
+def test_where_the_configuration_does_not_say_how_it_is_said(changes, copy, tmp_path):
+    hf = copy("olmoe", **changes)
+    if changes["router_aux_loss_coef"] is None:
+        raw = json.loads((hf / "config.json").read_text())
+        del raw["router_aux_loss_coef"]
+        (hf / "config.json").write_text(json.dumps(raw))
+        expected = "router_aux_loss_coef is not there; --moe-aux-loss-coeff follows from transformers' default"
+    else:
+        expected = "router_aux_loss_coef is 0, so these flags balance no experts: to train with a loss that does, give"
+    ((said, words),) = run_ranks(import_and_say, 1, hf, tmp_path / "out")
+    assert said[-1].startswith(f"config.json: {expected}")
+    assert ("--moe-aux-loss-coeff" in words) == (changes["router_aux_loss_coef"] is None)

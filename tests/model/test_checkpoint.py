@@ -50,6 +50,7 @@ def namespace(**changes) -> Namespace:
         "ckpt_step": None,
         "ckpt_format": "torch_dist",
         "finetune": False,
+        "skip_train": False,
         "pretrained_checkpoint": None,
         "no_load_optim": False,
         "no_save_optim": False,
@@ -417,7 +418,18 @@ def test_a_folder_with_checkpoints_of_another_run_is_not_written_into(how, store
     ):
         check(namespace(save=held, **changes))
     assert check(namespace(save=str(tmp_path / "fresh"), **changes)) == []
-    assert check(namespace(save=f"{held}/", load=held)) == []  # the same folder, by another name
+    for same in (f"{held}/", f"{held}/../held"):  # the same folder, by another name
+        assert check(namespace(save=same, load=held)) == []
+
+
+def test_a_folder_with_nothing_whole_or_with_a_model_to_start_from(tmp_path, stored):
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("40")  # its folder is gone
+    assert check(namespace(save=str(tmp_path))) == []
+    tracker.write_text("release")
+    with refuses(f"--save {tmp_path}: holds a model to start from, which would be lost: name another folder"):
+        check(namespace(save=str(tmp_path)))
+    assert check(namespace(save=stored(namespace(), "held"), skip_train=True)) == []
 
 
 def test_pretrained_checkpoint(stored, tmp_path):

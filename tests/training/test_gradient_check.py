@@ -1,13 +1,15 @@
 """What is to be trained gets a gradient, or the run ends and names it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_emoe.training.gradient_check import STEPS, refusal
+from megatron_emoe.routing.watch import MARKER
+from megatron_emoe.training.gradient_check import _ONE_OF_MANY, STEPS, may_lack_router_gradient, reason
 from tests.distributed import run_ranks
-from tests.tiny import PREFIX, Run, fill_weights, flags, train
+from tests.tiny import PREFIX, Run, fill_weights, flags, layer_config, train
 
 ROUTERS = PREFIX | {"emoe_train": "router", "train_iters": 2}
 RECOMPUTED: dict[str, dict[str, Any]] = {
@@ -54,25 +56,56 @@ def add_a_weight_that_nothing_uses() -> None:
     ElasticGPTModelBuilder.build_model = and_one_more
 
 
-def iterations_of(words: list[str]) -> tuple[int | None, int]:
-    """The exit status of a run, and the steps that it took."""
+def iterations_of(words: list[str]) -> tuple[str | None, int]:
+    """What ended a run, and the steps that it took."""
     from megatron.training import get_args
+
+    from megatron_emoe.routing.watch import RunStopped
 
     try:
         train(words, False, add_a_weight_that_nothing_uses)
-    except SystemExit as leaving:
-        return leaving.code, get_args().curr_iteration + 1
+    except RunStopped as error:
+        return str(error), get_args().curr_iteration + 1
     return None, get_args().curr_iteration + 1
 
 
-@pytest.mark.parametrize(("check", "ended"), [("stop", (2, STEPS)), ("off", (None, STEPS + 2))])
-def test_a_weight_without_a_gradient_ends_the_run(check: str, ended: tuple, capfd: pytest.CaptureFixture):
-    words = flags(train_iters=STEPS + 2, global_batch_size=2, emoe_gradient_check=check)
-    assert run_ranks(iterations_of, 1, words) == [ended]
-    said = capfd.readouterr().err
-    assert (f"error: {refusal(['decoder.layers.1.forgotten'])}" in said) == (check == "stop")
+@pytest.mark.parametrize("check", ["stop", "off"])
+def test_a_weight_without_a_gradient_ends_the_run_which_does_not_start_again(check: str, tmp_path: Path):
+    saving = {"save": tmp_path, "save_interval": 100} if check == "stop" else {}  # a checkpoint has no place for it
+    words = flags(train_iters=STEPS + 2, global_batch_size=2, emoe_gradient_check=check, **saving)
+    why = reason(["decoder.layers.1.forgotten"])
+    assert run_ranks(iterations_of, 1, words) == [(why, STEPS) if check == "stop" else (None, STEPS + 2)]
+    marker = tmp_path / MARKER
+    assert marker.read_text() == f"{why}\n" if check == "stop" else not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "may_lack"),
+    [
+        ({"emoe_k_min": 1, "moe_router_pre_softmax": False}, True),
+        ({"emoe_k_min": 1, "moe_router_pre_softmax": True}, False),
+        ({"emoe_k_min": 2, "moe_router_pre_softmax": False}, False),
+        ({"emoe_k_min": 1, "moe_router_pre_softmax": False, "moe_router_score_function": "sigmoid"}, False),
+    ],
+)
+def test_routers_that_draw_k_1_before_their_softmax_are_left_out(changes: dict[str, Any], may_lack: bool):
+    assert run_ranks(lacks, 1, PREFIX | changes) == [may_lack]
+
+
+def lacks(changes: dict[str, Any]) -> bool:
+    return may_lack_router_gradient(layer_config(**changes))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_experts_of_a_layer_count_as_one(name: str):
+    experts = [f"decoder.layers.3.mlp.experts.linear_fc1.{name}{expert}" for expert in (0, 7, 12)]
+    experts += [f"decoder.layers.3.mlp.experts.local_experts.{expert}.linear_fc2.{name}" for expert in (0, 12)]
+    assert {_ONE_OF_MANY.sub("*", expert) for expert in experts} == {
+        f"decoder.layers.3.mlp.experts.linear_fc1.{name}*",
+        f"decoder.layers.3.mlp.experts.local_experts.*.linear_fc2.{name}",
+    }
 
 
 def test_of_many_weights_three_are_named():
-    said = refusal(["a", "b", "c", "d", "e"])
+    said = reason(["a", "b", "c", "d", "e"])
     assert said.startswith(f"no gradient reached a, b, c and 2 more in the first {STEPS} steps")
