@@ -47,7 +47,7 @@ class Call:
         self._server.connect(str(_server() / "server"))
         task = base64.b64encode(pickle.dumps((function, args))).decode()
         request = {"kind": "call", "value": task, "env": dict(env), "cwd": os.getcwd(), "ignored": []}
-        words = json.dumps(request | {"unbuffered": False}).encode(errors="surrogateescape")
+        words = json.dumps(request | {"unbuffered": 0}).encode(errors="surrogateescape")
         socket.send_fds(self._server, [len(words).to_bytes(8, "big")], [0, 1, 2, theirs.fileno()])
         self._server.sendall(words)
         theirs.close()
@@ -77,13 +77,14 @@ def _server() -> Path:
     folder = Path(shared) if shared else _own[0]
     end = time.monotonic() + 300
     while not (folder / "ready").exists():
-        assert time.monotonic() < end and folder.is_dir(), "the server of programs did not start: see above"
+        lives = folder.is_dir() and not (folder / "failed").exists()
+        assert lives and time.monotonic() < end, "the server of programs did not start: see above"
         time.sleep(0.05)
     return folder
 
 
 def start() -> Path:
-    """Start a server that ends with this process; its folder. It is ready once there is a file of that name."""
+    """Start a server that ends with this process; its folder. `ready` or `failed` in there says how that went."""
     folder = Path(tempfile.mkdtemp(prefix="emoe-programs-"))
     interpreter = folder / "python"
     interpreter.write_text(f"#!{sys.executable} -IS\n{_CLIENT.read_text()}")

@@ -31,6 +31,9 @@ def run(request: Mapping[str, Any], streams: Sequence[int], interpreter: str) ->
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
+        if status < 0:
+            signal.signal(-status, signal.SIG_DFL)
+            os.kill(os.getpid(), -status)
     except BaseException:
         os.write(2, traceback.format_exc().encode())
     finally:
@@ -63,7 +66,7 @@ def _take_names(request: Mapping[str, Any], interpreter: str) -> None:
     multiprocessing.spawn.set_executable(sys.executable)  # it hands more over than three streams
     words = [str(request["value"]), *request["words"]]
     option = {"m": ["-m"], "c": ["-c"], "script": []}[request["kind"]]
-    sys.orig_argv = [interpreter, *option, *words]
+    sys.orig_argv = [interpreter, *["-u"] * request["unbuffered"], *option, *words]
     sys.executable = interpreter
     sys.argv = ["-c", *request["words"]] if option == ["-c"] else words
     first = os.path.dirname(os.path.realpath(words[0])) if request["kind"] == "script" else os.getcwd()
@@ -84,7 +87,7 @@ def _writer(number: int, unbuffered: bool, **options: Any) -> io.TextIOWrapper:
 
 
 def _status_of(request: Mapping[str, Any]) -> int:
-    """Run it; the exit status. An exception leaves its traceback, Ctrl-C the signal."""
+    """Run it; the exit status, or less than 0: the signal to end by. An exception leaves its traceback."""
     try:
         if request["kind"] == "script":
             runpy.run_path(request["value"], run_name="__main__")
@@ -94,13 +97,12 @@ def _status_of(request: Mapping[str, Any]) -> int:
             exec(compile(request["value"], "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as leaving:
         if leaving.code is None or isinstance(leaving.code, int):
-            return leaving.code or 0
+            return (leaving.code or 0) & 255  # what the system would keep of it
         print(leaving.code, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         traceback.print_exc()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+        return -signal.SIGINT
     except BaseException:
         traceback.print_exc()
         return 1

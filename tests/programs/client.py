@@ -22,10 +22,10 @@ FORWARDED = (
 
 
 def target(words):
-    """What to run, or None for what only a real interpreter can: the kind, its value, the words behind, unbuffered."""
-    unbuffered = False
+    """What to run, or None for what only a real interpreter can: the kind, its value, the words behind, how many -u."""
+    unbuffered = 0
     while words[:1] == ["-u"]:
-        words, unbuffered = words[1:], True
+        words, unbuffered = words[1:], unbuffered + 1
     if words[:1] in (["-m"], ["-c"]) and len(words) > 1:
         return {"kind": words[0][1], "value": words[1], "words": words[2:], "unbuffered": unbuffered}
     if not words or words[0].startswith("-"):

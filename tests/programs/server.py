@@ -2,7 +2,8 @@
 
     python -m tests.programs.server FOLDER INTERPRETER
 
-FOLDER/server is its socket, FOLDER/ready is there once it listens. It ends with whoever started it (end of stdin).
+FOLDER/server is its socket, FOLDER/ready is there once it listens, FOLDER/failed after an exception. It ends with
+whoever started it (end of stdin).
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import socket
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from tests.programs import child
 
@@ -51,18 +53,22 @@ class Server:
     def accept(self) -> None:
         """Fork the child that a client asks for."""
         client, _ = self.listener.accept()
-        size, streams, _, _ = socket.recv_fds(client, 8, 4)
-        if len(size) < 8:  # killed before it had said what for
+        head, streams, _, _ = socket.recv_fds(client, 8, 4)
+        size = int.from_bytes(head, "big")
+        words = _exactly(client, size) if len(head) == 8 else b""
+        if words and len(words) == size:
+            self._start(client, json.loads(words), streams)
+        else:  # killed before it had said what for
             client.close()
-            return
-        request = json.loads(_exactly(client, int.from_bytes(size, "big")))
+        for stream in streams:
+            os.close(stream)
+
+    def _start(self, client: socket.socket, request: dict[str, Any], streams: list[int]) -> None:
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # an idle thread of pyarrow's
             pid = os.fork()
         if pid == 0:
             self._become_child(client)
             child.run(request, streams, str(self.folder / "python"))
-        for stream in streams:
-            os.close(stream)
         self.clients[pid] = client
         self.selector.register(client, selectors.EVENT_READ, lambda: self.lost(pid))
         _tell(client, pid)
@@ -121,13 +127,17 @@ def _exactly(client: socket.socket, size: int) -> bytes:
 
 def main(folder: Path, interpreter: str) -> None:
     """The whole server."""
-    (folder / "interpreter").write_text(interpreter)
-    import tests.preload
-    import tests.programs.preload  # noqa: F401
+    try:
+        (folder / "interpreter").write_text(interpreter)
+        import tests.preload
+        import tests.programs.preload  # noqa: F401
 
-    server = Server(folder)
-    (folder / "ready").touch()
-    server.serve()
+        server = Server(folder)
+        (folder / "ready").touch()
+        server.serve()
+    except BaseException:
+        (folder / "failed").touch()  # for those who wait
+        raise
 
 
 if __name__ == "__main__":
