@@ -42,6 +42,7 @@ class Progress:
         if not self.left:
             return False
         step = self.left[0]
+        step.prepare()
         log = self.cell.work / "logs" / f"{self.cell.name}.{Path(step.script).stem}.{len(self.left)}.log"
         self.began = time.perf_counter()
         self.process = forks.start(REPO / step.script, step.flags(), log)

@@ -52,6 +52,11 @@ class Cell:
         tracker = self.checkpoint / "latest_checkpointed_iteration.txt"
         return tracker.exists() and tracker.read_text().strip() == str(self.iterations)
 
+    def forget_run(self) -> None:
+        """Delete what its training has left: checkpoints and logs."""
+        for folder in (self.checkpoint, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+
     @property
     def tensorboard(self) -> Path:
         return self.work / "tensorboard" / self.name
@@ -105,16 +110,18 @@ def _last_wins(words: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Step:
-    """A script, its flags (known when it is due), and whether all that it makes is there."""
+    """A script, its flags (known when it is due), whether all that it makes is there, and what is called before it is
+    started: a training run begins anew, and refuses to write over the checkpoints of one that was ended."""
 
     script: str
     flags: Callable[[], list[str]]
     done: Callable[[], bool]
+    prepare: Callable[[], None] = lambda: None
 
 
 def steps(cell: Cell) -> Iterator[Step]:
     """What has to be run for a cell, in order."""
-    yield Step("pretrain_emoe.py", cell.training, cell.is_trained)
+    yield Step("pretrain_emoe.py", cell.training, cell.is_trained, cell.forget_run)
     yield _sweep_step(cell, cell.method.ks, lambda: "1", cell.part("sweep"))
     if cell.method.fit:
         yield Step("tools/fit_tail_scale.py", cell.fit, cell.part("fit").exists)
@@ -136,8 +143,7 @@ def forget_if_changed(cell: Cell) -> None:
     if flags.exists() and json.loads(flags.read_text()) != now:
         for path in flags.parent.glob(f"{cell.name}.*.json"):
             path.unlink()
-        for folder in (cell.checkpoint, cell.tensorboard):
-            shutil.rmtree(folder, ignore_errors=True)
+        cell.forget_run()
     write_atomically(flags, json.dumps(now))
 
 

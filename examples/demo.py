@@ -10,17 +10,20 @@ again. All run on the CPU.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))  # forks.py
 from demo_run import Lane, Spent, Step, run  # noqa: E402
 
+from megatron_emoe.settings.atomic_file import write_atomically  # noqa: E402
 from megatron_emoe.settings.tail_scale import TAIL_SCALE_FILE  # noqa: E402
 from megatron_emoe.sweep.budget import flops_limit, name, proposals  # noqa: E402
 from megatron_emoe.sweep.curve import (  # noqa: E402
@@ -77,7 +80,13 @@ def training(run: str, iterations: int, lr: str, extra: str, ranks: int = 1) -> 
         --save-interval {iterations} --tensorboard-dir {OUT}/tensorboard/{run} {extra}"""
     newest = save / "latest_checkpointed_iteration.txt"
     done = lambda: newest.exists() and newest.read_text().strip() == str(iterations)  # noqa: E731
-    return Step(run, "pretrain_emoe.py", flags.split(), done, ranks, iterations)
+    return Step(run, "pretrain_emoe.py", flags.split(), done, ranks, iterations, partial(forget_run, run))
+
+
+def forget_run(run: str) -> None:
+    """Remove what a run that is not done has left: with checkpoints there, --save is refused."""
+    for kind in ("checkpoints", "tensorboard"):
+        shutil.rmtree(OUT / kind / run, ignore_errors=True)
 
 
 def sweep_file(curve: str) -> Path:
@@ -86,11 +95,17 @@ def sweep_file(curve: str) -> Path:
 
 def sweep(run: str, title: str, extra: str, cells: Sequence[K], fields: Sequence[str] = (), curve: str = "") -> Step:
     """A sweep of a run into its file, or that of another curve; done once the file has these cells with these
-    fields."""
-    out = sweep_file(curve or run)
-    done = lambda: out.exists() and not missing_ks(load(out), cells, fields)  # noqa: E731
+    fields under the curve's title."""
+    out, label = sweep_file(curve or run), TITLES[curve or run]
+    done = lambda: has_label(out, label) and not missing_ks(load(out), cells, fields)  # noqa: E731
+    prepare = lambda: None if has_label(out, label) else out.unlink(missing_ok=True)  # noqa: E731
     flags = f"--load {OUT}/checkpoints/{run} --out {out} {held_out(run, HELD_OUT_TOKENS)} {extra}"
-    return Step(title, "tools/sweep_k.py", [*flags.split(), "--label", TITLES[curve or run]], done, 1)
+    return Step(title, "tools/sweep_k.py", [*flags.split(), "--label", label], done, 1, prepare=prepare)
+
+
+def has_label(file: Path, label: str) -> bool:
+    """Whether it is a sweep of that title; one of an older demo may have been measured in another way."""
+    return file.exists() and load(file).label == label
 
 
 def fit(run: str) -> Step:
@@ -195,6 +210,12 @@ def summary(spent: Sequence[Spent]) -> str:
     return "\n".join([*lines, "", f"seconds by step, of processor time in brackets: {seconds}", ""])
 
 
+def read_spent(file: Path) -> dict[str, Spent]:
+    """What the steps that were run before took; nothing where an older demo wrote the file, in another form."""
+    known = json.loads(file.read_text()) if file.exists() else []
+    return {one["step"]: Spent(**one) for one in known} if isinstance(known, list) else {}
+
+
 NEXT = """With a model of your own (README.md):
 python tools/convert_checkpoint.py import --hf MODEL --out CHECKPOINT
 torchrun --nproc-per-node 8 pretrain_emoe.py @CHECKPOINT/model.args @examples/recipe.args --load CHECKPOINT \\
@@ -207,11 +228,11 @@ def main() -> None:
     for folder in ("logs", "data", "checkpoints"):
         (OUT / folder).mkdir(parents=True, exist_ok=True)
     timings = OUT / "seconds.json"
-    spent = {one["step"]: Spent(**one) for one in json.loads(timings.read_text())} if timings.exists() else {}
+    spent = read_spent(timings)
 
     def note(one: Spent) -> None:
         spent[one.step] = one
-        timings.write_text(json.dumps([asdict(each) for each in spent.values()]))
+        write_atomically(timings, json.dumps([asdict(each) for each in spent.values()]))
 
     for lanes in stages():
         run(lanes, OUT / "logs", note)

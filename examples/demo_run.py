@@ -22,7 +22,8 @@ tqdm.monitor_interval = 0  # no thread of its own: processes are forked here
 @dataclass(frozen=True)
 class Step:
     """One command of this repository; `done` tells whether it has succeeded. script: its path in the repository.
-    ranks: 0 where it is no distributed program. iterations: what its log counts up to."""
+    ranks: 0 where it is no distributed program. iterations: what its log counts up to. prepare: called before it is
+    started; it removes what the step left when it was ended before, which the command would refuse to write over."""
 
     name: str
     script: str
@@ -30,6 +31,7 @@ class Step:
     done: Callable[[], bool]
     ranks: int = 0
     iterations: int = 0
+    prepare: Callable[[], None] = lambda: None
 
     @property
     def command(self) -> str:
@@ -144,5 +146,6 @@ def _go_on(lane: Lane, running: list[Running], logs: Path) -> None:
     """Start the lane's next step that is not done, if there is one."""
     for step in lane:
         if not step.done():
+            step.prepare()
             running.append(Running(step, lane, logs))
             return

@@ -1,10 +1,12 @@
 """The study: its methods are valid settings, its tables follow from its cells, and docs/study.md says what they say."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -150,6 +152,26 @@ def test_what_was_made_under_other_flags_is_forgotten(tmp_path):
     assert scripts_left(cell(tmp_path, "recipe", flags=plan.EMOE))[0] == "pretrain_emoe"
     assert not one.checkpoint.exists() and not one.part("fit").exists()
     assert other.part("flags").exists()  # another cell keeps what it has
+
+
+def test_a_training_run_that_is_started_again_finds_an_empty_folder(tmp_path, monkeypatch):
+    """A whole checkpoint in --save is refused, and a run can be ended before the tracker names it."""
+    one, found = cell(tmp_path), []
+    (tmp_path / "logs").mkdir()
+
+    def start(script: Path, words: list[str], log: Path) -> None:
+        found.append((script.name, one.checkpoint.exists(), one.tensorboard.exists()))
+
+    monkeypatch.setitem(sys.modules, "forks", SimpleNamespace(start=start))
+    study = importlib.import_module("study")
+    del sys.modules["study"]  # another test's would have the forks of this one
+    progress = study.Progress(one)
+    for folder in (one.checkpoint / "iter_0000500", one.tensorboard):
+        folder.mkdir(parents=True)
+    assert progress.next() and found == [("pretrain_emoe.py", False, False)]
+    one.checkpoint.mkdir()
+    progress.left.pop(0)
+    assert progress.next() and found[1:] == [("sweep_k.py", True, False)]  # what it reads is left
 
 
 def test_experts_in_training_are_those_that_were_drawn():

@@ -2,6 +2,7 @@
 whole runs in `make demo`)."""
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -86,7 +87,7 @@ def test_what_is_done_is_what_is_complete(out):
     # A sweep that was interrupted, or is without latencies, is not done.
     elastic = sweep.load(out / "sweep_elastic.json")
     for cells in (elastic.cells[1:], [make_cell(k, loss, None) for k, loss in LOSSES.items()]):
-        sweep.save(make_result("elastic", list(cells)), out / "sweep_elastic.json")
+        sweep.save(make_result(demo.TITLES["elastic"], list(cells)), out / "sweep_elastic.json")
         assert not step_of(demo.elastic(), "sweep elastic").done()
 
 
@@ -101,6 +102,39 @@ def test_a_run_that_was_cut_short_is_not_done(out):
     for iteration, done in ((demo.BASE_ITERS - 1, False), (demo.BASE_ITERS, True)):
         newest.write_text(f"{iteration}\n")
         assert step("base").done() is done
+
+
+def test_a_run_that_is_started_again_finds_an_empty_folder(out):
+    """Its own: a whole checkpoint in --save is refused, and a run can be ended before the tracker names it."""
+    for name in ("base", "topk"):
+        for kind in ("checkpoints", "tensorboard"):
+            (out / kind / name / "iter_0000400").mkdir(parents=True)
+            (out / kind / name / "iter_0000400/.metadata").write_text("")
+    base = step("base")
+    base.prepare()
+    assert not Path(value("--save", base)).exists() and not Path(value("--tensorboard-dir", base)).exists()
+    assert (out / "checkpoints/topk/iter_0000400/.metadata").exists()
+
+
+def test_a_sweep_of_an_older_demo_is_not_this_one_s(out):
+    file = out / "sweep_elastic.json"
+    sweeps = [step(name) for name in ("sweep elastic", "sweep layers")]
+    for each in sweeps:
+        each.prepare()
+    assert all(each.done() for each in sweeps)
+    sweep.save(dataclasses.replace(sweep.load(file), label="elastic"), file)
+    assert not any(each.done() for each in sweeps)
+    sweeps[0].prepare()
+    assert not file.exists()
+
+
+def test_the_seconds_of_an_older_demo_are_left_out(tmp_path):
+    file = tmp_path / "seconds.json"
+    assert demo.read_spent(file) == {}
+    file.write_text('{"corpus": 31.4}')
+    assert demo.read_spent(file) == {}
+    file.write_text('[{"step": "corpus", "wall": 31.4, "processor": 40.2}]')
+    assert demo.read_spent(file) == {"corpus": demo.Spent("corpus", 31.4, 40.2)}
 
 
 @pytest.mark.parametrize("run", ["topk", "elastic"])
@@ -157,7 +191,7 @@ def test_the_layers_suggest_what_is_swept_and_then_answered(out, capsys):
 
     elastic = sweep.load(out / "sweep_elastic.json")
     better = [make_cell(ks, 4.0 - 0.001 * sum(ks), None) for ks in allocations]
-    sweep.save(make_result("elastic", [*elastic.cells, *better]), out / "sweep_elastic.json")
+    sweep.save(make_result(elastic.label, [*elastic.cells, *better]), out / "sweep_elastic.json")
     assert swept.done()
     pick_k.main([str(out / "sweep_elastic.json"), "--max-flops", str(demo.BUDGET)])
     text = capsys.readouterr().out

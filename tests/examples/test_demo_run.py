@@ -85,6 +85,17 @@ def test_what_is_done_is_not_run_again(folder):
     assert not target.exists()
 
 
+def test_a_step_is_prepared_only_where_it_is_started(folder):
+    target, left = folder / "target", folder / "left"
+    left.write_text("of a run that was ended")
+    step = Step("write", "write.py", [str(target)], target.exists, prepare=left.unlink)
+    demo_run.run([iter([step])], folder, lambda spent: None)
+    assert target.exists() and not left.exists()
+    left.write_text("again")
+    demo_run.run([iter([step])], folder, lambda spent: None)
+    assert left.exists()
+
+
 def test_a_failure_ends_all_lanes_with_the_end_of_its_log(folder):
     pid = folder / "pid"
     lanes = [iter([make_step("sleep", "sleep", pid)]), iter([make_step("fail", "fail", pid)])]
