@@ -164,7 +164,8 @@ def main() -> int:
         print(f"{Path(sys.argv[0]).name} {chosen.verb}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        goes_on = ": the same command goes on where it stopped" if chosen.verb in ("import", "export") else ""
+        print(f"interrupted{goes_on}", file=sys.stderr)
         return 130
 
 

@@ -1,6 +1,8 @@
 """tools/convert_checkpoint.py as a user calls it: each verb, its exit status, its one message."""
 
+import importlib
 import json
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import hf_models
-from tests.distributed import run_ranks
+from tests.distributed import REPO, run_ranks
 from tests.sweeps import Answer, run_tool
 
 call = partial(run_tool, "convert_checkpoint")
@@ -106,6 +108,21 @@ def test_inspection_is_text_or_json(answers):
     folder, given = answers
     assert f"{folder}/megatron: Megatron checkpoint (torch_dist)" in given["inspect"].out
     assert json.loads(given["json"].out)["architecture"] == "olmoe"
+
+
+@pytest.mark.parametrize("verb", ["import", "export", "verify", "inspect"])
+def test_only_what_goes_on_says_so_when_it_is_interrupted(verb, monkeypatch, capsys):
+    def interrupt(chosen: Namespace) -> None:
+        raise KeyboardInterrupt
+
+    words = {"import": "--hf A --out B", "export": "--megatron A --out B", "verify": "--hf A --megatron B"}
+    monkeypatch.syspath_prepend(str(REPO / "tools"))
+    convert_checkpoint = importlib.import_module("convert_checkpoint")
+    monkeypatch.setattr(convert_checkpoint, "_check", interrupt)
+    monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", verb, *words.get(verb, "A").split()])
+    assert convert_checkpoint.main() == 130
+    again = ": the same command goes on where it stopped" if verb in ("import", "export") else ""
+    assert capsys.readouterr().err == f"interrupted{again}\n"
 
 
 def test_the_exported_model_has_the_k_asked_for_and_the_same_weights(answers):
