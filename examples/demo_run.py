@@ -37,7 +37,12 @@ class Step:
     def command(self) -> str:
         """As it is typed in the repository's folder."""
         launcher = ["torchrun", "--standalone", "--nproc-per-node", str(self.ranks)] if self.ranks else ["python"]
-        return shlex.join([*launcher, self.script, *self.words]).replace(f"{REPO}/", "")
+        return shlex.join([*launcher, self.script, *self.flags]).replace(f"{REPO}/", "")
+
+    @property
+    def flags(self) -> list[str]:
+        """What the program is given: Megatron's run on the CPU where there is a GPU too, as forks cannot share it."""
+        return [*self.words, "--host-mode"] if self.ranks else self.words
 
 
 Lane = Iterator[Step]
@@ -54,16 +59,17 @@ class Spent:
 
 
 class Running:
-    """A step at work, in forks of this process, which imports Megatron once for all of them."""
+    """A step at work, in forks of this process, which has imported Megatron once for all of them."""
 
     def __init__(self, step: Step, lane: Lane, logs: Path) -> None:
-        with _streams_in(logs / "imports.log"):
-            from forks import start_ranks  # Megatron is imported here
+        from forks import start_ranks
+
+        step.prepare()
         self.step, self.lane = step, lane
         self.log = logs / f"{re.sub('[^a-z]+', '_', step.name)}.log"
         self.log.write_text(f"$ {step.command}\n")
         self.began, self.processor = time.perf_counter(), 0.0
-        self.left: list[BaseProcess] = start_ranks(REPO / step.script, step.words, self.log, max(step.ranks, 1))
+        self.left: list[BaseProcess] = start_ranks(REPO / step.script, step.flags, self.log, max(step.ranks, 1))
 
     def has_ended(self) -> bool:
         """Whether all its processes have. SystemExit with the log's end if it failed."""
@@ -121,12 +127,17 @@ def run(lanes: Sequence[Lane], logs: Path, note: Callable[[Spent], None]) -> Non
 
     SystemExit, with nothing left at work, where a step fails.
     """
+    first = [(step, lane) for lane in lanes if (step := _next(lane))]
+    if not first:
+        return
+    with _streams_in(logs / "imports.log"):
+        import forks  # noqa: F401  # Megatron is imported here
     running: list[Running] = []
     every = {"mininterval": 0.5 if sys.stderr.isatty() else 60, "miniters": 0}
     with tqdm(bar_format="[{elapsed}] {desc}", **every) as bar:
         try:
-            for lane in lanes:
-                _go_on(lane, running, logs)
+            for step, lane in first:
+                running.append(Running(step, lane, logs))
             while running:
                 bar.set_description_str("   ".join(one.progress() for one in running), refresh=False)
                 bar.update()
@@ -136,16 +147,13 @@ def run(lanes: Sequence[Lane], logs: Path, note: Callable[[Spent], None]) -> Non
                     spent = one.spent()
                     bar.write(f"{spent.step}: {spent.wall:.0f} s")
                     note(spent)
-                    _go_on(one.lane, running, logs)
+                    if step := _next(one.lane):
+                        running.append(Running(step, one.lane, logs))
         finally:
             for process in (process for one in running for process in one.left):
                 process.kill()
 
 
-def _go_on(lane: Lane, running: list[Running], logs: Path) -> None:
-    """Start the lane's next step that is not done, if there is one."""
-    for step in lane:
-        if not step.done():
-            step.prepare()
-            running.append(Running(step, lane, logs))
-            return
+def _next(lane: Lane) -> Step | None:
+    """The lane's next step that is not done, if there is one."""
+    return next((step for step in lane if not step.done()), None)

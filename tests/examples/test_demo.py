@@ -172,6 +172,16 @@ def test_the_command_in_a_log_is_one_that_can_be_typed(out, monkeypatch):
     assert command[4:7] == ["tools/fit_tail_scale.py", "--load", "demo/checkpoints/topk"]
 
 
+def test_what_runs_on_the_cpu_is_so_where_it_is_typed_too():
+    by_script = {one.script: one for lane in (demo.base(), demo.topk(), demo.drawings()) for one in lane}
+    assert [script for script, one in by_script.items() if "--host-mode" in shlex.split(one.command)] == [
+        "pretrain_emoe.py",
+        "tools/sweep_k.py",
+        "tools/fit_tail_scale.py",
+    ]
+    assert step_of(demo.topk(), "topk").flags[-1] == "--host-mode"  # and given to what runs here
+
+
 def test_drawings_are_made_anew_where_a_sweep_is_newer(out):
     for name in ("wall.png", "card.html"):
         (out / name).write_text("")
@@ -224,7 +234,7 @@ def test_the_runs_are_megatron_s(out, monkeypatch):
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     steps = [one for lane in lanes() for one in lane if one.script == "pretrain_emoe.py"]
-    runs = [parser.parse_args(expand(one.words)) for one in steps]
+    runs = [parser.parse_args(expand(one.flags)) for one in steps]
     assert [(run.train_iters, run.num_layers, run.moe_router_topk) for run in runs] == [
         (demo.BASE_ITERS, demo.LAYERS, demo.TRAINED_K),
         (demo.CONTINUED_ITERS, demo.LAYERS, demo.TRAINED_K),
@@ -249,9 +259,3 @@ def test_the_summary(out):
     assert "at its best k' = 6 against topk + a(k') at its best k': -0.0048" in text  # 3.9522 - 3.9570
     assert ": corpus 31 (40)\n" in text
     assert "| 16 | 4.0514 | 3.9590 | 3.9867 |" in text
-
-
-def test_what_comes_next_are_programs_of_this_repository():
-    scripts = [word for word in demo.NEXT.split() if word.endswith(".py")]
-    assert scripts == ["tools/convert_checkpoint.py", "pretrain_emoe.py", "tools/sweep_k.py"]
-    assert all((REPO / script).exists() for script in scripts)

@@ -79,7 +79,9 @@ def test_lanes_run_side_by_side_and_each_in_order(folder):
     assert len(order) == 4
 
 
-def test_what_is_done_is_not_run_again(folder):
+def test_what_is_done_is_not_run_again(folder, monkeypatch):
+    """Nor is Megatron imported for it."""
+    monkeypatch.setitem(sys.modules, "forks", None)
     target = folder / "target"
     demo_run.run([iter([Step("write", "write.py", [str(target)], lambda: True)])], folder, lambda spent: None)
     assert not target.exists()

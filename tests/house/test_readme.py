@@ -17,7 +17,8 @@ PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").r
 TAKE_MEGATRON_S = ("pretrain_emoe.py", "tools/sweep_k.py", "tools/fit_tail_scale.py", "tools/eval_tasks.py")
 TORCHRUN_S = {"--nproc-per-node"}
 
-sys.path.insert(0, str(REPO / "tools"))
+sys.path[:0] = [str(REPO / "tools"), str(REPO / "examples")]
+import demo  # noqa: E402
 import flag_table  # noqa: E402
 
 
@@ -98,14 +99,20 @@ def flags_of(program: str, *verb: str) -> set[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """Commands in blocks of a page, lines that go on joined."""
+    """Commands in blocks of a page."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return [line for block in blocks for line in joined(block)]
 
 
-def test_every_flag_in_a_command_of_the_readme_is_one_of_its_program():
+def joined(text: str) -> list[str]:
+    """Its lines, those that go on joined."""
+    return [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "the end of the demo"])
+def test_every_flag_in_a_command_is_one_of_its_program(page):
     seen = set()
-    for command in commands(REPO / "README.md"):
+    for command in commands(REPO / page) if page == "README.md" else joined(demo.NEXT)[1:]:
         words = shlex.split(command, comments=True)
         program = next((word for word in words if word.endswith(".py")), None)
         if program is None:
@@ -116,7 +123,8 @@ def test_every_flag_in_a_command_of_the_readme_is_one_of_its_program():
         assert flags <= flags_of(program, *verb), command
         assert {word for word in words[:place] if word.startswith("--")} <= TORCHRUN_S, command
         seen.add(program)
-    assert seen >= {"pretrain_emoe.py", "tools/sweep_k.py", "tools/pick_k.py", "tools/convert_checkpoint.py"}
+    on_both = {"tools/convert_checkpoint.py", "pretrain_emoe.py", "tools/sweep_k.py"}
+    assert seen >= on_both | {"tools/pick_k.py"} if page == "README.md" else seen == on_both
 
 
 def test_every_flag_in_the_readme_s_words_is_one_of_ours_or_of_megatron():
