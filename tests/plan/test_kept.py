@@ -48,10 +48,10 @@ def test_without_a_folder_nothing_is_kept(make):
     assert make.calls == 2
 
 
-def test_other_words_are_another_entry(tmp_path, make):
-    for words in (WORDS, [*WORDS, "--bf16"], WORDS[:-1], [" ".join(WORDS)]):
-        kept.arguments(words, make, tmp_path)
-    assert make.calls == 4 == len(list(tmp_path.iterdir()))
+def test_another_key_is_another_entry(tmp_path, make):
+    for key in (WORDS, [*WORDS, "--bf16"], WORDS[:-1], [" ".join(WORDS)]):
+        kept.arguments(key, make, tmp_path)
+    assert make.calls == 4 == len(list(tmp_path.glob("*/*.json")))
 
 
 @pytest.mark.parametrize("library", ["megatron-core", "torch", "transformer-engine"])
@@ -72,8 +72,11 @@ def test_another_source_of_this_package_is_another_entry(tmp_path, make, monkeyp
     assert make.calls == 1
     with (copy / "host" / "flags.py").open("a") as source:
         source.write("# another default\n")
+    another = tmp_path / "kept/of another program"
+    another.mkdir()
     kept.arguments(WORDS, make, tmp_path / "kept")
     assert make.calls == 2
+    assert another.exists() and len(list((tmp_path / "kept").glob("*/*.json"))) == 1  # the older one is removed
 
 
 def test_a_megatron_that_is_worked_on_is_asked_each_time(tmp_path, make, monkeypatch):
@@ -86,14 +89,14 @@ def test_a_megatron_that_is_worked_on_is_asked_each_time(tmp_path, make, monkeyp
 
 
 def damages(text: str) -> list[str | bytes]:
-    """Cut short, empty, no text, another value, no entry at all."""
-    return [text[:-9], "", b"\xff\xfe\x00", text.replace('"num_layers": 4', '"num_layers": 5'), '{"num_layers": 5}']
+    """Cut short, empty, no text, no object."""
+    return [text[:-9], "", b"\xff\xfe\x00", "[4]", "null"]
 
 
 @pytest.mark.parametrize("case", range(5))
 def test_a_damaged_file_is_made_again(tmp_path, make, case):
     kept.arguments(WORDS, make, tmp_path)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*/*.json")
     whole = file.read_bytes()
     damaged = damages(whole.decode())[case]
     file.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
