@@ -1,6 +1,7 @@
 """torch.cuda as host mode has it: one device, and it is the CPU. Streams, events and barriers do nothing."""
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -63,7 +64,7 @@ def separate_random_streams() -> None:
     """The core keeps the random states of CPU and device apart, saves both, and forks that of the device.
 
     torch's own default generator becomes the device stream: dropout and all else that draws without naming a generator
-    uses it. Host-side draws, such as a data loader's base seed, go to a second generator (see device_mode), which
+    uses it. Host-side draws, such as a data loader's base seed, go to a second generator (see below), which
     torch.get_rng_state, torch.set_rng_state and torch.manual_seed address from now on.
     """
     import torch
@@ -78,42 +79,84 @@ def separate_random_streams() -> None:
         module.manual_seed = module.manual_seed_all = lambda seed: device_stream.manual_seed(int(seed))
 
 
-def device_mode() -> Any:
-    """The mode that keeps tensors on the CPU where the core says cuda, and gives host-side draws their own stream."""
+def keep_tensors_on_the_cpu() -> None:
+    """Let every function of torch that is told where a tensor is to be take "cuda" for the CPU, and give host-side draws
+    their own stream.
+
+    The functions themselves are replaced: a mode of torch would be asked at every operation and attribute, 20,000 times
+    in a small training step.
+    """
     import torch
-    from torch.overrides import TorchFunctionMode
+    from torch.utils._device import _device_constructors
 
     tensor = torch.Tensor
-    stay = {tensor.cuda, tensor.pin_memory, tensor.record_stream}
-    host_draws = {torch.rand, torch.randn, torch.randint, torch.randperm, tensor.random_}
-    functions = {*stay, *host_draws, tensor.to, tensor.type}
-    keywords = {"device", "pin_memory"}
+    for name in ("cuda", "pin_memory", "record_stream"):
+        setattr(tensor, name, lambda self, *args, **kwargs: self)
+    tensor.to = _to_cpu(tensor.to)  # type: ignore[method-assign]
+    tensor.type = _named_as_on_cuda(tensor.type)  # type: ignore[method-assign]
+    for name in vars(torch._C.TensorBase):
+        if name == "new" or name.startswith("new_"):
+            setattr(tensor, name, _told_cpu(getattr(tensor, name)))
+    made_alike = [getattr(torch, name) for name in dir(torch) if name.endswith("_like")]
+    for function in {*_device_constructors(), *made_alike}:
+        if getattr(torch, function.__name__, None) is function:
+            setattr(torch, function.__name__, _told_cpu(function))
+    for owner, name in (
+        (torch, "rand"),
+        (torch, "randn"),
+        (torch, "randint"),
+        (torch, "randperm"),
+        (tensor, "random_"),
+    ):
+        setattr(owner, name, _from_host_stream(getattr(owner, name)))
 
-    def to_cpu(device: Any) -> Any:
-        named = isinstance(device, str | torch.device) and str(device).startswith("cuda")
-        return "cpu" if named or type(device) is int else device
 
-    def on_cpu(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if func in stay:
-            return args[0]
-        if func in host_draws and kwargs.get("device") is None and kwargs.get("generator") is None:
+def _on_cpu(device: Any) -> Any:
+    """The CPU in place of a GPU's name or number; anything else as it is."""
+    import torch
+
+    named = isinstance(device, str | torch.device) and str(device).startswith("cuda")
+    return "cpu" if named or type(device) is int else device
+
+
+def _told_cpu(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            if "device" in kwargs:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs.pop("pin_memory", None)
+        return function(*args, **kwargs)
+
+    return told
+
+
+def _to_cpu(function: Callable) -> Callable:
+    """Tensor.to takes the device first, or by name."""
+    told = _told_cpu(function)
+    return functools.wraps(function)(
+        lambda self, *args, **kwargs: told(self, *(_on_cpu(arg) for arg in args[:1]), *args[1:], **kwargs)
+    )
+
+
+def _named_as_on_cuda(function: Callable) -> Callable:
+    """The optimizer and the gradient clipper know a parameter's kind by the name of its GPU type."""
+
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        return result.replace("torch.", "torch.cuda.") if type(result) is str else result
+
+    return named
+
+
+def _from_host_stream(function: Callable) -> Callable:
+    import torch
+
+    @functools.wraps(function)
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is None and kwargs.get("generator") is None:
             kwargs["generator"] = torch.random.default_generator
-        if "device" in kwargs:
-            kwargs["device"] = to_cpu(kwargs["device"])
-        if func is tensor.to and len(args) > 1:
-            args = (args[0], to_cpu(args[1]), *args[2:])
-        kwargs.pop("pin_memory", None)
-        result = func(*args, **kwargs)
-        # The optimizer and the gradient clipper know a parameter's kind by the name of its GPU type.
-        return result.replace("torch.", "torch.cuda.") if func is tensor.type and type(result) is str else result
+        return function(*args, **kwargs)
 
-    class DeviceMode(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            # Called for every operation and attribute of a tensor, so those that name no device leave at once.
-            if func in functions:
-                return on_cpu(func, args, dict(kwargs or {}))
-            if not kwargs:
-                return func(*args)
-            return on_cpu(func, args, dict(kwargs)) if kwargs.keys() & keywords else func(*args, **kwargs)
-
-    return DeviceMode()
+    return drawn

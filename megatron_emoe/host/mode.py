@@ -22,7 +22,7 @@ from megatron_emoe.host import flags as host_flags
 from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.refusal import fail
 
-_mode: Any = None  # the torch function mode that enable() entered
+_is_on = False  # whether enable() has been called
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def is_on() -> bool:
     """Whether enable() has installed the CPU device layer in this process."""
-    return _mode is not None
+    return _is_on
 
 
 def setup(argv: list[str]) -> list[str]:
@@ -74,7 +74,7 @@ def start() -> None:
 
 def enable(*, force: bool = False) -> None:
     """Install the CPU device layer in this process, once. Raises RuntimeError where CUDA is present, unless force."""
-    global _mode
+    global _is_on
     if is_on():
         return
     if not force and _cuda_is_present():
@@ -84,8 +84,8 @@ def enable(*, force: bool = False) -> None:
     host_device.replace_streams()
     host_device.separate_random_streams()
     _adapt_core()
-    _mode = host_device.device_mode()
-    _mode.__enter__()
+    host_device.keep_tensors_on_the_cpu()
+    _is_on = True
 
 
 def skip_dataset_helper_build() -> None:

@@ -379,7 +379,7 @@ def beside_a_gpu() -> dict[str, bool]:
     """A process that sees CUDA and has not entered host mode."""
     from megatron.core.datasets import utils
 
-    host_mode._mode, build = None, utils.compile_helpers
+    host_mode._is_on, build = False, utils.compile_helpers
     torch.cuda.is_available = lambda: True
     try:
         host_mode.enable()

@@ -37,6 +37,7 @@ LINES: list[dict[str, Any]] = [
         "emoe_eval_k": [1, 4],
         "emoe_coactivation_interval": 7,
         "emoe_router_watch": "stop",
+        "emoe_gradient_check": "off",
     },
     {
         "emoe_selection": "coactivation",
