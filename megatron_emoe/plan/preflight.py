@@ -21,11 +21,10 @@ import torch
 
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.model.flops import moe_layer_numbers
-from megatron_emoe.plan.job import Job, check_given, check_writable, existing
+from megatron_emoe.plan.job import Job, check_writable, existing
 from megatron_emoe.plan.layout import Layout, expert_rules, layout_of, megatron_rules
 from megatron_emoe.plan.model import OF_THE_LAYOUT
 from megatron_emoe.plan.parameters import router_parameters, stage_parameters
-from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.elastic_config import flag
 from megatron_emoe.settings.paths import same_folder
 from megatron_emoe.training.arguments import parse
@@ -35,15 +34,15 @@ WRITERS: dict[str, Any] = {"tensorboard_dir": None, "wandb_project": "", "exit_s
 
 
 def check(job: Job, words: list[str]) -> Namespace:
-    """Megatron's arguments of a run with these flags, checked for this job; words: as pretrain_emoe.py gets them.
+    """Megatron's arguments of a run with these flags, checked for this job.
+
+    words: flags of pretrain_emoe.py, flag files already read, of which job.check_given has nothing to say.
 
     Raises:
         ValueError: with flag or path, value and rule.
         SystemExit: status 2 after a message of the same kind, for what pretrain_emoe.py itself refuses.
     """
-    words = flag_files.expand(words)
     os.environ |= {"WORLD_SIZE": str(job.world_size), "RANK": "0", "LOCAL_RANK": "0"}
-    check_given(job, words)
     with contextlib.redirect_stdout(io.StringIO()), _device(job):  # Megatron prints every argument
         sys.argv[1:] = _on_device(job, words)
         args = parse(**WRITERS)

@@ -30,6 +30,7 @@ def checked(folder: Path, words: list[str]) -> dict[str, str]:
     from megatron.core.transformer import transformer_config
 
     from megatron_emoe.plan import preflight
+    from megatron_emoe.settings.flag_files import expand
 
     if find_spec("transformer_engine") is None:  # Megatron asks for its version while it reads flags for FP8
         transformer_config.is_te_min_version = lambda *args, **kwargs: True
@@ -40,7 +41,7 @@ def checked(folder: Path, words: list[str]) -> dict[str, str]:
     with contextlib.redirect_stdout(io.StringIO()):
         words += ["--mock-data", "--tokenizer-type", "NullTokenizer"]
         words += [] if find_spec("transformer_engine") else ["--no-rope-fusion"]  # Megatron looks for it when it parses
-        args = preflight.check(preflight.Job(nodes=1, processes=1, gpus=1, save=folder / "save"), words)
+        args = preflight.check(preflight.Job(nodes=1, processes=1, gpus=1, save=folder / "save"), expand(words))
     return {name: str(value) for name, value in vars(args).items()}
 
 

@@ -18,6 +18,7 @@ JOB = {"load": "{save}", "save": "{save}", "save_interval": 2, "exit_signal_hand
 def refusal(folder: Path, changes: dict, nodes: int, processes: int, gpus: int, free: int | None = None) -> str | None:
     """What the check of a tiny job says, on a rank of its own; None: nothing. free: bytes of disk that are left."""
     from megatron_emoe.plan import preflight
+    from megatron_emoe.plan.job import check_given
 
     if free is not None:
         preflight.shutil.disk_usage = lambda path: type("Usage", (), {"free": free})
@@ -25,10 +26,11 @@ def refusal(folder: Path, changes: dict, nodes: int, processes: int, gpus: int, 
         name: value.format(save=folder / "save") if isinstance(value, str) else value for name, value in changes.items()
     }
     job = preflight.Job(nodes=nodes, processes=processes, gpus=gpus, save=folder / "save")
-    said = io.StringIO()
+    said, words = io.StringIO(), flags(**given)
     with contextlib.redirect_stderr(said):
         try:
-            preflight.check(job, flags(**given))
+            check_given(job, words)
+            preflight.check(job, words)
         except ValueError as error:
             return str(error)
         except SystemExit:
