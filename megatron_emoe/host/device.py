@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,8 +80,8 @@ def separate_random_streams() -> None:
 
 
 def keep_tensors_on_the_cpu() -> None:
-    """Let every function of torch that is told where a tensor is to be take "cuda" for the CPU, and give host-side draws
-    their own stream.
+    """Let every function of torch that is told where a tensor is to be take "cuda" for the CPU; give host-side draws a
+    stream of their own.
 
     The functions themselves are replaced: a mode of torch would be asked at every operation and attribute, 20,000 times
     in a small training step.
@@ -90,25 +90,19 @@ def keep_tensors_on_the_cpu() -> None:
     from torch.utils._device import _device_constructors
 
     tensor = torch.Tensor
-    for name in ("cuda", "pin_memory", "record_stream"):
-        setattr(tensor, name, lambda self, *args, **kwargs: self)
-    tensor.to = _to_cpu(tensor.to)  # type: ignore[method-assign]
-    tensor.type = _named_as_on_cuda(tensor.type)  # type: ignore[method-assign]
-    for name in vars(torch._C.TensorBase):
-        if name == "new" or name.startswith("new_"):
-            setattr(tensor, name, _told_cpu(getattr(tensor, name)))
-    made_alike = [getattr(torch, name) for name in dir(torch) if name.endswith("_like")]
-    for function in {*_device_constructors(), *made_alike}:
-        if getattr(torch, function.__name__, None) is function:
-            setattr(torch, function.__name__, _told_cpu(function))
-    for owner, name in (
-        (torch, "rand"),
-        (torch, "randn"),
-        (torch, "randint"),
-        (torch, "randperm"),
-        (tensor, "random_"),
-    ):
-        setattr(owner, name, _from_host_stream(getattr(owner, name)))
+    _replace(tensor, ("cuda", "pin_memory", "record_stream"), lambda function: lambda self, *args, **kwargs: self)
+    _replace(tensor, ("to",), _to_cpu)
+    _replace(tensor, ("type",), _named_as_on_cuda)
+    _replace(tensor, (name for name in dir(tensor) if name == "new" or name.startswith("new_")), _told_cpu)
+    makers = {function.__name__ for function in _device_constructors()}
+    _replace(torch, (name for name in dir(torch) if name in makers or name.endswith("_like")), _told_cpu)
+    _replace(torch, ("rand", "randn", "randint", "randperm"), _from_host_stream)
+    _replace(tensor, ("random_",), _from_host_stream)
+
+
+def _replace(owner: Any, names: Iterable[str], by: Callable[[Callable], Callable]) -> None:
+    for name in list(names):
+        setattr(owner, name, by(getattr(owner, name)))
 
 
 def _on_cpu(device: Any) -> Any:

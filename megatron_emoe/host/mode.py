@@ -20,6 +20,7 @@ from typing import Any
 from megatron_emoe.host import device as host_device
 from megatron_emoe.host import flags as host_flags
 from megatron_emoe.settings import flag_files
+from megatron_emoe.settings.command_line import say
 from megatron_emoe.settings.refusal import fail
 
 _is_on = False  # whether enable() has been called
@@ -55,9 +56,8 @@ def setup(argv: list[str]) -> list[str]:
     host_flags.refuse_gpu_flags(argv)
     enable(force=asked)
     skip_dataset_helper_build()
-    if os.environ.get("RANK", "0") == "0":
-        version = importlib.metadata.version("megatron-core")
-        print(f"host mode: megatron-core {version} on CPU (gloo); for development and verification, not for speed")
+    version = importlib.metadata.version("megatron-core")
+    say(f"host mode: megatron-core {version} on CPU (gloo); for development and verification, not for speed")
     return argv + host_flags.missing_defaults(argv)
 
 

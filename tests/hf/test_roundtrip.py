@@ -39,8 +39,8 @@ def words(folder: Path, load: Path, save: Path | None, *more: str, lr: str = "5e
     run = [f"@{folder / 'model.args'}", "--load", str(load), "--finetune", "--lr", lr, "--train-iters", str(steps)]
     for name, value in STEPS.items():
         run += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
-    # What is compared is conversion. With the balancing loss ERNIE's weights make one of the 512 tokens so sensitive that
-    # its logits differ by 4.5 times the noise; in fp64 transformers' are off by 1.0e-5 there, ours by 2.0e-5.
+    # Conversion is compared. With the balancing loss ERNIE's weights make one of the 512 tokens so sensitive that its
+    # logits differ by 4.5 times the noise; against fp64 transformers' are off by 1.0e-5 there, ours by 2.0e-5.
     run += ["--moe-aux-loss-coeff", "0"]
     return run + (["--save", str(save)] if save else []) + list(more)
 
