@@ -14,7 +14,7 @@ from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.flag_types import whole
 from megatron_emoe.settings.refusal import fail
-from megatron_emoe.training.first_look import check_words
+from megatron_emoe.training.first_look import check_training_words
 
 
 def read_job(words: list[str]) -> Job:
@@ -37,7 +37,7 @@ def main() -> None:
     try:
         flags = flag_files.expand(flags)
         check_given(job, flags)
-        check_words(flags)
+        check_training_words(flags)
         from megatron_emoe.plan.preflight import check
 
         check(job, flags)

@@ -1,11 +1,11 @@
 """Print the table of elastic flags for the README, or put it there: python tools/flag_table.py [--write README.md]."""
 
 import dataclasses
-import os
 import re
 import typing
 from pathlib import Path
 
+from megatron_emoe.settings.atomic_file import write_atomically
 from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.elastic_config import ElasticConfig, flag
 from megatron_emoe.settings.field_flags import field_texts
@@ -52,12 +52,9 @@ def main() -> None:
         print(table())
         return
     try:
-        text = written(path.read_text(), table())
+        write_atomically(path, written(path.read_text(encoding="utf-8"), table()))
     except (OSError, ValueError) as error:
         fail(f"--write {path}: {error}")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megatron_emoe.data.corpus import cut, find_files, group
-from megatron_emoe.settings.command_line import CommandLine, command_line
+from megatron_emoe.settings.command_line import HELP_ALL, CommandLine, command_line
 
 if TYPE_CHECKING:  # these, and Megatron's tokenizers, take ten seconds to import: not before the flags are checked
     from megatron_emoe.data.preprocess import Encoder, TokenWriter
@@ -35,9 +35,6 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 FOLDER_SUFFIXES = [".txt", ".md", ".py", ".jsonl"]
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-HELP_ALL = "--help-all"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

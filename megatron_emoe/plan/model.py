@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from megatron_emoe.host import mode as host_mode
 from megatron_emoe.model.flops import moe_layer_numbers
 from megatron_emoe.plan import kept
 from megatron_emoe.settings import flag_files
-from megatron_emoe.settings.elastic_config import ElasticConfig, flag
+from megatron_emoe.settings.elastic_config import ElasticConfig, elastic_settings, flag
 from megatron_emoe.settings.k_schedule import expected_k, k_probabilities
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -86,7 +86,7 @@ class PlannedModel:
     @cached_property
     def config(self) -> ElasticConfig:
         """The elastic settings among `args`."""
-        return ElasticConfig(**{field.name: getattr(self.args, field.name) for field in fields(ElasticConfig)})
+        return elastic_settings(self.args)
 
     @property
     def moe_layers(self) -> list[int]:

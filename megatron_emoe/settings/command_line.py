@@ -13,6 +13,9 @@ from megatron_emoe.settings.refusal import fail
 Adder = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 """Adds flags to a parser and returns it."""
 
+HELP_ALL = "--help-all"
+"""Asks for the help of Megatron's flags too."""
+
 _OWN_WORDS = (
     (r"argument (\S+): invalid int value: '(.*)'", r"\1 \2: must be a whole number"),
     (r"argument (\S+): invalid float value: '(.*)'", r"\1 \2: must be a number"),
@@ -61,6 +64,12 @@ def command_line(text: str | None, *, epilog: str | None = None) -> CommandLine:
 def is_first_rank() -> bool:
     """Whether this process is the one that speaks for all of torchrun's."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str) -> None:
+    """Print a line from the first rank."""
+    if is_first_rank():
+        print(message, flush=True)
 
 
 def version_line(program: str) -> str:

@@ -6,6 +6,7 @@ the string under the field. Sources: EMoE (arXiv 2509.21892), Matryoshka MoE (ar
 Megatron-Core has no flag for.
 """
 
+from argparse import Namespace
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -250,6 +251,11 @@ class ElasticConfig:
 def _given(value: int | None) -> int:
     assert value is not None, "validate_elastic() runs before any draw"
     return value
+
+
+def elastic_settings(args: Namespace) -> ElasticConfig:
+    """The elastic settings among parsed arguments."""
+    return ElasticConfig(**{field.name: getattr(args, field.name) for field in fields(ElasticConfig)})
 
 
 def flag(name: str) -> str:

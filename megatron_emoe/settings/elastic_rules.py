@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_emoe.settings.elastic_config import ElasticConfig, flag
-from megatron_emoe.settings.tail_scale import parse_tail_scale
+from megatron_emoe.settings.tail_scale import TailScale, parse_tail_scale
 
 _SCHEDULE_NEEDS = {
     "constant": set(),
@@ -123,15 +123,17 @@ def _check_pool_numbers(elastic: ElasticConfig, low: int) -> None:
         _refuse("emoe_pool_prob", elastic.emoe_pool_prob, "has no meaning with --emoe-pool-fixed")
 
 
-def check_tail_scale(words: list[str] | None, model_k: int, num_experts: int) -> None:
-    """ValueError for words of --emoe-tail-scale that are none, or name a k' that has no tail in this model."""
-    if words is None:
-        return
+def read_tail_scale(words: list[str]) -> TailScale:
+    """The table in the words of --emoe-tail-scale (ValueError, which names the flag, where they are none)."""
     try:
-        table = parse_tail_scale(words).table
+        return parse_tail_scale(words)
     except ValueError as error:
         raise ValueError(f"{flag('emoe_tail_scale')} {error}") from error
-    for k, scale in table:
+
+
+def check_tail_scale(words: list[str] | None, model_k: int, num_experts: int) -> None:
+    """ValueError for words of --emoe-tail-scale that are none, or name a k' that has no tail in this model."""
+    for k, scale in () if words is None else read_tail_scale(words).table:
         if k and not model_k < k <= num_experts:
             _refuse("emoe_tail_scale", f"{k}:{scale}", f"k' must lie in [{model_k + 1}, {num_experts}], above k")
 

@@ -15,12 +15,13 @@ from torch import nn
 from megatron_emoe.model.flops import flops_per_token, is_gated, moe_layer_numbers
 from megatron_emoe.model.layer_spec import elastic_model_config
 from megatron_emoe.routing.moe_layer import ElasticMoELayer
+from megatron_emoe.settings.command_line import say
 from megatron_emoe.settings.elastic_config import ElasticConfig
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep.curve import expert_flops_per_token
 from megatron_emoe.sweep.evidence import training_pairs, watching_routers
 from megatron_emoe.sweep.latency import Latency
-from megatron_emoe.sweep.request import Budget, by_layer, fill, say, unfinished
+from megatron_emoe.sweep.request import Budget, by_layer, fill, unfinished
 from megatron_emoe.sweep.result import SweepCell, SweepResult
 from megatron_emoe.training.evaluation import (
     Evaluator,

@@ -6,7 +6,6 @@ Megatron is imported where it is needed, not with this module: `check_asked` ans
 from __future__ import annotations
 
 import dataclasses
-import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_emoe.model.flops import moe_layer_numbers
+from megatron_emoe.settings.command_line import say
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, flag
 from megatron_emoe.settings.flag_files import own_command
 from megatron_emoe.settings.paths import check_out
@@ -152,12 +152,6 @@ def _tail_scale(args: Namespace) -> dict[str, float] | None:
     if args.emoe_tail_scale is None:
         return None
     return {str(k): scale for k, scale in parse_tail_scale(args.emoe_tail_scale).table}
-
-
-def say(message: str) -> None:
-    """Print from the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
 
 
 def budgets(args: Namespace, result: SweepResult) -> list[Budget]:

@@ -24,6 +24,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
+from megatron_emoe.settings.command_line import is_first_rank
 from megatron_emoe.tasks.request import PAPER_TASKS, check_asked
 from megatron_emoe.tasks.results import (
     Passage,
@@ -160,7 +161,7 @@ def run_cells(
 
 def report_table(result: TasksResult) -> None:
     """Print every score: the end of a run, from the first rank."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(f"\n{markdown_table(result)}", end="")
 
 

@@ -31,7 +31,7 @@ from megatron_emoe.model.flops import check_moe_layers
 from megatron_emoe.model.stored_model import check_given, model_flags
 from megatron_emoe.routing.transformer_config import elastic_config_from_args
 from megatron_emoe.routing.watch import check_marker
-from megatron_emoe.settings.command_line import in_own_words
+from megatron_emoe.settings.command_line import in_own_words, is_first_rank, say
 from megatron_emoe.settings.elastic_config import flag
 from megatron_emoe.settings.field_flags import add_elastic_flags
 from megatron_emoe.settings.refusal import fail
@@ -77,7 +77,7 @@ def _parse(complete: Callable[[Namespace, ArgumentParser, dict], None], add_more
         parser.error = lambda message: fail(in_own_words(message, parser))  # type: ignore[method-assign]
         return parser
 
-    if os.environ.get("RANK", "0") != "0" and {"-h", "--help"} & set(sys.argv):
+    if not is_first_rank() and {"-h", "--help"} & set(sys.argv):
         sys.exit(0)  # one help text is enough
     if any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv):
         fail("--yaml-cfg: not supported, the core would ignore every flag; give the settings as flags")
@@ -120,7 +120,7 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
     check_sizes(args)
     validate_args(args)
     check_marker(args.save)
-    check_load(args, report=_say)
+    check_load(args, report=say)
 
 
 def _complete_evaluation(
@@ -163,13 +163,8 @@ def _keep_asked_k(args: Namespace, given: dict[str, object]) -> None:
     """The core lets the stored k overwrite the one on the command line without a word; here the one asked for wins."""
     asked = given.get("moe_router_topk", args.moe_router_topk)
     if asked != args.moe_router_topk:
-        _say(f"--moe-router-topk {asked} as asked, although the checkpoint was saved with {args.moe_router_topk}")
+        say(f"--moe-router-topk {asked} as asked, although the checkpoint was saved with {args.moe_router_topk}")
         args.moe_router_topk = asked
-
-
-def _say(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
 
 
 def stored_form(words: list[str]) -> Namespace:

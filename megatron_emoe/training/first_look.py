@@ -17,15 +17,13 @@ from megatron_emoe.host import flags as host_flags
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.baseline_rules import check_baseline_settings
-from megatron_emoe.settings.command_line import Adder, CommandLine, command_line
-from megatron_emoe.settings.elastic_config import ElasticConfig, flag
-from megatron_emoe.settings.elastic_rules import validate_elastic
+from megatron_emoe.settings.command_line import HELP_ALL, Adder, CommandLine, command_line
+from megatron_emoe.settings.elastic_config import ElasticConfig, elastic_settings, flag
+from megatron_emoe.settings.elastic_rules import read_tail_scale, validate_elastic
 from megatron_emoe.settings.field_flags import add_elastic_flags
 from megatron_emoe.settings.paths import check_folder, check_hf_folder, same_folder
 from megatron_emoe.settings.refusal import fail
-from megatron_emoe.settings.tail_scale import parse_tail_scale
 
-HELP_ALL = "--help-all"
 _ALL_FLAGS = "All of Megatron-Core's flags work as well, and @FILE stands for the flags in FILE."
 
 
@@ -52,7 +50,7 @@ def look_at_evaluation(text: str | None, add_own: Adder, check: Callable[[Namesp
     _look(text, add_all, check_all)
 
 
-def check_words(words: list[str]) -> None:
+def check_training_words(words: list[str]) -> None:
     """Look at the flags of a training run that another program was given; flag files are already read.
 
     Raises:
@@ -95,7 +93,8 @@ def _check(parser: ArgumentParser, words: list[str], check: Callable[[Namespace]
         refuse_mistyped(unknown)
         if args.host_mode:
             host_flags.refuse_gpu_flags(words)
-        _check_tail_scale(args)
+        if args.emoe_tail_scale is not None:
+            read_tail_scale(args.emoe_tail_scale)
         check(args)
     except ValueError as error:
         fail(error)
@@ -109,14 +108,6 @@ def refuse_mistyped(words: Iterable[str]) -> None:
         if given.startswith("--emoe"):
             (closest,) = difflib.get_close_matches(given.replace("_", "-"), known, n=1, cutoff=0)
             raise ValueError(f"{given}: no such flag; did you mean {closest}?")
-
-
-def _check_tail_scale(args: Namespace) -> None:
-    if args.emoe_tail_scale is not None:
-        try:
-            parse_tail_scale(args.emoe_tail_scale)
-        except ValueError as error:
-            raise ValueError(f"--emoe-tail-scale {error}") from error
 
 
 def check_source(args: Namespace) -> None:
@@ -140,7 +131,7 @@ def check_training(args: Namespace) -> None:
     model_k, num_experts = args.moe_router_topk, args.num_experts
     if not model_k or not num_experts or args.use_checkpoint_args:  # the checkpoint's may be others
         return
-    elastic = ElasticConfig(**{field.name: getattr(args, field.name) for field in fields(ElasticConfig)})
+    elastic = elastic_settings(args)
     groups = {"num_groups": args.moe_router_num_groups, "group_topk": args.moe_router_group_topk}
     validate_elastic(elastic, model_k=model_k, num_experts=num_experts, **groups)
     check_baseline_settings(elastic, model_k=model_k, num_experts=num_experts)

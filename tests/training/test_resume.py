@@ -117,7 +117,7 @@ def load(changes: dict[str, Any]) -> tuple[int | str | None, str]:
     text, status = io.StringIO(), None
     from megatron_emoe.training import arguments as module
 
-    module._say = lambda message: text.write(message + "\n")
+    module.say = lambda message: text.write(message + "\n")
     with contextlib.redirect_stderr(text):
         try:
             arguments(flags(**changes))
