@@ -159,7 +159,11 @@ def test_the_program_s_death_is_its_own():
         assert process.wait(60) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("head, sent", [(b"", b""), (b"\0\0\0", b""), ((1000).to_bytes(8, "big"), b'{"kind": "c", ')])
+@pytest.mark.parametrize(
+    ("head", "sent"),
+    [(b"", b""), (b"\0\0\0", b""), ((1000).to_bytes(8, "big"), b'{"kind": "c", ')],
+    ids=["nothing", "part of the size", "part of the words"],
+)
 def test_a_client_that_is_killed_within_its_request_is_gone_and_the_server_goes_on(head, sent):
     reader, writer = os.pipe()
     with socket.socket(socket.AF_UNIX) as client, open(reader, "rb") as answers:
