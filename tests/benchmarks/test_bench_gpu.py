@@ -220,6 +220,7 @@ TINY = {"train_iters": 1000, "log_interval": 1000000, "no_create_attention_mask_
 MEAN = {"emoe_selection": "prefix", "emoe_k_schedule": "uniform", "emoe_k_min": 1, "emoe_k_max": 3}
 
 
+@pytest.mark.slow
 def test_a_cell_is_measured_by_the_same_program_in_host_mode(one_cell, tmp_path):
     words = [*flags(**TINY, **MEAN, emoe_k_draw="layer"), "--host-mode"]
     cell = Cell("te", "bf16", "live", "coactivation", (2, 6), tuple(words))
@@ -258,6 +259,7 @@ SMALL = """--num-layers 1 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-
     --seq-length 16 --vocab-size 96 --num-experts 32 --global-batch-size 2 --host-mode"""
 
 
+@pytest.mark.slow
 def test_the_flags_of_local_layers_run_in_host_mode_at_a_small_size(tmp_path):
     cell = Cell("local", "bf16", "balanced", "recipe")
     words = ["gloo" if word == "nccl" else word for word in cell.command(1)] + SMALL.split()
@@ -306,6 +308,7 @@ def test_a_measurement_that_hangs_is_ended(tmp_path):
     assert result == {"failed": "failed: no end within 0.05 s"}
 
 
+@pytest.mark.slow
 def test_the_kernel_is_measured_by_the_same_program_in_triton_s_interpreter(tmp_path):
     pytest.importorskip("triton")
     asked = {"tokens": [16], "samples": 2, "calls": 1, "copied": 4_000_000, "device": "cpu"}

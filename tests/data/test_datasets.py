@@ -131,6 +131,7 @@ def scenarios(prefix: str) -> tuple:
     return end_of_document_flags(prefix), packed_documents(prefix), mock_data()
 
 
+@pytest.mark.slow
 def test_document_boundaries_and_mock_data(tmp_path):
     # Documents of 9 tokens and an end: whatever their order, samples cut them at multiples of 32 of a row of tens.
     prefix = write(tmp_path / "d", *([*range(10 * i, 10 * i + 9), EOD] for i in range(20)))
@@ -209,6 +210,7 @@ def same(left: dict, right: dict) -> bool:
     return all(torch.equal(left[key], right[key]) for key in KEYS)
 
 
+@pytest.mark.slow
 def test_two_ranks_share_a_batch_as_their_layout_asks(counting):
     first, second = run_ranks(parallel_layouts, 2, counting)
     whole = first["tensor"][1]
@@ -267,6 +269,7 @@ def save_letter_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_conversations_are_packed_and_kept_apart(tmp_path):
     pytest.importorskip("datasets")
     save_letter_tokenizer(tmp_path / "tokenizer")

@@ -60,6 +60,7 @@ def make_step(name: str, script: str, *words: Path, done=lambda: True, ranks: in
     return Step(name, f"{script}.py", [str(word) for word in words], lambda: next(answers, done()), ranks)
 
 
+@pytest.mark.slow
 def test_lanes_run_side_by_side_and_each_in_order(folder):
     ours, theirs = folder / "ours", folder / "theirs"
 
@@ -117,12 +118,14 @@ def test_a_step_that_leaves_nothing_has_failed(folder):
         demo_run.run([lane], folder, lambda spent: None)
 
 
+@pytest.mark.slow
 def test_processor_time_is_that_of_all_ranks(folder):
     noted: list[Spent] = []
     demo_run.run([iter([make_step("burn", "burn", ranks=2)])], folder, noted.append)
     assert noted[0].processor >= 1.0  # a fork's own time begins at 0
 
 
+@pytest.mark.slow
 def test_ranks_are_forked_from_one_process_and_reach_each_other(tmp_path):
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts/beside.py").write_text("")

@@ -46,6 +46,7 @@ def test_a_model_told_k_is_the_model_built_with_that_k(model_type):
     assert torch.equal(logits(told), logits(built))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_tail_scale(model_type):
     model = hf_models.build(model_type)

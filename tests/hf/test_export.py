@@ -88,6 +88,7 @@ def _loads(back: Path) -> bool:
     return not wrong and not unexpected and model.config.emoe["k_train"] == model.config.num_experts_per_tok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_an_untrained_model_comes_back_bit_by_bit(model_type, tmp_path):
     (found,) = run_ranks(round_trips, 1, model_type, tmp_path)

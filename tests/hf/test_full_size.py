@@ -68,6 +68,7 @@ def test_the_name_table_is_the_model_tensor_by_tensor(model):
     assert table == on_disk(model)
 
 
+@pytest.mark.slow
 def test_megatron_tensors_hold_the_published_parameters(name, model):
     architecture = architecture_of(model.config)
     pieces = [piece for group in architecture.groups(model.config) for piece in group.pieces]

@@ -23,6 +23,8 @@ from tests.distributed import REPO, run_ranks
 from tests.hf.full_size import CONFIGS, MODELS, PUBLISHED, meta_model, on_disk
 from tests.tiny import flags, train
 
+pytestmark = pytest.mark.slow
+
 ELASTIC = {
     "emoe_selection": "coactivation",
     "emoe_pool_k": 6,

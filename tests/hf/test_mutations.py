@@ -19,6 +19,8 @@ from megatron_emoe.hf.pieces import Copy, Group, Piece
 from tests import hf_models
 from tests.distributed import run_ranks
 
+pytestmark = pytest.mark.slow
+
 FAULTY = 1  # the layer with a fault in its table; layer 0 of DeepSeek and ERNIE is dense
 
 

@@ -12,6 +12,8 @@ from tests.distributed import run_ranks
 from tests.hf_models import MODEL_TYPES
 from tests.tiny import Run, train
 
+pytestmark = pytest.mark.slow
+
 STEPS: dict[str, Any] = {
     "seq_length": 16,
     "micro_batch_size": 2,

@@ -61,6 +61,7 @@ def check_all(model_type: str, folder: Path) -> list[float]:
     return largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", hf_models.MODEL_TYPES)
 def test_unusual_settings_are_exact(model_type, tmp_path):
     largest = run_ranks(check_all, 1, model_type, tmp_path)[0]

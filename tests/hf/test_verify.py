@@ -16,6 +16,8 @@ from tests import hf_models
 from tests.distributed import run_ranks
 from tests.hf_models import MODEL_TYPES, VARIANTS
 
+pytestmark = pytest.mark.slow
+
 KS = [1, 2, 5, 8]  # the models have 8 experts and k = 2
 
 

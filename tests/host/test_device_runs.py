@@ -22,12 +22,14 @@ from tests.gpu_comparisons import (
 )
 
 
+@pytest.mark.slow
 def test_a_run_in_a_new_interpreter_is_the_run_of_a_rank():
     words = run_words("cpu", **ELASTIC["coactivation"])
     ours, theirs = in_process("cpu", trained, words, False, True), on("cpu", trained, words, False, True)
     equal_runs(ours, theirs)
 
 
+@pytest.mark.slow
 def test_elastic_off_is_stock_and_elastic_on_is_not():
     words = run_words("cpu", deterministic_mode=True)
     stock = on("cpu", trained, words, True)
@@ -36,6 +38,7 @@ def test_elastic_off_is_stock_and_elastic_on_is_not():
         equal_runs(on("cpu", trained, run_words("cpu", **ELASTIC["coactivation"])), stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elastic", ["coactivation", "recipe"])
 def test_the_bounds_between_devices_hold_rounding_and_no_more(elastic):
     words = run_words("cpu", **ELASTIC[elastic])
@@ -47,6 +50,7 @@ def test_the_bounds_between_devices_hold_rounding_and_no_more(elastic):
     assert first > FIRST_STEP and all_steps > FOUR_STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elastic", ["coactivation", "recipe"])
 def test_an_elastic_step_reads_no_more_numbers_than_a_stock_step(elastic):
     found = on("cpu", waits, wait_words("cpu", **ELASTIC[elastic]))
@@ -66,12 +70,14 @@ def waits_of_a_router_that_counts(words: list[str]) -> dict[str, Counter]:
     return waits(words)
 
 
+@pytest.mark.slow
 def test_a_wait_in_a_layer_would_be_seen():
     found = on("cpu", waits_of_a_router_that_counts, wait_words("cpu", **ELASTIC["coactivation"]))
     more = found["elastic"] - found["stock"]
     assert more == {"aten::_local_scalar_dense": 2 * MICRO_BATCHES}  # one for each layer and micro-batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 def test_a_layer_alone_runs_forward_and_backward(dispatcher):
     for elastic in (None, *ELASTIC.values()):

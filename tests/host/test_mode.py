@@ -70,6 +70,7 @@ def reference(start) -> list[float]:
     return losses(run(1, *start, *NO_DROPOUT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
@@ -83,6 +84,7 @@ def test_a_model_parallel_layout_computes_what_one_process_computes(layout, star
     assert losses(run(2, *start, *NO_DROPOUT, *layout)) == pytest.approx(reference, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_expert_parallel_ranks_compute_the_micro_batches_of_one_process(start, reference):
     ranks = run(2, *start, *NO_DROPOUT, *EP2)
     together = [loss for pair in zip(*(rank["train"] for rank in ranks), strict=True) for loss in pair]
@@ -104,6 +106,7 @@ def with_dropout(start) -> list[dict]:
     return run(1, *start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["full --recompute-method uniform --recompute-num-layers 1", "selective"])
 def test_recomputed_activations_repeat_the_random_numbers(recompute, start, with_dropout, reference):
     assert losses(with_dropout) != reference
@@ -155,6 +158,7 @@ def interrupted(flags: list[str]) -> dict:
     return pretrain_stock.train(flags, terminate)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_saves_a_checkpoint_and_ends_all(tmp_path):
     flags = [*MODEL, *LOOP, *EP2, "--train-iters", "20", "--save", str(tmp_path), "--save-interval", "50"]
     ranks = run_ranks(interrupted, 2, [*flags, "--exit-signal-handler"])
@@ -256,6 +260,7 @@ print("negated", negate(torch.ones(2, device="cuda")).tolist())
 """
 
 
+@pytest.mark.slow
 def test_functions_compiled_before_host_mode_run_as_they_are():
     env = os.environ | {"TORCHDYNAMO_DISABLE": "0", "PYTHONPATH": str(REPO)}
     output = subprocess.run([sys.executable, "-c", COMPILED_BEFORE], env=env, capture_output=True, text=True)

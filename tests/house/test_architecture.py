@@ -13,6 +13,8 @@ import pytest
 from tests.distributed import run_ranks
 from tests.tiny import COACTIVATION, flags
 
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "megatron_emoe"
 PAGE = (REPO / "docs" / "architecture.md").read_text()

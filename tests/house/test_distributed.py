@@ -62,6 +62,7 @@ def test_a_rank_that_dies_is_reported():
         run_ranks(one_dies, 2)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_ended():
     begin = time.monotonic()
     with pytest.raises(TimeoutError, match=r"ranks \[0\] gave no result in time"):
@@ -84,6 +85,7 @@ def test_what_a_failed_rank_had_forked_is_ended(tmp_path):
     wait_until(lambda: not is_running(forked))
 
 
+@pytest.mark.slow
 def test_torchrun_returns_the_output_or_raises_with_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -99,6 +101,7 @@ def test_torchrun_returns_the_output_or_raises_with_it(tmp_path):
     assert torchrun(1, script, check=False).returncode == 1
 
 
+@pytest.mark.slow
 def test_torchrun_ends_its_ranks_when_time_is_over(tmp_path):
     pid = tmp_path / "pid"
     script = tmp_path / "script.py"

@@ -27,6 +27,7 @@ print([name for name in {HEAVY} if name in sys.modules])
 """
 
 
+@pytest.mark.slow
 def test_the_import_loads_no_library_and_a_name_only_its_own():
     done = subprocess.run([sys.executable, "-c", SAYS_WHAT_IS_LOADED], cwd=REPO, capture_output=True, text=True)
     at_import, for_sweeps, for_models = done.stdout.splitlines()[:3]

@@ -276,6 +276,7 @@ def compute(case: Case, ranks: int) -> Ours:
     return Ours(output.detach(), gradients | {"input": hidden.grad})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients_are_those_of_transformers(name, ranks):

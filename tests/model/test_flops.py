@@ -56,6 +56,7 @@ def counted(model, length: int) -> int:
     return counter.get_total_flops() - sum(angles)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("ks", [(2, 2), (1, 6)])
 def test_as_many_as_torch_counts(model_type, ks):

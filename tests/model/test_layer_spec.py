@@ -121,6 +121,7 @@ def test_the_lines_cover_every_elastic_field():
     assert {name for line in LINES for name, value in line.items() if value != DEFAULTS[name]} == set(DEFAULTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "line"),
     [*(("attention", line) for line in LINES), ("multi-latent", LINES[0]), ("multi-token", LINES[0])],
@@ -285,6 +286,7 @@ SAVED: dict[str, tuple[dict[str, Any], dict[str, set[str]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "layers"), SAVED.values(), ids=SAVED)
 def test_tensors_are_saved_under_the_keys_of_transformer_engine(changes, layers):
     expected = {prefix + name for prefix, names in layers.items() for name in names}

@@ -51,6 +51,7 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_checkpoint_without_state_and_saves_all_of_it(saved, tmp_path):
     runs = []
     for name in ("whole", "bare"):
@@ -62,6 +63,7 @@ def test_training_starts_from_a_checkpoint_without_state_and_saves_all_of_it(sav
     assert again[0] == again[1] == states_of(saved / "whole" / "iter_0000001")
 
 
+@pytest.mark.slow
 def test_several_ranks_and_wrapped_models_too(saved):
     layout = {"expert_model_parallel_size": 2, "bf16": True, "use_distributed_optimizer": True}
     runs = [run_ranks(train, 2, flags(**SAVE | FROM | layout, load=saved / name)) for name in ("whole", "bare")]
@@ -87,6 +89,7 @@ def read(changes: dict[str, Any], precision: str | None) -> list[Any]:
     return given
 
 
+@pytest.mark.slow
 def test_state_that_is_there_is_loaded_by_a_model_that_uses_it(tmp_path):
     loads = {"load": tmp_path, "no_load_optim": True, "no_load_rng": True, "exit_on_missing_checkpoint": True}
     run_ranks(write, 1, {"save": tmp_path, "save_interval": 1}, "linear_proj._extra_state", "stored")

@@ -55,6 +55,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spoil", "message"), DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_seen(spoil, message, folder):
     path = checkpoint(folder, 6)

@@ -41,6 +41,7 @@ def trained(words: list[str]) -> Any:
     return get_args()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "parallel"), [(2, {"expert_model_parallel_size": 2}), (2, {}), (1, {})])
 def test_weights_and_optimizer_are_the_bytes_of_a_checkpoint(ranks, parallel, tmp_path):
     """bf16 weights once, and on every rank its share of fp32 weights and moments: 2 + 12 bytes a parameter."""
@@ -102,6 +103,7 @@ def kept(k: int, shared: int | None, gate: bool, tp: int = 1) -> int:
     return sum(t.untyped_storage().nbytes() for address, t in storages.items() if address not in outside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shared", "gate"), [(None, False), (128, False), (128, True)])
 def test_what_experts_keep_is_what_autograd_keeps(shared, gate):
     args = SimpleNamespace(

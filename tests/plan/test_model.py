@@ -54,6 +54,7 @@ UNKNOWN = {
 }
 
 
+@pytest.mark.slow
 def test_what_no_formula_knows_is_named(tmp_path):
     files = {flags: TINY + flags for flags in UNKNOWN} | {"no bf16": TINY.replace("--bf16", "")}
     files |= {"no experts": TINY.replace("--num-experts 8", "")}

@@ -72,6 +72,7 @@ def checked_file(path: str, layout: Layout) -> list[Any]:
     return checked(path, [layout])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", FEATURES)
 def test_features_that_the_four_models_have_not(words, tmp_path):
     layout = replace(on(4, 2, 2, 2, 1), seq=64, global_batch=4)

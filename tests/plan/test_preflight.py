@@ -76,6 +76,7 @@ LOSES_WORK = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "told"), LOSES_WORK, ids=[told for _, told in LOSES_WORK])
 def test_what_would_lose_work_when_the_job_is_requeued_is_refused(change, told, tmp_path):
     assert told in str(check(tmp_path, **change))
@@ -98,6 +99,7 @@ IMPOSSIBLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "told"), IMPOSSIBLE, ids=[told for _, told in IMPOSSIBLE])
 def test_a_layout_that_the_job_s_world_cannot_have_is_refused(change, told, tmp_path):
     assert told in str(check(tmp_path, **change))
@@ -129,6 +131,7 @@ def test_too_little_disk_for_one_checkpoint_is_refused_with_both_sizes(tmp_path)
     assert "0.0 GiB are free there, one checkpoint takes" in said
 
 
+@pytest.mark.slow
 def test_missing_data_and_another_model_s_checkpoint_are_refused(tmp_path):
     said = str(check(tmp_path, mock_data=None, data_path=str(tmp_path / "none")))
     assert f"--data-path: {tmp_path}/none" in said
@@ -137,6 +140,7 @@ def test_missing_data_and_another_model_s_checkpoint_are_refused(tmp_path):
     assert check(tmp_path, nodes=1) is None
 
 
+@pytest.mark.slow
 def test_a_resubmission_in_another_layout_is_refused_and_really_dies(tmp_path):
     """DP 1 to 2 goes on; EP 2 to 1 is refused, and is what Megatron cannot load."""
     run = {"use_distributed_optimizer": True, "bf16": True, "save": tmp_path / "save", "save_interval": 2}
@@ -166,6 +170,7 @@ def stored_and_planned(folder: Path, changes: dict) -> tuple[int, int]:
     return stored, checkpoint_bytes(arguments(words))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "precision",
     [{}, {"bf16": True}, {"bf16": True, "optimizer": "sgd"}, {"bf16": True, "emoe_train": "router"}],

@@ -91,6 +91,7 @@ def test_one_gpu_of_80_gib_needs_lean_gradients_and_moments():
     assert {"--use-precision-aware-optimizer", "--main-grads-dtype"} < set(lean["flags"])
 
 
+@pytest.mark.slow
 def test_a_person_reads_layout_memory_traffic_time_and_runners_up():
     answer = plan("--model", "olmoe-7b", "--gpus", 8)
     assert answer.status == 0, answer.err
@@ -171,6 +172,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "rule"), REFUSED, ids=[rule for _, rule in REFUSED])
 def test_impossible_plans_end_with_status_2_and_the_rule(words, rule):
     answer = plan(*words)

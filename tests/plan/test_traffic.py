@@ -168,6 +168,7 @@ def counted_run(words: list[str]) -> tuple[dict, Any]:
     return dict(counted.payloads), args
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_planned_bytes_equal_those_of_every_collective(case):
     ranks, changes = CASES[case]
@@ -188,6 +189,7 @@ def test_planned_bytes_equal_those_of_every_collective(case):
     assert counted[BALANCE, "all-reduce"] == (ranks * layers_and_batches * args.num_experts * 8 if balanced else 0)
 
 
+@pytest.mark.slow
 def test_bytes_follow_the_k_that_each_layer_drew():
     """The counted step is the second, iteration 1: its draws are known, and a plan at E[k] is their mean over steps."""
     drawn = {"emoe_selection": "prefix", "emoe_k_schedule": "uniform", "emoe_k_min": 1, "emoe_k_max": 6, "emoe_seed": 5}

@@ -13,6 +13,7 @@ import selectors
 import signal
 import socket
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,9 @@ def main(folder: Path, interpreter: str) -> None:
         (folder / "ready").touch()
         server.serve()
     except BaseException:
-        (folder / "failed").touch()  # for those who wait
-        raise
+        traceback.print_exc()
+        (folder / "failed").touch()  # for those who wait: by now it is said why
+        sys.exit(1)
 
 
 if __name__ == "__main__":

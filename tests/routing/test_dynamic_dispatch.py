@@ -38,6 +38,7 @@ def check_passes(results: list[Seen], settings: dict[str, Any]) -> None:
     assert len(seen_counts) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", LAYERS)
 def test_output_is_the_loop_over_tokens_and_experts(name, ranks):
@@ -59,6 +60,7 @@ def only_null() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     return output.detach(), x.grad, layer.router.null_weight.grad
 
 
+@pytest.mark.slow
 def test_a_rank_whose_tokens_all_choose_null_experts_sends_nothing_and_gets_nothing():
     (output, gradient, null), (other, *_) = run_ranks(only_null, 2)
     assert output.abs().max() == 0 and other.abs().max() > 0
@@ -69,6 +71,7 @@ def test_a_rank_whose_tokens_all_choose_null_experts_sends_nothing_and_gets_noth
 BALANCE = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
 
 
+@pytest.mark.slow
 def test_the_count_is_the_only_added_wait_and_noise_adds_none():
     stock, plain = run_ranks(host_traffic, 2, BALANCE, True)[0]
     top_p, operations = run_ranks(host_traffic, 2, BALANCE | TOP_P, False)[0]

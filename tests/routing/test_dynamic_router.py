@@ -227,6 +227,7 @@ def place_seed() -> int:
     return mix(draw_for(ElasticConfig(**NOISY), 2, Place(5, 2, 1)).seed, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combine", ["renormalize", "model"])
 @pytest.mark.parametrize("padded", [[], [3, 1]])
 def test_noisy_top_k_and_its_losses(combine, padded):
@@ -280,6 +281,7 @@ SHARED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 def test_two_ranks_that_share_the_sequences_have_the_loss_of_one(name):
     whole = run_ranks(loss_gradient, 1, SHARED[name], [], 1, True)[0]

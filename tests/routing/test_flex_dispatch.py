@@ -89,6 +89,7 @@ def both(settings: dict[str, Any], dispatcher: dict[str, Any], ranks: int, **par
     return zip(flex, plain, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elastic", ELASTIC)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_expert_ranks_at_every_k(backend, elastic):
@@ -107,6 +108,7 @@ def test_one_rank_at_every_k():
             check_given("hybridep", one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_experts_sharded_over_two_tensor_ranks_get_every_token_once_per_shard(backend):
     parallel = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
@@ -116,6 +118,7 @@ def test_experts_sharded_over_two_tensor_ranks_get_every_token_once_per_shard(ba
             check_given(backend, one, shards=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_recomputed_pass_gives_the_library_the_same_experts_again(backend):
     recomputed = PREFIX | {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
@@ -154,6 +157,7 @@ def given_k(call: dict[str, Any]) -> int:
     return int(call["routing_map"].sum(dim=1).unique())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_layer_has_its_own_k(backend):
     assert run_ranks(two_layers, 2, BACKENDS[backend]) == [[[3, 5], [2, 7], [2, 2], [4, 4]]] * 2
@@ -162,6 +166,7 @@ def test_each_layer_has_its_own_k(backend):
 CAPACITY = {"moe_expert_capacity_factor": 1.0}
 
 
+@pytest.mark.slow
 def test_deepep_s_dropped_tokens_go_nowhere():
     for flex, plain in both(PREFIX | CAPACITY, BACKENDS["deepep"], 2, expert_model_parallel_size=2):
         compare(flex, plain)
@@ -172,6 +177,7 @@ def test_deepep_s_dropped_tokens_go_nowhere():
             assert (call["topk_weights"][dropped] == 0).all() and (dropped.any() or one.k == EXPERTS)
 
 
+@pytest.mark.slow
 def test_hybridep_s_capacity_follows_k():
     padded = PREFIX | CAPACITY | {"moe_pad_expert_input_to_capacity": True}
     for flex, plain in both(padded, BACKENDS["hybridep"], 2, expert_model_parallel_size=2):

@@ -53,6 +53,7 @@ def compare(ours: Seen, theirs: Seen) -> None:
             torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("elastic", ELASTIC)
 def test_the_fused_kernel_is_told_the_rows_that_there_are(elastic, dispatcher):
@@ -88,6 +89,7 @@ def first_call(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return library.CALLS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elastic", ["coactivation", "prefix"])
 def test_shared_experts_that_overlap_with_the_dispatch(elastic):
     settings = ELASTIC[elastic] | {"moe_shared_expert_intermediate_size": 12}

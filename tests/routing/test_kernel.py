@@ -20,6 +20,8 @@ from tests.distributed import ALONE, REPO
 from tests.router_cases import LARGER, LOSSES, PADDED, ROUTERS, both_ways, compare, train, watch_kernel
 from tests.tiny import COACTIVATION, build_layer, hidden_states, layer_config, start
 
+pytestmark = pytest.mark.slow
+
 ENV = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

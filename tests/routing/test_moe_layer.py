@@ -156,6 +156,7 @@ def check_passes(results: list[Seen], allgather: bool) -> None:
         assert sum(one.rows for one in passes) == len(results) * TOKENS * passes[0].k
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elastic", ["coactivation", "prefix"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_output_is_the_loop_over_tokens_and_experts(name, elastic):
@@ -167,6 +168,7 @@ def test_output_is_the_loop_over_tokens_and_experts(name, elastic):
     assert (len(set(trained)) > 1) == (elastic == "prefix")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("elastic", ["coactivation", "prefix"])
 def test_dispatched_rows_are_tokens_times_k_with_two_expert_ranks(dispatcher, elastic):
@@ -210,6 +212,7 @@ def padded_rows(settings: dict[str, Any]) -> list[tuple[int, int, Tensor]]:
     return [(scheduled_now(layer, i), rows, torch.as_tensor(each)) for i, (rows, each) in enumerate(seen)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elastic", ["coactivation", "prefix"])
 def test_capacity_and_its_padding_follow_the_drawn_k(elastic):
     changes = PREFIX | (COACTIVATION if elastic == "coactivation" else {}) | {"moe_expert_capacity_factor": 1.0}
@@ -303,6 +306,7 @@ def host_traffic(settings: dict[str, Any], stock: bool) -> tuple[Counter[str], i
     return counts, total["operations"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elastic", ["off", "coactivation", "prefix", "softmax-bias", "all"])
 def test_no_copy_to_the_host_is_added_on_steps_that_are_not_measured(elastic):
     plain = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.01}
@@ -344,6 +348,7 @@ def compare_off(settings: dict[str, Any], passes: int) -> list[str]:
     return different
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -96,6 +96,7 @@ def equal(ours: Pass, theirs: Pass) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_padded_rows_are_seen_by_nobody(selection, ranks):
@@ -144,6 +145,7 @@ def counted(settings: dict[str, Any], parallel: dict[str, int], ks: list[int], p
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTED)
 def test_rows_that_prove_the_k_of_an_evaluation_are_those_of_tokens(name):
     ks = [1, 2, 5, EXPERTS]
@@ -183,6 +185,7 @@ def message(settings: dict[str, Any], tokens: int) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [PREFIX, {"emoe_eval_k": [8]}, SELECTIONS["top-p"]], ids=str)
 def test_tokens_that_cannot_fill_the_blocks_of_every_k_are_refused(settings):
     expected = (

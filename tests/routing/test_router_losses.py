@@ -54,6 +54,7 @@ def balance(q_TE: Tensor, counted_TE: Tensor, k: int) -> Tensor:
     return experts * sum(counted_TE[:, i].sum() / (tokens * k) * q_TE[:, i].mean() for i in range(experts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("padded", [[], [3, 1]])
 def test_aux_loss_under_coactivation_counts_the_dispatched_experts(function, padded):
@@ -117,6 +118,7 @@ def test_sequence_and_global_balance_losses_under_coactivation():
     assert set(values) >= {"seq_load_balancing_loss", "global_load_balancing_loss"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["coactivation", "topk", "prefix"])
 @pytest.mark.parametrize("padded", [[], [3, 1]])
 def test_z_loss_and_hierarchical_loss_reach_the_router_with_their_coefficients(selection, padded):

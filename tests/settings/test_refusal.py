@@ -29,6 +29,7 @@ def test_the_first_rank_says_why_and_ends():
 BLOCKED = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); "
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["", BLOCKED], ids=["ignored", "blocked too"])
 def test_another_rank_leaves_the_word_to_the_first(before):
     waiting = refuse(1, before)

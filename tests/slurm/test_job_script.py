@@ -90,6 +90,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("does", "status", "requeued", "said"), CASES.values(), ids=CASES)
 def test_what_comes_after_the_step_depends_on_why_it_ended(does, status, requeued, said, job):
     done = job.run(does)
@@ -97,6 +98,7 @@ def test_what_comes_after_the_step_depends_on_why_it_ended(does, status, requeue
     assert f"emoe_21b.sh: {said}" in done.stderr
 
 
+@pytest.mark.slow
 def test_deaths_and_signals_without_a_checkpoint_stop_the_job_and_a_checkpoint_starts_the_count_anew(job):
     assert "(1 of 3" in job.run("exit 1").stderr
     assert "(2 of 3" in job.run(SIGNALLED, restart=1).stderr
@@ -106,6 +108,7 @@ def test_deaths_and_signals_without_a_checkpoint_stop_the_job_and_a_checkpoint_s
     assert done.returncode == 1 and "stopped: the run died 3 times in a row without a new checkpoint" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_step_has_one_task_on_each_node_and_the_container_sees_the_logs(job):
     image = {"EMOE_CONTAINER": "/image.sqsh", "EMOE_MOUNTS": "/data", "EMOE_LOGS": f"{job.folder}/logs"}
     job.run(FINISHED, **image)
@@ -127,6 +130,7 @@ OWNERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("squeue", "status", "said"), OWNERS.values(), ids=OWNERS)
 def test_a_folder_is_taken_only_where_its_last_job_is_over(squeue, status, said, job):
     job.save.mkdir()
@@ -154,6 +158,7 @@ def start_node(job: Job, **env: str) -> subprocess.Popen:
 RANK = "env TORCHELASTIC_RUN_ID=77.0 sleep 300"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0, 4], ids=["running", "started afterwards"])
 def test_a_node_whose_neighbour_failed_ends_its_ranks(seconds, job):
     with start_node(job, TORCHRUN_DOES=f"sleep {seconds}; {RANK}; exit $?") as node:
@@ -164,6 +169,7 @@ def test_a_node_whose_neighbour_failed_ends_its_ranks(seconds, job):
     assert (job.folder / "logs" / "first_failure").read_text() == "rank 0"
 
 
+@pytest.mark.slow
 def test_what_a_rank_left_behind_ends_with_the_node_and_another_node_s_does_not(job):
     left = f"""  # without the pipe of standard error, as torchrun starts ranks
 setsid {RANK} >/dev/null 2>&1 63>&- & ours=$!
@@ -180,6 +186,7 @@ exit 3
     wait_until(lambda: not is_running(ours))
 
 
+@pytest.mark.slow
 def test_a_node_that_fails_says_so_for_the_others(job):
     with start_node(job, TORCHRUN_DOES="exit 3") as node:
         node.communicate(timeout=30)
@@ -187,6 +194,7 @@ def test_a_node_that_fails_says_so_for_the_others(job):
     assert "rank unknown on node n1" in (job.folder / "logs" / "first_failure").read_text()
 
 
+@pytest.mark.slow
 def test_staging_may_move_the_data_and_is_not_killed_by_a_signal(job):
     stage = job.folder / "stage.sh"
     stage.write_text('touch "$NOTES/staging"\nsleep 2\nEMOE_DATA="0.5 /local/a 0.5 /local/b"\n')
@@ -208,6 +216,7 @@ def test_staging_that_fails_is_the_first_failure(job):
     assert f"EMOE_STAGE {stage} ended with status 7" in (job.folder / "logs" / "first_failure").read_text()
 
 
+@pytest.mark.slow
 def test_in_apptainer_torchrun_starts_with_the_signals_ignored(job):
     """apptainer itself sets them to their defaults; the stand-in does too."""
     job.program(

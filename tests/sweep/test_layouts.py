@@ -12,6 +12,8 @@ from tests import hf_models, sweeps
 from tests.distributed import run_ranks
 from tests.sweeps import Answer
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {
     "one": (1, {}),
     "expert": (2, {"expert_model_parallel_size": 2}),

@@ -11,6 +11,8 @@ from tests import hf_models, sweeps
 from tests.distributed import run_ranks
 from tests.sweeps import Answer, run_tool
 
+pytestmark = pytest.mark.slow
+
 KS = [1, 2, 5, 8]  # the models have 8 experts and k = 2
 FIRST = {"olmoe": 1, "qwen2_moe": 1, "deepseek_v2": 2, "ernie4_5_moe": 2}  # number of the first MoE layer, of two
 EVIDENCE = ("qwen2_moe", "ernie4_5_moe")

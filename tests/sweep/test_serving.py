@@ -205,6 +205,7 @@ def check_only(folder: Path, commands: list[str]) -> dict[str, Answer]:
     return {command: sweeps.run_tool("sweep_k", *shlex.split(command.split("sweep_k.py ")[1])) for command in commands}
 
 
+@pytest.mark.slow
 def test_the_tool_takes_every_printed_command(tmp_path):
     """Its own parser and all its checks, on as many ranks as the command has."""
     run_ranks(prepare, 1, tmp_path)

@@ -123,6 +123,7 @@ def same(found: list[dict], expected: list[dict], tolerance: float) -> None:
         assert ours["texts"] == theirs["texts"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", HF_TYPES)
 def test_megatron_and_transformers_give_the_same_answers_at_every_k(agreement, model_type):
     found = agreement(model_type)
@@ -198,6 +199,7 @@ def on_two_ranks(folder: Path) -> dict[str, dict]:
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_as_one(agreement):
     one = agreement("olmoe")
     first, second = run_ranks(on_two_ranks, 2, one["folder"], timeout=900)

@@ -14,6 +14,8 @@ from tests import hf_models
 from tests.distributed import REPO, run_ranks
 from tests.sweeps import Answer, run_tool
 
+pytestmark = pytest.mark.slow
+
 call = partial(run_tool, "convert_checkpoint")
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from tests.distributed import REPO
 
+pytestmark = pytest.mark.slow
+
 BEFORE_THE_PACKAGE = {"uv_settings.py"}
 """A part of setup_env.sh, which runs before anything is installed: it has no command line."""
 
@@ -241,7 +243,6 @@ def test_a_run_that_goes_on_where_it_saves_need_not_have_saved_yet(tmp_path):
     assert "RuntimeError: imported: torch" in ended.err or "RuntimeError: imported: megatron" in ended.err
 
 
-@pytest.mark.slow
 def test_help_all_has_megatron_s_flags_too():
     script = [sys.executable, str(REPO / "tools/sweep_k.py"), "--help-all"]
     text = subprocess.run(script, capture_output=True, text=True, check=True, env=os.environ).stdout

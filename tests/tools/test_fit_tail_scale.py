@@ -12,6 +12,8 @@ from tests import hf_models, sweeps
 from tests.distributed import run_ranks
 from tests.sweeps import Answer, run_tool
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 128 * sweeps.LENGTH  # the fit's two halves have 64 sequences each, as many as a sweep of 64 reads
 
 

@@ -167,6 +167,7 @@ def test_per_layer_cells_are_not_drawn_but_counted(tmp_path, capsys):
     assert len(data(lines(plot_sweep.draw([sweep.load(path)]), "curve")[0])) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "start"), [("png", b"\x89PNG\r\n"), ("svg", b"<?xml"), ("pdf", b"%PDF-"), ("PNG", b"\x89PNG")]
 )
@@ -238,6 +239,7 @@ def test_a_chart_that_fails_to_draw_keeps_the_old_file(files, tmp_path, monkeypa
     assert sorted(tmp_path.iterdir()) == sorted([*files, out])
 
 
+@pytest.mark.slow
 def test_as_a_command(files, tmp_path):
     command = [sys.executable, str(SCRIPT), *map(str, files), "--out", "wall.png"]
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}

@@ -326,6 +326,7 @@ def slow_encode(folder: Path, self: preprocess.Encoder, task: tuple) -> dict:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing_and_no_process(tmp_path, words, model, monkeypatch, capfd, signum):
     monkeypatch.setattr(corpus, "PIECE_BYTES", 10)  # 200 tasks: a minute of work

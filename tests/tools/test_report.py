@@ -70,6 +70,7 @@ def written(files: list[Path], *flags: object) -> tuple[Page, str, str]:
     return Page(html), html, out.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_page_and_markdown(files):
     page, _, markdown = written(files, "--baseline", files[0])
     assert ["6", "", "1.7370"] in page.rows
@@ -79,6 +80,7 @@ def test_page_and_markdown(files):
     assert markdown.count("## plain\n") == 1
 
 
+@pytest.mark.slow
 def test_charts_are_in_the_page_and_need_nothing_else(files):
     page, html, _ = written(files)
     assert page.captions == [
@@ -120,6 +122,7 @@ def test_a_label_is_text_in_charts_too(files):
     assert nasty in page.texts and any(text.startswith(f"{nasty}: R = 3") for text in page.texts)
 
 
+@pytest.mark.slow
 def test_a_baseline_that_is_one_more_file(files):
     page, _, markdown = written(files[1:], "--baseline", files[0])
     assert re.findall(r"^## (.*)$", markdown, re.MULTILINE) == ["Summary", "elastic", "plain"]
@@ -166,6 +169,7 @@ def test_errors_name_the_rule_and_leave_nothing(files, tmp_path, fails):
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.slow
 def test_a_card_that_cannot_be_written_keeps_the_old_one(files, tmp_path, monkeypatch, fails):
     written(files)
     old = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
@@ -178,6 +182,7 @@ def test_a_card_that_cannot_be_written_keeps_the_old_one(files, tmp_path, monkey
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == old
 
 
+@pytest.mark.slow
 def test_the_same_sweeps_give_the_same_card(files):
     _, first, _ = written(files)
     assert json.loads(files[0].read_text())["label"] == "plain"

@@ -185,6 +185,7 @@ def test_a_mistyped_flag_is_one_line(error_of, words, message):
     assert error_of(*words.split()) == message
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path):
     # Two ranks: one line, status 2 on both, and no folder.
     folders = {"tensorboard_dir": f"{tmp_path}/log", "save": f"{tmp_path}/save"}
@@ -269,6 +270,7 @@ def test_evaluation_takes_the_model_from_the_checkpoint(run, monkeypatch, tmp_pa
     assert args.skip_train is True  # fixed by the tool
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -11,6 +11,8 @@ from torch import Tensor
 from tests.distributed import run_ranks
 from tests.tiny import PREFIX, Run, flags, stored_tensors, train
 
+pytestmark = pytest.mark.slow
+
 OLMOE = {
     "qk_layernorm": True,
     "emoe_qk_norm": "full",
@@ -69,7 +71,6 @@ def changed(weights: dict[str, Tensor], folder: Path) -> set[str]:
     return {key for key in before if (before[key] - weights[key]).abs().max() > 1e-3}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_goes_the_way_of_one_rank(started, layout, tmp_path):
     model, load, losses, weights = started

@@ -13,6 +13,8 @@ from tests.model.test_quantization_state import write
 from tests.tiny import Run, flags, stored_tensors, train
 from tests.training.test_parallel import assert_same_weights, maps_of, runs_of, weights_of
 
+pytestmark = pytest.mark.slow
+
 AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2, "global_batch_size": 4}
 BASELINES: dict[str, dict[str, Any]] = {
     "top-p": {"emoe_selection": "top-p", "emoe_top_p": 0.7},

@@ -39,6 +39,7 @@ def logits_of_two_models(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
     return own.to(dtype), teacher.to(dtype), torch.rand(2, 3, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_value_and_gradient_over_two_shards_are_those_of_torch_over_the_whole(dtype):
     shards = run_ranks(divergence_of_a_shard, 2, dtype)
@@ -72,6 +73,7 @@ def logged(log: str, name: str) -> list[float]:
     return [float(value) for value in re.findall(rf" {name}: (\S+)", log)]
 
 
+@pytest.mark.slow
 def test_with_a_weight_too_small_to_count_a_run_is_the_run_without_and_the_teacher_ran_at_k():
     words = flags(**EP2 | LARGER | STEPS)
     plain = run_ranks(train, 2, words)
@@ -94,6 +96,7 @@ def test_with_a_weight_too_small_to_count_a_run_is_the_run_without_and_the_teach
         assert (distances[step] > 0) == (step in teaching)
 
 
+@pytest.mark.slow
 def test_distillation_draws_the_outputs_together():
     words = flags(**EP2 | LARGER | STEPS | {"emoe_k_default_prob": 1e-9, "train_iters": 25, "lr": 1e-2})
     loose, tight = (
@@ -103,6 +106,7 @@ def test_distillation_draws_the_outputs_together():
     assert sum(tight) < sum(loose) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

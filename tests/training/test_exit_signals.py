@@ -16,6 +16,8 @@ from tests import programs
 from tests.distributed import ALONE, REPO, run_ranks
 from tests.tiny import Run, flags, tiny_datasets, train
 
+pytestmark = pytest.mark.slow
+
 RUN = {
     "expert_model_parallel_size": 2,
     "train_iters": 6,
@@ -120,7 +122,6 @@ def whole() -> list[Run]:
     return run_ranks(train, 2, flags(**RUN))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("interrupt", "saved"), MOMENTS.values(), ids=MOMENTS)
 def test_a_signal_saves_and_the_next_run_ends_as_if_none_had_come(
     interrupt: Callable, saved: int, whole: list[Run], tmp_path: Path
@@ -187,7 +188,6 @@ def run_alone(code: str, *words: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [USR1, TERM], ids=["USR1", "TERM"])
 def test_a_signal_to_every_process_kills_neither_programs_nor_workers_and_the_run_saves(number: int, tmp_path: Path):
     said = tmp_path / "said"

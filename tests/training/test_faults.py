@@ -19,6 +19,8 @@ from megatron_emoe.model.recovery import plan
 from tests.distributed import run_ranks, start_torchrun, torchrun, wait_until
 from tests.tiny import flags, train
 
+pytestmark = pytest.mark.slow
+
 RUN = {"expert_model_parallel_size": 2, "train_iters": 6, "save_interval": 2, "global_batch_size": 4}
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -115,7 +117,6 @@ def assert_said(said: Path, save: Path) -> None:
     assert removed == f"{save}/iter_0000004: the half-written checkpoint is removed"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "error"), [(no_room, "CheckpointException"), (no_room_for_metadata_json, "File too large")]
 )
@@ -127,7 +128,6 @@ def test_a_save_without_room_keeps_the_one_before_and_says_so(spoil, error, tmp_
     assert_goes_on(save, 2)
 
 
-@pytest.mark.slow
 def test_a_save_without_room_for_the_tracker_is_kept(tmp_path):
     save, said = tmp_path / "save", tmp_path / "said"
     with pytest.raises(RuntimeError, match="File too large"):
@@ -136,7 +136,6 @@ def test_a_save_without_room_for_the_tracker_is_kept(tmp_path):
     assert (save / TRACKER).read_text() == "" and plan(save).iteration == 4
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_loaded_is_no_failed_save(tmp_path):
     save, said = tmp_path / "save", tmp_path / "said"
     words = flags(**RUN | {"save": save, "load": save})
@@ -170,7 +169,6 @@ def flip_a_byte(path: Path) -> None:
         file.write(bytes([byte ^ 4]))
 
 
-@pytest.mark.slow
 def test_flipped_bits_end_one_start_and_the_next_goes_on_from_the_checkpoint_before(tmp_path):
     run = RUN | {"save": tmp_path, "load": tmp_path, "verify_integrity": True}
     whole = run_ranks(train, 2, flags(**run))
@@ -192,7 +190,6 @@ def test_only_flipped_bits_with_a_whole_checkpoint_before_are_set_aside(error, t
     assert (tmp_path / TRACKER).read_text() == "2" and (tmp_path / "iter_0000002").is_dir()
 
 
-@pytest.mark.slow
 def test_a_lost_rank_ends_the_others_at_once_and_the_next_run_goes_on(tmp_path):
     run = RUN | {"train_iters": 400, "save": tmp_path, "load": tmp_path, "log_interval": 100}
     words = flags(**run)
@@ -211,7 +208,6 @@ def test_a_lost_rank_ends_the_others_at_once_and_the_next_run_goes_on(tmp_path):
     assert (tmp_path / TRACKER).read_text() == str(saved + 2)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
 def test_a_disk_that_is_really_full(tmp_path):
     disk = tmp_path / "disk"

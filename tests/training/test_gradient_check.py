@@ -29,6 +29,7 @@ def plain() -> list[torch.Tensor]:
     return router_gradients(1, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", RECOMPUTED)
 def test_routers_alone_have_the_same_gradient_when_layers_are_recomputed(how: str, plain: list[torch.Tensor]):
     found = router_gradients(1, RECOMPUTED[how])
@@ -37,6 +38,7 @@ def test_routers_alone_have_the_same_gradient_when_layers_are_recomputed(how: st
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.slow
 def test_routers_alone_have_a_gradient_in_every_pipeline_stage(plain: list[torch.Tensor]):
     found = router_gradients(2, {"pipeline_model_parallel_size": 2})
     for ours, expected in zip(found, plain, strict=True):
@@ -69,6 +71,7 @@ def iterations_of(words: list[str]) -> tuple[str | None, int]:
     return None, get_args().curr_iteration + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["stop", "off"])
 def test_a_weight_without_a_gradient_ends_the_run_which_does_not_start_again(check: str, tmp_path: Path):
     saving = {"save": tmp_path, "save_interval": 100} if check == "stop" else {}  # a checkpoint has no place for it

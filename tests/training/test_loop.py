@@ -14,6 +14,8 @@ from torch import Tensor
 from tests.distributed import run_ranks
 from tests.tiny import COACTIVATION, PREFIX, Run, arguments, flags, start, train
 
+pytestmark = pytest.mark.slow
+
 EP2 = {"expert_model_parallel_size": 2}
 AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
 SEQUENCE_AND_Z = {
@@ -30,7 +32,6 @@ SIGMOID = {
 MICRO_BATCH_TOKENS = 2 * 16
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [AUX, SIGMOID | SEQUENCE_AND_Z],

@@ -29,6 +29,8 @@ from tests.tiny import (
     train,
 )
 
+pytestmark = pytest.mark.slow
+
 AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
 BOTH = COACTIVATION | {"emoe_k_schedule": "uniform", "emoe_k_min": 1, "emoe_k_max": 4}
 PIPELINE = (

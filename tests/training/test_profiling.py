@@ -36,6 +36,7 @@ def inside(inner: dict, outer: dict) -> bool:
     return outer["ts"] <= inner["ts"] and inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"]
 
 
+@pytest.mark.slow
 def test_every_range_of_a_layer_is_there_in_order_and_router_losses_lie_within_the_route(tmp_path):
     run_ranks(profiled, 1, tmp_path, {})
     events = ranges(tmp_path)
@@ -52,6 +53,7 @@ def test_every_range_of_a_layer_is_there_in_order_and_router_losses_lie_within_t
     assert rest == {"emoe.shared experts": len(routes), "emoe.loss": MICRO_BATCHES * STEPS}
 
 
+@pytest.mark.slow
 def test_a_recomputed_layer_has_its_ranges_twice(tmp_path):
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     run_ranks(profiled, 1, tmp_path, full)
@@ -69,12 +71,14 @@ def names_without_the_flag() -> tuple[set[str], list[str]]:
     return {event.key for event in seen.key_averages()}, ours
 
 
+@pytest.mark.slow
 def test_without_the_flag_there_is_no_range():
     ((names, ours),) = run_ranks(names_without_the_flag, 1)
     assert "aten::mm" in names and not [name for name in names if name.startswith("emoe.")]
     assert ours == []
 
 
+@pytest.mark.slow
 def test_a_profile_without_a_folder_is_refused():
     words = flags(profile=True, use_pytorch_profiler=True)
     done = torchrun(1, "pretrain_emoe.py", "--host-mode", *words, check=False)

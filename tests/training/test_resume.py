@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.distributed import run_ranks, torchrun
 from tests.tiny import Run, arguments, flags, stored_tensors, train
 
+pytestmark = pytest.mark.slow
+
 ELASTIC = {
     "moe_router_topk": 3,
     "emoe_selection": "coactivation",
@@ -75,7 +77,6 @@ def saved(tmp_path_factory) -> tuple[Path, str]:
     return folder, torchrun(2, "pretrain_emoe.py", *flags(**RUN | more), timeout=280).stdout
 
 
-@pytest.mark.slow
 def test_a_resumed_torchrun_job_with_the_distributed_optimizer_repeats_the_tail_bit_by_bit(saved, tmp_path):
     folder, log = saved
     more = DISTRIBUTED | {"load": folder, "ckpt_step": 2, "save": tmp_path}
@@ -95,7 +96,6 @@ def test_a_resumed_torchrun_job_with_the_distributed_optimizer_repeats_the_tail_
     assert_same_checkpoint(folder, tmp_path, 4)
 
 
-@pytest.mark.slow
 def test_a_stopped_and_resumed_run_with_the_plain_optimizer_repeats_the_tail_bit_by_bit(tmp_path):
     whole_folder, folder = tmp_path / "whole", tmp_path / "stopped"
     settings = RUN | {"emoe_eval_k": None, "eval_iters": 0, "seq_length": 16, "max_position_embeddings": 16}
