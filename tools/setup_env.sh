@@ -149,6 +149,17 @@ first_import() {
   told=$(unset PYTHONDONTWRITEBYTECODE && TORCHDYNAMO_DISABLE=1 "$VENV/bin/python" -W ignore \
     -c "import megatron_emoe.sweep.tail_fit, megatron_emoe.training.loop" 2>&1) ||
     die "what was installed in $VENV cannot be imported: ${told##*$'\n'}"
+  compile_large_packages
+}
+
+# What is imported later than that, each in a process of its own, from packages that are large.
+compile_large_packages() {
+  local folder name
+  for name in torch megatron transformers lm_eval; do
+    for folder in "$VENV"/lib/python3.*/site-packages/"$name"; do
+      if [ -d "$folder" ]; then "$VENV/bin/python" -W ignore -m compileall -q -j 0 "$folder" >/dev/null 2>&1 || true; fi
+    done
+  done
 }
 
 install() {

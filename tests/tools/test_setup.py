@@ -340,6 +340,15 @@ def test_the_first_import_writes_byte_code_even_where_imports_should_not(repo):
     assert (repo.parent / "pip.log.import").read_text() == "bytecode: yes\n"
 
 
+def test_large_packages_are_compiled_where_they_are_installed(repo):
+    make_python(repo.parent / "bin" / "python3.12")
+    package = repo / ".venv" / "lib" / "python3.12" / "site-packages" / "lm_eval"
+    behaviour = f"mkdir -p {package}; echo 'x = 1' > {package}/tasks.py"
+    done = run_setup(repo, PYTHONDONTWRITEBYTECODE="1", IMPORT_BEHAVIOUR=behaviour)
+    assert done.returncode == 0, done.stdout
+    assert list(package.glob("__pycache__/tasks.*.pyc"))
+
+
 def test_an_environment_that_cannot_be_imported_is_not_finished(repo):
     make_python(repo.parent / "bin" / "python3.12")
     failing = "echo Traceback; echo 'ImportError: no such library'; exit 1"
