@@ -107,6 +107,6 @@ def test_torchrun_ends_its_ranks_when_time_is_over(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)\n")
     with pytest.raises(subprocess.TimeoutExpired):
-        torchrun(1, script, timeout=20)
+        torchrun(1, script, timeout=12)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
