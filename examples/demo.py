@@ -218,8 +218,8 @@ def read_spent(file: Path) -> dict[str, Spent]:
 
 NEXT = """With a model of your own (README.md):
 python tools/convert_checkpoint.py import --hf MODEL --out CHECKPOINT
-torchrun --nproc-per-node 8 pretrain_emoe.py @CHECKPOINT/model.args @examples/recipe.args --load CHECKPOINT \\
-  --finetune --save OUT --data-path DATA_text_document ...
+torchrun --nproc-per-node 8 pretrain_emoe.py @CHECKPOINT/model.args @examples/recipe.args \\
+  --pretrained-checkpoint CHECKPOINT --load OUT --save OUT --data-path DATA_text_document ...
 torchrun --nproc-per-node 8 tools/sweep_k.py --load OUT --k 4 8 16 --data-path HELDOUT --out sweep.json"""
 
 
