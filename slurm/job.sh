@@ -92,7 +92,7 @@ await_step() {
       [ "$asked" = USR1 ] && [ $SECONDS -ge $deadline ] && { status=late; return; }
       kill -USR1 "$step" 2>/dev/null || true
     fi
-    sleep "$EMOE_REMIND_SECONDS" &
+    sleep "$EMOE_REMIND_SECONDS" >/dev/null 2>&1 & # it may outlive this script
     wait -n "$step" $! 2>/dev/null || true
   done
   wait "$step" && status=0 || status=$?

@@ -90,7 +90,7 @@ launch() {
   torchrun=$!
   while kill -0 $torchrun 2>/dev/null; do
     [ ! -e "$EMOE_LOGS/first_failure" ] || end_ranks # each time: torchrun may be starting them only now
-    sleep 2 &
+    sleep 2 >/dev/null 2>&1 & # it may outlive this script, whose streams somebody waits for
     wait -n $torchrun $! 2>/dev/null
   done
   wait $torchrun

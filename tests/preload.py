@@ -1,31 +1,36 @@
 """What a rank of `run_ranks` finds in memory: imported once by the server (tests/programs), before the first is forked.
 
-Importing Megatron and transformers takes ten seconds; so would reading the sources of the core's configuration classes,
-for the help of 900 flags, again for every command line.
+Importing Megatron and transformers takes ten seconds. What every rank would do again, to the same end, is done here
+too: the core's parser of 900 flags, which Megatron builds twice in a run, and the list of installed plug-ins, which
+torch reads from the metadata of every package whenever a process group is made.
 """
 
 import argparse
-from typing import Any
+import functools
+import importlib.metadata
 
-from megatron.training.argument_utils import ArgumentGroupFactory
-from megatron.training.arguments import add_megatron_arguments
+from megatron.core.tokenizers import text  # noqa: F401  # otherwise imported by the first tokenizer
+from megatron.training import arguments
 
 import megatron_emoe.hf.export_model
 import megatron_emoe.hf.layer_check
 import megatron_emoe.hf.verify
-import megatron_emoe.training.loop  # noqa: F401
+import megatron_emoe.training.loop
 import tests.hf_models  # noqa: F401
-from megatron_emoe.training.arguments import add_arguments
 
-_read = ArgumentGroupFactory._get_field_docstrings
-_known: dict[type, dict[str, str]] = {}
-
-
-def _remembered(self: Any, cls: type) -> dict[str, str]:
-    if cls not in _known:
-        _known[cls] = _read(self, cls)
-    return _known[cls]
+_add = arguments.add_megatron_arguments
+_made = [vars(_add(argparse.ArgumentParser(allow_abbrev=False))) for _ in range(2)]
+_OWN = {"prog", "usage", "description", "epilog", "formatter_class"}
 
 
-ArgumentGroupFactory._get_field_docstrings = _remembered
-add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+def _add_once(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The core's function: a parser without flags takes over those of one that was made before the fork."""
+    if len(parser._actions) > 1 or parser.allow_abbrev or not _made:  # more than --help
+        return _add(parser)
+    vars(parser).update({name: value for name, value in _made.pop().items() if name not in _OWN})
+    return parser
+
+
+arguments.add_megatron_arguments = _add_once
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+importlib.metadata.entry_points(group="torch.distributed.backends")

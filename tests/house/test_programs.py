@@ -122,18 +122,29 @@ HANDLED = """
 import os, signal, sys, time
 signal.signal(signal.SIG{name}, lambda number, frame: (os.write(1, b"caught %d" % number), sys.exit(9)))
 print(os.getpid(), flush=True)
-time.sleep(600)
+while True:  # a signal between two instructions and a long sleep would be handled after it
+    time.sleep(0.01)
 """
 BUFFERED = r"""
 import os, time
 print("in the buffer")
 os.write(1, b"%d\n" % os.getpid())
-time.sleep(600)
+while True:
+    time.sleep(0.01)
 """
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as in a terminal: a shell's background job ignores it, and so would every program started there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "USR1", "HUP"])
 @pytest.mark.parametrize("code", [HANDLED, BUFFERED], ids=["handled", "not handled"])
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_to_it_is_one_to_the_program(name, code):
     number = getattr(signal, f"SIG{name}")
     seen = []
