@@ -9,14 +9,16 @@ import argparse
 import functools
 import importlib.metadata
 
-from megatron.core.tokenizers import text  # noqa: F401  # otherwise imported by the first tokenizer
+import megatron.core.models.mimo  # otherwise imported by the first optimizer
+import megatron.core.tokenizers.text.models  # noqa: F401  # otherwise imported by the first tokenizer
 from megatron.training import arguments
 
 import megatron_emoe.hf.export_model
 import megatron_emoe.hf.layer_check
 import megatron_emoe.hf.verify
 import megatron_emoe.training.loop
-import tests.hf_models  # noqa: F401
+import tests.hf_models
+import tests.tiny  # noqa: F401
 
 _add = arguments.add_megatron_arguments
 _made = [vars(_add(argparse.ArgumentParser(allow_abbrev=False))) for _ in range(2)]

@@ -4,7 +4,7 @@ import re
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import grimp
@@ -67,12 +67,11 @@ def ways() -> list[list[str]]:
 
 def first_calls(words: list[str]) -> list[str]:
     """The functions of this package that a run of pretrain_emoe.py calls, each once, in the order of first calls."""
-    calls: dict[str, None] = {}
+    seen: dict[CodeType, None] = {}
 
     def note(frame: FrameType, event: str, _value: Any) -> None:
-        file, code = Path(frame.f_code.co_filename), frame.f_code
-        if event == "call" and file.is_relative_to(PACKAGE):
-            calls.setdefault(f"{file.relative_to(PACKAGE)}:{code.co_qualname}")
+        if event == "call":
+            seen.setdefault(frame.f_code)
 
     sys.argv = ["pretrain_emoe.py", *words]
     sys.setprofile(note)
@@ -82,7 +81,9 @@ def first_calls(words: list[str]) -> list[str]:
         pretrain_emoe.main()
     finally:
         sys.setprofile(None)
-    return list(calls)
+    ours = [(Path(code.co_filename), code.co_qualname) for code in seen]
+    names = [f"{file.relative_to(PACKAGE)}:{name}" for file, name in ours if file.is_relative_to(PACKAGE)]
+    return list(dict.fromkeys(names))
 
 
 @pytest.fixture(scope="module")
