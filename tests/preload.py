@@ -16,7 +16,7 @@ from megatron.training import arguments
 import megatron_emoe.hf.export_model
 import megatron_emoe.hf.layer_check
 import megatron_emoe.hf.verify
-import megatron_emoe.training.loop
+import megatron_emoe.training.loop  # noqa: F401
 import tests.hf_models
 import tests.tiny  # noqa: F401
 
