@@ -57,6 +57,7 @@ _NOT_PLANNED = {
     "grad_reduce_in_bf16": "gradients in bf16 by this flag; --optimizer-state has them",
     "hidden_dropout": "the masks of dropout",
     "rampup_batch_size": "a batch that grows",
+    "step_batch_size_schedule": "a batch that grows",
     "account_for_loss_in_pipeline_split": "stages split by flags; the plan splits them",
     "account_for_embedding_in_pipeline_split": "stages split by flags; the plan splits them",
     "decoder_first_pipeline_num_layers": "stages split by flags; the plan splits them",

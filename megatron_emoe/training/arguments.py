@@ -35,6 +35,7 @@ from megatron_emoe.settings.command_line import in_own_words, is_first_rank, say
 from megatron_emoe.settings.elastic_config import flag
 from megatron_emoe.settings.field_flags import add_elastic_flags
 from megatron_emoe.settings.refusal import fail
+from megatron_emoe.training.batch_schedule import check_batch_schedule, settle_ramp
 from megatron_emoe.training.first_look import check_source
 
 
@@ -118,7 +119,9 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
     if args.eval_interval is None:
         args.eval_interval = sys.maxsize  # by its help no evaluation during training; the core then divides by it
     check_sizes(args)
+    settle_ramp(args)
     validate_args(args)
+    check_batch_schedule(args, begins=args.load is None or args.finetune or not has_checkpoint(args.load))
     check_marker(args.save)
     check_load(args, report=say)
 
