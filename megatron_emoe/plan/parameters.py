@@ -26,6 +26,9 @@ class Parameters:
     def __add__(self, other: Parameters) -> Parameters:
         return Parameters(self.dense + other.dense, self.expert + other.expert, self.whole + other.whole)
 
+    def __mul__(self, layers: int) -> Parameters:
+        return Parameters(self.dense * layers, self.expert * layers, self.whole * layers)
+
     @property
     def total(self) -> int:
         """All parameters of the rank."""
@@ -38,12 +41,18 @@ def stage_parameters(args: Namespace, layout: Layout, stage: int, *, local: bool
     local: of the layers that host mode builds, which split the projection into the keys' latent over the
     tensor-parallel ranks; Transformer Engine's copy it.
     """
-    with_experts = set(moe_layer_numbers(args))
-    total = Parameters()
-    for number in stage_layers(args.num_layers, layout.pp)[stage]:
-        total += _attention(args, layout.tp, local)
-        total += _moe(args, layout) if number in with_experts else _dense(args, layout.tp)
-    return total + _ends(args, layout, stage)
+    total = _ends(args, layout, stage)
+    for layers, rest in zip(layers_of_each_kind(args, layout, stage), (_moe, _dense), strict=True):
+        if layers:
+            total += (_attention(args, layout.tp, local) + rest(args, layout)) * layers
+    return total
+
+
+def layers_of_each_kind(args: Namespace, layout: Layout, stage: int) -> tuple[int, int]:
+    """How many layers of a pipeline stage (from 0) have experts, and how many are dense."""
+    numbers = stage_layers(args.num_layers, layout.pp)[stage]
+    moe = sum(number in numbers for number in moe_layer_numbers(args))
+    return moe, len(numbers) - moe
 
 
 def padded_vocabulary(args: Namespace, tp: int) -> int:
@@ -106,10 +115,10 @@ def _latent_attention(args: Namespace, tp: int, local: bool) -> Parameters:
     return Parameters(split // tp + (down // tp if local else down) + norm, whole=norm + (0 if local else down))
 
 
-def _dense(args: Namespace, tp: int) -> Parameters:
+def _dense(args: Namespace, layout: Layout) -> Parameters:
     """A dense layer's MLP, with the norm before it."""
     norm = _norm(args, args.hidden_size)
-    return Parameters(_mlp(args, args.ffn_hidden_size, tp) + norm, whole=norm)
+    return Parameters(_mlp(args, args.ffn_hidden_size, layout.tp) + norm, whole=norm)
 
 
 def _moe(args: Namespace, layout: Layout) -> Parameters:

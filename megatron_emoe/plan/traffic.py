@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from megatron_emoe.model.flops import moe_layer_numbers
-from megatron_emoe.plan.layout import Layout, stage_layers
-from megatron_emoe.plan.parameters import stage_parameters, table_size
+from megatron_emoe.plan.layout import Layout
+from megatron_emoe.plan.parameters import layers_of_each_kind, stage_parameters, table_size
 
 Kind = Literal["all-to-all", "data parallel", "tensor parallel", "pipeline"]
 KINDS: tuple[Kind, ...] = ("all-to-all", "data parallel", "tensor parallel", "pipeline")
@@ -64,23 +63,22 @@ def sent_by_kind(transfers: Iterable[Transfer]) -> dict[Kind, float]:
     return totals
 
 
-def _times(transfer: Transfer, factor: float) -> Transfer:
-    return replace(transfer, payload=transfer.payload * factor)
+def _times(one: Transfer, factor: float) -> Transfer:
+    return Transfer(one.kind, one.operation, one.ranks, one.payload * factor, one.crosses)
 
 
 def _layers(args: Namespace, layout: Layout, stage: int, k: float, local: bool) -> Iterator[Transfer]:
     """Of one micro-batch in the stage's layers, forward and backward, with what recomputation repeats."""
-    with_experts = set(moe_layer_numbers(args))
+    moe, dense = layers_of_each_kind(args, layout, stage)
     again = 2 if layout.recompute == "full" else 1
     moe_again = 1 if layout.recompute == "none" else 2
-    for number in stage_layers(args.num_layers, layout.pp)[stage]:
-        yield from _attention(args, layout, again, local)
-        if number in with_experts:
-            yield from _experts(args, layout, k, moe_again)
-            if args.moe_shared_expert_intermediate_size:
-                yield from _pair(args, layout, moe_again)
-        else:
-            yield from _pair(args, layout, again)
+    in_moe = [_experts(args, layout, k, moe_again)]
+    if args.moe_shared_expert_intermediate_size:
+        in_moe.append(_pair(args, layout, moe_again))
+    in_all, in_dense = [_attention(args, layout, again, local)], [_pair(args, layout, again)]
+    for layers, transfers in ((moe + dense, in_all), (moe, in_moe), (dense, in_dense)):
+        if layers:
+            yield from (_times(transfer, layers) for transfer in chain(*transfers))
 
 
 def _tensor(layout: Layout, operation, payload: float) -> Transfer:
