@@ -1,17 +1,19 @@
 """What a rank of `run_ranks` finds in memory: imported once by the server (tests/programs), before the first is forked.
 
 Importing Megatron and transformers takes ten seconds. What every rank would do again, to the same end, is done here
-too: the core's parser of 900 flags, which Megatron builds twice in a run, and the list of installed plug-ins, which
-torch reads from the metadata of every package whenever a process group is made.
+too: the core's parser of 900 flags, which Megatron builds twice in a run, from help texts that it finds in its sources,
+and the list of installed plug-ins, which torch reads from every package's metadata whenever a process group is made.
 """
 
 import argparse
 import functools
 import importlib.metadata
+from typing import Any
 
 import megatron.core.models.mimo  # otherwise imported by the first optimizer
 import megatron.core.tokenizers.text.models  # noqa: F401  # otherwise imported by the first tokenizer
 from megatron.training import arguments
+from megatron.training.argument_utils import ArgumentGroupFactory
 
 import megatron_emoe.hf.export_model
 import megatron_emoe.hf.layer_check
@@ -19,6 +21,18 @@ import megatron_emoe.hf.verify
 import megatron_emoe.training.loop  # noqa: F401
 import tests.hf_models
 import tests.tiny  # noqa: F401
+
+_read = ArgumentGroupFactory._get_field_docstrings
+_known: dict[type, dict[str, str]] = {}
+
+
+def _read_once(self: Any, cls: type) -> dict[str, str]:
+    if cls not in _known:
+        _known[cls] = _read(self, cls)
+    return _known[cls]
+
+
+ArgumentGroupFactory._get_field_docstrings = _read_once
 
 _add = arguments.add_megatron_arguments
 _made = [vars(_add(argparse.ArgumentParser(allow_abbrev=False))) for _ in range(2)]
