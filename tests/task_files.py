@@ -87,12 +87,18 @@ def generation_contexts() -> list[str]:
 
 
 def scored() -> list[tuple[str, str]]:
-    """Pairs of context and continuation: an empty context, shared contexts, one longer than the model may see."""
+    """Pairs of context and continuation: an empty context, shared contexts, one longer than the model may see, special
+    tokens, and one whose first word ends in the continuation, where the tokens of the context are not of the whole."""
     rng = random.Random(1)
     shared = words(rng, 9)
     pairs = [("", f" {words(rng, 3)}"), (words(rng, 70), f" {words(rng, 4)}")]
+    pairs += [("<s> w9 w30", " w7"), ("", "<s> w8"), ("w50 w1", "2 w71 w8"), ("w50 w1 ", "w72")]
     pairs += [(shared, f" {words(rng, 1)}") for _ in range(4)]
     return pairs + [(words(rng, rng.randrange(1, 40)), f" {words(rng, rng.randrange(1, 6))}") for _ in range(9)]
+
+
+MERGED = ("w50 w1", "2")
+"""Together the words w50 and w12: nothing is left for the continuation."""
 
 
 def rolled() -> list[str]:

@@ -19,7 +19,7 @@ from megatron_emoe.host import mode as host_mode
 from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.paths import check_hf_folder
-from megatron_emoe.settings.refusal import fail
+from megatron_emoe.settings.refusal import NoNumber, fail
 from megatron_emoe.tasks.request import add_arguments, add_hf_arguments, check_asked
 from megatron_emoe.training.first_look import look_at_evaluation
 
@@ -83,13 +83,15 @@ def demand_lm_eval() -> None:
 
 
 def main() -> int:
-    """Exit status 0, or 2 after one message on stderr."""
+    """Exit status 0; after one message on stderr 2, or 1 where the model gave no numbers."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         words = flag_files.expand(sys.argv[1:])
         run_megatron() if kind_of_model(words) == "megatron" else run_hf(words)
     except ValueError as error:
         fail(error)
+    except NoNumber as error:
+        fail(error, status=1)
     return 0
 
 

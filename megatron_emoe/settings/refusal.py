@@ -1,4 +1,4 @@
-"""The end of a program that will not start: one message, status 2."""
+"""The end of a program that will not start, with status 2, or cannot go on, with status 1: one message."""
 
 import os
 import signal
@@ -10,8 +10,14 @@ PATIENCE = 60.0
 """Seconds by which the ranks of a machine may reach the same refusal one after the other."""
 
 
-def fail(error: object) -> NoReturn:
-    """End this process with status 2, after one message on stderr from each machine: data may be missing on one.
+class NoNumber(ArithmeticError):
+    """A measurement that is NaN or infinite. The message says at which k' and where; nothing of it is stored."""
+
+
+def fail(error: object, status: int = 2) -> NoReturn:
+    """End this process, after one message on stderr from each machine: data may be missing on one.
+
+    status: 2 for what was asked, 1 for what came of it (NoNumber).
 
     torchrun ends all ranks when one has ended. So the others wait for the machine's first rank, which gives the
     message, and speak themselves where it does not: what they refuse was then theirs alone.
@@ -20,5 +26,13 @@ def fail(error: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, which a job script has its ranks ignore
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # as --exit-signal-handler has it blocked
         time.sleep(PATIENCE)
+    _close_bars()
     print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
+
+
+def _close_bars() -> None:
+    """End the lines of tqdm's progress bars, so that the message has a line of its own."""
+    if bars := sys.modules.get("tqdm"):
+        for bar in list(getattr(bars.tqdm, "_instances", ())):
+            bar.close()

@@ -50,6 +50,9 @@ class Next:
 
 Row = Score | Next
 
+NO_TOKEN = -1
+"""Answer to Next where the logits are no numbers."""
+
 
 def check_layout(args: Namespace) -> None:
     """Raises `ValueError` for a parallel layout that cannot answer single rows."""
@@ -202,8 +205,11 @@ def score(logits_SV: Tensor, end: Sequence[int]) -> tuple[float, bool]:
 def next_token(logits_V: Tensor, row: Next) -> int:
     """The most likely token, or the one at row.draw of the distribution that temperature, top_k and top_p leave.
 
-    top_p keeps the fewest most likely tokens that reach it together (arXiv 1904.09751). logits_V: fp32.
+    top_p keeps the fewest most likely tokens that reach it together (arXiv 1904.09751). logits_V: fp32. NO_TOKEN where
+    one of them is NaN or infinitely large.
     """
+    if not logits_V.max().isfinite():  # sync: evaluation only
+        return NO_TOKEN
     if row.draw is None:
         return int(logits_V.argmax())  # sync: evaluation only
     probs_V, tokens_V = (logits_V.double() / row.temperature).softmax(dim=-1).sort(descending=True, stable=True)

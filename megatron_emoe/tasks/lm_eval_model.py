@@ -20,7 +20,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from megatron_emoe.tasks.forward_server import ForwardServer, Next, Score
+from megatron_emoe.settings.refusal import NoNumber
+from megatron_emoe.tasks.checked import CheckedLM, place
+from megatron_emoe.tasks.forward_server import NO_TOKEN, ForwardServer, Next, Score
 
 _SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
 _NO_EFFECT = {"use_cache", "pad_token_id", "eos_token_id", "num_return_sequences"}
@@ -75,7 +77,7 @@ class Generation:
         return Next((*self.context, *self.tokens), draw, **self.sampling)
 
 
-class MegatronLM(TemplateLM):
+class RowsLM(TemplateLM):
     """lm-eval's model interface on top of a ForwardServer, on rank 0.
 
     batch: rows in one forward pass on each data-parallel rank. max_length: tokens that the model may see. seed: of
@@ -107,15 +109,14 @@ class MegatronLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """For each (key, context, continuation): log-probability of the continuation (nats), whether it is greedy.
+        """For each (texts, context, continuation): log-probability of the continuation (nats), whether it is greedy.
 
         Requests with the same input, such as the letters of a multiple choice, are one row.
         """
         inputs: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
-            if continuation:
-                inputs.setdefault(self._input(context, continuation), []).append(index)
-        answers: list[Any] = [(0.0, True)] * len(requests)  # what an empty continuation scores
+            inputs.setdefault(self._input(context, continuation), []).append(index)
+        answers: list[Any] = [None] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as progress:
             longest_first = sorted(inputs, key=lambda tokens: (-len(tokens), tokens))
             for part in _batches(longest_first, self.rows_at_once):
@@ -128,8 +129,6 @@ class MegatronLM(TemplateLM):
 
     def _input(self, context: list[int], continuation: list[int]) -> tuple[int, ...]:
         """What the model sees: all but the last token, cut from the left to what it may see."""
-        if len(continuation) > self.max_length:
-            raise ValueError(f"a continuation of {len(continuation)} tokens: the model sees {self.max_length} at most")
         return tuple((context + continuation)[-(self.max_length + 1) : -1])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -158,6 +157,9 @@ class MegatronLM(TemplateLM):
         with tqdm(total=len(texts), desc="generation", disable=disable_tqdm) as progress:
             while running := [*running, *islice(waiting, self.rows_at_once - len(running))]:
                 chosen = self.server.answer([texts[i].row() for i in running])
+                if NO_TOKEN in chosen:
+                    where = place(requests[running[chosen.index(NO_TOKEN)]])
+                    raise NoNumber(f"{where}: the logits of the next token are no numbers")
                 finished = {i for i, token in zip(running, chosen, strict=True) if self._take(texts[i], token)}
                 for i in finished:
                     done[i] = self._finish(texts[i])
@@ -193,6 +195,10 @@ class MegatronLM(TemplateLM):
         for stop in text.stops:
             said = said.split(stop)[0]
         return said
+
+
+class MegatronLM(CheckedLM, RowsLM):
+    """A Megatron model as a task meets it: with what CheckedLM refuses."""
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

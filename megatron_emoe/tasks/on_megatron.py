@@ -122,7 +122,7 @@ def add_more(parser: ArgumentParser) -> ArgumentParser:
 
 def _load_flag(words: list[str]) -> tuple[str | None, int | None]:
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--load")
+    parser.add_argument("--load", type=path_word)
     parser.add_argument("--ckpt-step", type=int)
     known, _ = parser.parse_known_args(words)
     return known.load, known.ckpt_step

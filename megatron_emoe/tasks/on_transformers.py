@@ -7,10 +7,11 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_emoe.hf.active_experts import counting_rows, set_active_experts, trained_k
@@ -18,9 +19,35 @@ from megatron_emoe.hf.import_model import tokenizer_flags
 from megatron_emoe.hf.one_process import silent_transformers
 from megatron_emoe.hf.registry import read_config
 from megatron_emoe.settings.elastic_rules import check_tail_scale
+from megatron_emoe.settings.refusal import NoNumber
 from megatron_emoe.settings.tail_scale import parse_tail_scale
+from megatron_emoe.tasks.checked import CheckedLM
 from megatron_emoe.tasks.results import Passage, TaskSettings, TasksResult, missing, resume
 from megatron_emoe.tasks.run import check, find_tasks, load_tasks, report_table, run_cells
+
+
+class CheckedHFLM(CheckedLM, HFLM):
+    """lm-eval's own model around transformers, with what CheckedLM refuses, and generations without numbers."""
+
+    def _model_generate(self, context: Tensor, *more: Any, **kwargs: Any) -> Tensor:
+        """As HFLM's. context: int64 [B, S], padded on the left. NoNumber: logits that are none."""
+
+        def check(_model: nn.Module, _inputs: tuple, output: Any) -> None:
+            largest_B = output.logits[:, -1].amax(dim=-1)
+            if not largest_B.isfinite().all():  # sync: evaluation only
+                row = int((~largest_B.isfinite()).nonzero()[0])
+                asked = self.tok_decode(context[row])
+                raise NoNumber(f"after {asked[-_SHOWN:]!r}: the logits of the next token are no numbers")
+
+        hook = self.model.register_forward_hook(check)
+        try:
+            return super()._model_generate(context, *more, **kwargs)
+        finally:
+            hook.remove()
+
+
+_SHOWN = 40
+"""Characters of a prompt that a message shows."""
 
 
 class HfTaskModel:
@@ -109,5 +136,5 @@ def run(args: Namespace, header: Callable[..., TasksResult]) -> None:
     tasks = load_tasks(manager, names)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.host_mode else "cpu")
     model = load_model(args.load, args.dtype, device)
-    lm = HFLM(model, tokenizer=tokenizer, batch_size=args.micro_batch_size, max_length=max_length)
+    lm = CheckedHFLM(model, tokenizer=tokenizer, batch_size=args.micro_batch_size, max_length=max_length)
     report_table(run_cells(args, result, HfTaskModel(lm, tail), tasks))

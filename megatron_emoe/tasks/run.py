@@ -25,6 +25,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from megatron_emoe.settings.command_line import is_first_rank
+from megatron_emoe.settings.refusal import NoNumber
 from megatron_emoe.tasks.request import PAPER_TASKS, check_asked
 from megatron_emoe.tasks.results import (
     Passage,
@@ -178,7 +179,8 @@ def evaluate_task(
     Examples in prompts and random numbers are the same at every k'.
 
     Raises:
-        ValueError: other rows than tokens x k' reached the experts of a layer.
+        ValueError: other rows than tokens x k' reached the experts of a layer; a document that cannot be scored.
+        NoNumber: logits that are none.
     """
     for task in loaded["tasks"].values():
         _set_shots(task, shots)
@@ -187,8 +189,12 @@ def evaluate_task(
     np.random.seed(SEED)
     torch.manual_seed(SEED)
     started = time.perf_counter()
-    with model.active(k) as passage:
-        found = evaluate(model.lm, loaded, limit=limit, log_samples=False, confirm_run_unsafe_code=True)
+    try:
+        with model.active(k) as passage:
+            found = evaluate(model.lm, loaded, limit=limit, log_samples=False, confirm_run_unsafe_code=True)
+    except (ValueError, NoNumber) as error:
+        kind = NoNumber if isinstance(error, NoNumber) else ValueError
+        raise kind(f"--k {k} --tasks {name}: {error}") from error
     for layer, rows in passage.rows.items():
         if rows != passage.tokens * k:
             raise ValueError(f"--k {k}: {rows} rows reached the experts of layer {layer}, not {passage.tokens} x {k}")

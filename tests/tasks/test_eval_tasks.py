@@ -3,9 +3,11 @@
 The two sides share no code below lm-eval: MegatronLM scores rows on Megatron's model, HFLM is lm-eval's own.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests import hf_models, task_files
-from tests.distributed import run_ranks
+from tests.distributed import REPO, run_ranks
 from tests.sweeps import run_tool
 
 pytestmark = pytest.mark.skipif(
@@ -50,23 +52,31 @@ def answers(model: Any, k: int) -> dict[str, Any]:
             "scores": model.lm.loglikelihood(instances("loglikelihood", task_files.scored()), True),
             "rolled": model.lm.loglikelihood_rolling(instances("loglikelihood_rolling", rolled), True),
             "texts": model.lm.generate_until(instances("generate_until", asked), True),
+            "merged": refusal(model.lm.loglikelihood, [task_files.scored()[0], task_files.MERGED]),
+            "nothing": refusal(model.lm.loglikelihood, [("", "")]),
         }
     return said | {"tokens": passage.tokens, "rows": passage.rows}
+
+
+def refusal(score: Any, pairs: list[tuple[str, str]]) -> str:
+    try:
+        return f"scored: {score(task_files.instances('loglikelihood', pairs), True)}"
+    except ValueError as error:
+        return str(error)
 
 
 def both(model_type: str, folder: Path) -> dict[str, Any]:
     """The answers of both sides at every k', Megatron's with one row and with eight at a time, and their files."""
     offline(folder)
     import torch
-    from lm_eval.models.huggingface import HFLM
 
     from megatron_emoe.hf.import_model import import_model
-    from megatron_emoe.tasks.on_transformers import HfTaskModel, load_model, load_tokenizer
+    from megatron_emoe.tasks.on_transformers import CheckedHFLM, HfTaskModel, load_model, load_tokenizer
 
     hf = hf_models.save(model_type, folder / "hf", tokenizer=True)
     import_model(hf, folder / "megatron", report=lambda _: None)
     model = load_model(hf, "auto", torch.device("cpu"))
-    theirs = HfTaskModel(HFLM(model, tokenizer=load_tokenizer(hf), batch_size=4, max_length=MAX_LENGTH))
+    theirs = HfTaskModel(CheckedHFLM(model, tokenizer=load_tokenizer(hf), batch_size=4, max_length=MAX_LENGTH))
     found: dict[str, Any] = {"folder": folder, "hf": [answers(theirs, k) for k in KS]}
     tasks = task_files.write(folder / "tasks", found["hf"][1]["texts"])
     shared = flags(tasks, "tiny_choice", "tiny_generate")
@@ -132,6 +142,16 @@ def test_megatron_and_transformers_give_the_same_answers_at_every_k(agreement, m
     few, many = found["hf"][0], found["hf"][2]
     assert all(abs(a - b) > 1e-3 for (a, _), (b, _) in zip(few["scores"], many["scores"], strict=True))  # k' matters
     assert len(set(few["texts"])) > 3 and few["texts"] != many["texts"]
+
+
+def test_a_continuation_without_a_token_of_its_own_is_refused_by_both(agreement):
+    for side in ("hf", "batch 1", "batch 8"):
+        for said in agreement("olmoe")[side]:
+            assert said["merged"] == (
+                "document None, request 1: the continuation '2' has no token of its own after 'w50 w1' with this "
+                "tokenizer, which merges the two; let continuations begin with a space"
+            )
+            assert said["nothing"] == "document None, request 0: context and continuation are empty: nothing to score"
 
 
 @pytest.mark.parametrize("model_type", HF_TYPES)
@@ -255,6 +275,31 @@ def refusals(folder: Path) -> dict[str, tuple[int, str, str]]:
     ask("other settings", "--k", 2, "--tasks", "tiny_group")
     said["kept"] = (0, kept, (folder / "out.json").read_text())
     ask("scaled", "--k", 3, "--tasks", "tiny_group", "--emoe-tail-scale", "0.5")
+    with contextlib.chdir(folder):
+        shipped = ["--tasks", "python_choice", "python_line", "--limit", 2, "--include-path", REPO / "examples/tasks"]
+        ask("shipped", "--k", 2, *shipped, "--out", folder / "shipped.json")
+    return said | without_numbers(hf, tasks)
+
+
+def without_numbers(hf: Path, tasks: Path) -> dict[str, tuple[int, str, str]]:
+    """The same model with one expert of NaN, of either kind: k' = 8 meets it, with every token."""
+    from safetensors.torch import load_file, save_file
+
+    from megatron_emoe.hf.import_model import import_model
+
+    broken = hf.parent / "broken"
+    shutil.copytree(hf, broken)
+    (file,) = broken.glob("*.safetensors")
+    weights = load_file(file)
+    weights["model.layers.1.mlp.experts.3.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    import_model(broken, hf.parent / "broken_megatron", report=lambda _: None)
+    said = {}
+    for model, folder in (("hf", broken), ("megatron", hf.parent / "broken_megatron")):
+        for task in ("tiny_choice", "tiny_generate"):
+            words = ["--model", model, "--load", folder, "--out", hf.parent / "broken.json", "--include-path", tasks]
+            said[f"{model} {task}"] = run_tool("eval_tasks", *words, "--k", 8, "--tasks", task, "--limit", 2)
+    assert not (hf.parent / "broken.json").exists()
     return said
 
 
@@ -289,6 +334,27 @@ def test_what_is_refused_before_a_model_is_loaded(refused, name, message):
     assert status == 2 and err.splitlines()[-1].startswith("eval_tasks.py: error: ")
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err and "k' = " not in out
+
+
+@pytest.mark.parametrize("model", ["hf", "megatron"])
+def test_a_model_without_numbers_has_no_score(refused, model):
+    places = {
+        "tiny_choice": "document 0, request 0: the log-probability is nan",
+        "tiny_generate": "document 1, request 0: the logits of the next token are no numbers",  # the longest first
+    }
+    for task, place in places.items():
+        status, _, err = refused[f"{model} {task}"]
+        assert status == 1 and "Traceback" not in err
+        if (model, task) == ("hf", "tiny_generate"):
+            place = "': the logits of the next token are no numbers"
+        (line,) = (line for line in err.splitlines() if line.startswith("eval_tasks.py: error: "))
+        assert f"--k 8 --tasks {task}: " in line and line.endswith(place)
+
+
+def test_the_tasks_in_examples_run_from_anywhere(refused):
+    status, out, err = refused["shipped"]
+    assert status == 0, err
+    assert "| python_choice | acc | 2 |" in out and "| python_line | exact_match | 2 |" in out
 
 
 def test_a_second_run_keeps_the_cells_of_the_first(refused):

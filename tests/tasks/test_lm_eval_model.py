@@ -69,14 +69,8 @@ def test_inputs_are_cut_from_the_left_and_an_empty_context_is_the_end_token():
     lm = model()
     lm.loglikelihood(requests("loglikelihood", ("1 2 3 4 5 6 7 8 9", " 10 11"), ("", " 5 6")), True)
     assert asked(lm) == [([3, 4, 5, 6, 7, 8, 9, 10], [[10, 11]]), ([END, 5], [[5, 6]])]
-    with pytest.raises(ValueError, match="^a continuation of 9 tokens: the model sees 8 at most$"):
+    with pytest.raises(ValueError, match="request 0: a continuation of 9 tokens: the model sees 8 at most, see"):
         lm.loglikelihood(requests("loglikelihood", ("1", " 1 2 3 4 5 6 7 8 9")), True)
-
-
-def test_an_empty_continuation_is_certain_and_costs_nothing():
-    lm = model()
-    assert lm._loglikelihood_tokens([(None, [1], [])], True) == [(0.0, True)]
-    assert lm.server.asked == []
 
 
 def test_whole_texts_are_scored_in_windows_each_token_once():
