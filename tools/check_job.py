@@ -7,12 +7,11 @@ refused on the nodes, could not be stopped and requeued, or could not write a ch
 """
 
 import sys
-from pathlib import Path
 
 from megatron_emoe.plan.job import Job, check_given
 from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.command_line import command_line
-from megatron_emoe.settings.flag_types import whole
+from megatron_emoe.settings.flag_types import a_path, whole
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.first_look import check_training_words
 
@@ -22,7 +21,7 @@ def read_job(words: list[str]) -> Job:
     parser.add_argument("--nodes", type=whole, required=True, help="Nodes of the job.")
     parser.add_argument("--processes", type=whole, required=True, help="Ranks on each node.")
     parser.add_argument("--gpus", type=int, help="GPUs on each node; 0: host mode. Default: as many as processes.")
-    parser.add_argument("--save", type=Path, required=True, help="Folder of the job's checkpoints.")
+    parser.add_argument("--save", type=a_path, required=True, help="Folder of the job's checkpoints.")
     args = parser.parse_args(words)
     gpus = args.processes if args.gpus is None else args.gpus
     return Job(nodes=args.nodes, processes=args.processes, gpus=gpus, save=args.save)

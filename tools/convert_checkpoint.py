@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.flag_types import a_path
 from megatron_emoe.settings.paths import check_folder, check_hf_folder
 
 
@@ -33,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_import(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
     verb = verbs.add_parser("import", help="Hugging Face -> Megatron")
-    verb.add_argument("--hf", type=Path, required=True, help="Folder with config.json and safetensors.")
-    verb.add_argument("--out", type=Path, required=True, help="Folder to make: release/, model.args, hf/.")
+    verb.add_argument("--hf", type=a_path, required=True, help="Folder with config.json and safetensors.")
+    verb.add_argument("--out", type=a_path, required=True, help="Folder to make: release/, model.args, hf/.")
     verb.add_argument("--no-verify", action="store_true", help="Skip the comparison of every layer with transformers.")
     _add_workers(verb)
     return verb
@@ -42,12 +43,12 @@ def _add_import(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def _add_export(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
     verb = verbs.add_parser("export", help="Megatron -> Hugging Face")
-    verb.add_argument("--megatron", type=Path, required=True, help="Folder that training saved to, or an import made.")
-    verb.add_argument("--out", type=Path, required=True, help="Folder to make.")
+    verb.add_argument("--megatron", type=a_path, required=True, help="Folder that training or an import made.")
+    verb.add_argument("--out", type=a_path, required=True, help="Folder to make.")
     verb.add_argument("--k", type=int, help="Active experts to write into config.json. Default: k in training.")
     verb.add_argument("--ckpt-step", type=int, help="Iteration to export. Default: the newest.")
-    verb.add_argument("--hf-config", type=Path, help="Folder of the original model. Default: hf/ in --megatron.")
-    verb.add_argument("--sweep", type=Path, help="Result of tools/sweep_k.py, noted in config.json.")
+    verb.add_argument("--hf-config", type=a_path, help="Folder of the original model. Default: hf/ in --megatron.")
+    verb.add_argument("--sweep", type=a_path, help="Result of tools/sweep_k.py, noted in config.json.")
     _add_workers(verb)
     return verb
 
@@ -58,14 +59,14 @@ def _add_workers(verb: argparse.ArgumentParser) -> None:
 
 def _add_verify(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
     verb = verbs.add_parser("verify", help="compare both models on the same tokens, at several k'")
-    verb.add_argument("--hf", type=Path, required=True, help="Folder with config.json and safetensors.")
-    verb.add_argument("--megatron", type=Path, required=True, help="Megatron checkpoint, as --load takes it.")
+    verb.add_argument("--hf", type=a_path, required=True, help="Folder with config.json and safetensors.")
+    verb.add_argument("--megatron", type=a_path, required=True, help="Megatron checkpoint, as --load takes it.")
     verb.add_argument("--k", type=int, nargs="+", help="Numbers of active experts k'. Default: the model's.")
     verb.add_argument("--bf16", action="store_true", help="Run both models in bf16. Default: fp32.")
     verb.add_argument(
-        "--text", type=Path, help="Text to run on, through the tokenizer in --hf. Default: random tokens."
+        "--text", type=a_path, help="Text to run on, through the tokenizer in --hf. Default: random tokens."
     )
-    verb.add_argument("--json", type=Path, help="File to write the comparison to.")
+    verb.add_argument("--json", type=a_path, help="File to write the comparison to.")
     verb.add_argument("--host-mode", action="store_true", help="Run on CPU even where CUDA is present.")
     verb.add_argument(
         "--megatron-flags",
@@ -79,7 +80,7 @@ def _add_verify(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def _add_inspect(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
     verb = verbs.add_parser("inspect", help="what a checkpoint of either side is; reads headers only")
-    verb.add_argument("folder", type=Path, metavar="DIR")
+    verb.add_argument("folder", type=a_path, metavar="DIR")
     verb.add_argument("--json", action="store_true", help="Print JSON.")
     return verb
 

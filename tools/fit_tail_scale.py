@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.settings.flag_files import own_command
+from megatron_emoe.settings.flag_types import path_word
 from megatron_emoe.settings.paths import check_out
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.first_look import look_at_evaluation
@@ -42,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Also fit a factor of the router's weight for each k', which an engine without a tail scale can load, and "
         "say what it gives. It is not stored in the model.",
     )
-    group.add_argument("--out", help="Write the table here instead of into the checkpoint.")
+    group.add_argument("--out", type=path_word, help="Write the table here instead of into the checkpoint.")
     return parser
 
 

@@ -3,12 +3,12 @@
 import dataclasses
 import re
 import typing
-from pathlib import Path
 
 from megatron_emoe.settings.atomic_file import write_atomically
 from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.elastic_config import ElasticConfig, flag
 from megatron_emoe.settings.field_flags import field_texts
+from megatron_emoe.settings.flag_types import a_path
 from megatron_emoe.settings.refusal import fail
 
 BEGIN, END = "<!-- flags: tools/flag_table.py --write README.md -->", "<!-- end of flags -->"
@@ -46,7 +46,7 @@ def written(text: str, new: str) -> str:
 
 def main() -> None:
     options = command_line(__doc__)
-    options.add_argument("--write", type=Path, help="Markdown file whose table to replace.")
+    options.add_argument("--write", type=a_path, help="Markdown file whose table to replace.")
     path = options.parse_args().write
     if path is None:
         print(table())

@@ -8,6 +8,7 @@ A k' in several of them is taken from the last. --out is replaced when everythin
 import sys
 
 from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.flag_types import path_word
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep.result import SweepResult, agreed, load, save, upsert_cell
 
@@ -30,8 +31,8 @@ def join(paths: list[str]) -> SweepResult:
 
 def main() -> int:
     parser = command_line(__doc__)
-    parser.add_argument("sweeps", nargs="+", help="Results of tools/sweep_k.py.")
-    parser.add_argument("--out", required=True, help="Result file (JSON).")
+    parser.add_argument("sweeps", nargs="+", type=path_word, help="Results of tools/sweep_k.py.")
+    parser.add_argument("--out", type=path_word, required=True, help="Result file (JSON).")
     args = parser.parse_args()
     try:
         joined = join(args.sweeps)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.flag_types import a_path
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.allocation import Allocation, moe_layers, sensitivities
@@ -35,7 +36,7 @@ from megatron_emoe.sweep.serving import serving_lines, sweep_command, tail_scale
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__)
-    parser.add_argument("result", type=Path, metavar="SWEEP.json", help="a result of tools/sweep_k.py")
+    parser.add_argument("result", type=a_path, metavar="SWEEP.json", help="a result of tools/sweep_k.py")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument(
         "--max-flops",

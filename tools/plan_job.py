@@ -23,14 +23,14 @@ from megatron_emoe.plan.layout import OPTIMIZER_STATES
 from megatron_emoe.plan.model import MODELS, read_model
 from megatron_emoe.plan.search import RECOMPUTATIONS, Machine, Plan, Wanted, propose
 from megatron_emoe.settings.command_line import command_line
-from megatron_emoe.settings.flag_types import positive, whole
+from megatron_emoe.settings.flag_types import path_word, positive, whole
 from megatron_emoe.settings.refusal import fail
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or a file of Megatron's flags")
-    parser.add_argument("--recipe", metavar="FILE", help="flag file with the elastic settings, for E[k] and k_max")
+    parser.add_argument("--recipe", type=path_word, metavar="FILE", help="elastic settings, for E[k] and k_max")
     _add_job(parser)
     _add_machine(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object: bytes, FLOPs, hours")

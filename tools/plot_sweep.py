@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_emoe.settings.atomic_file import written_whole
 from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.flag_types import a_path
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.curve import SweepCell, SweepResult
@@ -220,8 +221,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help="a result of tools/sweep_k.py")
-    parser.add_argument("--out", required=True, type=Path, help=f"file to write, one of {', '.join(SUFFIXES)}")
+    parser.add_argument("results", nargs="+", type=a_path, metavar="RESULT.json", help="a result of tools/sweep_k.py")
+    parser.add_argument("--out", required=True, type=a_path, help=f"file to write, one of {', '.join(SUFFIXES)}")
     parser.add_argument("--title", default="", help="title above the chart (default: none)")
     parser.add_argument("--labels", nargs="+", help="names of the curves, one per result (default: those in the files)")
     parser.add_argument("--x", choices=X_AXES, default="k", help="horizontal axis (default: %(default)s)")

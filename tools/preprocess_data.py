@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_emoe.data.corpus import cut, find_files, group
 from megatron_emoe.settings.command_line import HELP_ALL, CommandLine, command_line
+from megatron_emoe.settings.flag_types import path_word
 
 if TYPE_CHECKING:  # these, and Megatron's tokenizers, take ten seconds to import: not before the flags are checked
     from megatron_emoe.data.preprocess import Encoder, TokenWriter
@@ -55,7 +56,7 @@ def first_look(argv: list[str]) -> None:
     parser.add_argument(HELP_ALL, action="store_true", help="Print the help of Megatron's other flags of a tokenizer.")
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", metavar="KIND", help="Megatron's name of the kind, as HuggingFaceTokenizer")
-    group.add_argument("--tokenizer-model", metavar="PATH", help="the tokenizer: a file, or the folder of a model")
+    group.add_argument("--tokenizer-model", type=path_word, metavar="PATH", help="a file, or the folder of a model")
     args, _ = parser.parse_known_args(argv)
     check(args)
     check_outputs(args, find_files(args.input, args.suffix))
@@ -65,12 +66,12 @@ def own_flags() -> CommandLine:
     """A parser with all flags but the tokenizer's."""
     parser = command_line(__doc__)
     add = parser.add_argument_group("input").add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="JSONL or text files, folders, glob patterns")
+    add("--input", nargs="+", type=path_word, required=True, metavar="PATH", help="JSONL, text, folders, globs")
     add("--json-keys", nargs="+", default=["text"], help="keys to take; several make a data set each, <prefix>_<key>")
     add("--suffix", nargs="+", default=FOLDER_SUFFIXES, help="files of a folder to read (default: %(default)s)")
     add("--errors", choices=["strict", "replace", "ignore"], default="strict", help="for bytes that are not UTF-8")
     add = parser.add_argument_group("output").add_argument
-    add("--output-prefix", required=True, help="path of the result without .bin, .idx, .json")
+    add("--output-prefix", type=path_word, required=True, help="path of the result without .bin, .idx, .json")
     add("--overwrite", action="store_true", help="replace an earlier result")
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add("--holdout", type=float, default=0.0, help="share of documents, by a hash of each, for <prefix>_heldout")

@@ -18,6 +18,7 @@ import plot_sweep
 
 from megatron_emoe.settings.atomic_file import write_atomically
 from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.flag_types import a_path
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.card import Card, make_card, name_seeds
@@ -33,11 +34,11 @@ LATENCIES = {"latency_ms_batch1": "one token alone", "latency_ms_large": "a full
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__)
-    parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.json", help="results of tools/sweep_k.py")
-    parser.add_argument("--out", required=True, type=Path, metavar="CARD.html", help="page to write; CARD.md beside it")
+    parser.add_argument("sweeps", nargs="+", type=a_path, metavar="SWEEP.json", help="results of tools/sweep_k.py")
+    parser.add_argument("--out", required=True, type=a_path, metavar="CARD.html", help="page to write; and CARD.md")
     parser.add_argument(
         "--baseline",
-        type=Path,
+        type=a_path,
         metavar="SWEEP.json",
         help="plain top-k, for peak gain and cost at k; one of the sweeps, or one more",
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_emoe.host import mode as host_mode
-from megatron_emoe.settings.flag_types import per_layer
+from megatron_emoe.settings.flag_types import path_word, per_layer
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep.request import check_asked, check_sweep
 from megatron_emoe.training.first_look import look_at_evaluation
@@ -21,7 +21,7 @@ from megatron_emoe.training.first_look import look_at_evaluation
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group("sweep")
-    group.add_argument("--hf", metavar="FOLDER", help="Sweep this Hugging Face folder with transformers; no --load.")
+    group.add_argument("--hf", type=path_word, metavar="FOLDER", help="Sweep this model with transformers; no --load.")
     group.add_argument("--k", type=int, nargs="+", default=[], help="Numbers of active experts k' to evaluate.")
     group.add_argument(
         "--k-per-layer",
@@ -36,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         action="store_true",
         help="Also, for every MoE layer and every --k: that k' in this layer, the k of training in all others.",
     )
-    group.add_argument("--out", required=True, help="Result file (JSON); finished cells in it are kept.")
+    group.add_argument("--out", type=path_word, required=True, help="Result file (JSON); its finished cells are kept.")
     group.add_argument("--label", help="Name of the curve in tables and plots. Default: the model's folder.")
     group.add_argument(
         "--max-eval-tokens",

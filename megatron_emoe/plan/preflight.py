@@ -26,6 +26,7 @@ from megatron_emoe.plan.layout import Layout, expert_rules, layout_of, megatron_
 from megatron_emoe.plan.model import OF_THE_LAYOUT
 from megatron_emoe.plan.parameters import router_parameters, stage_parameters
 from megatron_emoe.settings.elastic_config import flag
+from megatron_emoe.settings.flag_types import a_path
 from megatron_emoe.settings.paths import same_folder
 from megatron_emoe.training.arguments import parse
 
@@ -137,7 +138,7 @@ def checkpoint_bytes(args: Namespace) -> int:
 def _tensorboard_dir(words: list[str]) -> Path | None:
     """As given: WRITERS has taken it out of the arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--tensorboard-dir", type=Path)
+    parser.add_argument("--tensorboard-dir", type=a_path)
     return parser.parse_known_args(words)[0].tensorboard_dir
 
 

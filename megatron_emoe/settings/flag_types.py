@@ -1,6 +1,11 @@
 """Values of flags, for argparse's `type`: each takes the word and raises what argparse prints."""
 
+import os
 from argparse import ArgumentTypeError
+from pathlib import Path
+
+LONGEST_NAME = 255
+"""Bytes of a file's name that file systems hold."""
 
 
 def whole(word: str) -> int:
@@ -27,3 +32,17 @@ def per_layer(word: str) -> tuple[int, ...]:
         return tuple(int(part) for part in word.split(","))
     except ValueError:
         raise ArgumentTypeError(f"{word!r}: must be whole numbers with commas between them, such as 2,4,4") from None
+
+
+def path_word(word: str) -> str:
+    """The path of a file or folder, as it was given; nothing need be there."""
+    if not word:
+        raise ArgumentTypeError("'': must be a path")
+    if any(len(os.fsencode(name)) > LONGEST_NAME for name in word.split(os.sep)):
+        raise ArgumentTypeError(f"{word}: no file's name has more than {LONGEST_NAME} bytes")
+    return word
+
+
+def a_path(word: str) -> Path:
+    """The same, as a Path."""
+    return Path(path_word(word))

@@ -18,6 +18,7 @@ from megatron_emoe.hf.import_model import tokenizer_flags
 from megatron_emoe.model.checkpoint import iteration_of, locate, stored_args
 from megatron_emoe.model.layer_spec import elastic_model_config
 from megatron_emoe.routing.transformer_config import check_ks
+from megatron_emoe.settings.flag_types import path_word
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.settings.tail_scale import parse_tail_scale
 from megatron_emoe.tasks.forward_server import ForwardServer, check_layout, control_group, from_rank_0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
+from megatron_emoe.settings.flag_types import a_path
 from megatron_emoe.settings.paths import check_folder, check_out
 
 PAPER_TASKS = {
@@ -30,14 +30,14 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--tasks", nargs="+", default=list(PAPER_TASKS), help=f"Tasks of lm-eval. Default: {' '.join(PAPER_TASKS)}."
     )
-    group.add_argument("--include-path", type=path, help="Folder with more tasks, as YAML files.")
+    group.add_argument("--include-path", type=a_path, help="Folder with more tasks, as YAML files.")
     group.add_argument("--num-fewshot", type=int, help="Examples in the prompt. Default: each task's own number.")
     group.add_argument("--limit", type=int, help="Documents of each task to use at most, for a first look.")
     group.add_argument("--max-length", type=int, help="Tokens that the model sees at most. Default: the model's own.")
     group.add_argument(
         "--allow-code-execution", action="store_true", help="Run programs that the model writes (humaneval)."
     )
-    group.add_argument("--out", type=path, required=True, help="Result file (JSON); finished cells in it are kept.")
+    group.add_argument("--out", type=a_path, required=True, help="Result file (JSON); finished cells in it are kept.")
     group.add_argument("--label", help="Name of the model in tables. Default: the name of the --load folder.")
     return parser
 
@@ -45,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 def add_hf_arguments(parser: ArgumentParser) -> ArgumentParser:
     """The flags of --model hf, which transformers runs."""
     group = add_arguments(parser).add_argument_group("model of transformers (--model hf)")
-    group.add_argument("--load", type=path, required=True, help="Folder with config.json and safetensors.")
+    group.add_argument("--load", type=a_path, required=True, help="Folder with config.json and safetensors.")
     group.add_argument("--micro-batch-size", type=int, default=8, help="Rows in one forward pass. Default: 8.")
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     group.add_argument("--host-mode", action="store_true", help="Run on CPU even where CUDA is present.")

@@ -21,8 +21,10 @@ from megatron_emoe.settings.command_line import HELP_ALL, Adder, CommandLine, co
 from megatron_emoe.settings.elastic_config import ElasticConfig, elastic_settings, flag
 from megatron_emoe.settings.elastic_rules import read_tail_scale, validate_elastic
 from megatron_emoe.settings.field_flags import add_elastic_flags
+from megatron_emoe.settings.flag_types import path_word
 from megatron_emoe.settings.paths import check_folder, check_hf_folder, same_folder
 from megatron_emoe.settings.refusal import fail
+from megatron_emoe.training.megatron_flags import refuse_unserved
 
 _ALL_FLAGS = "All of Megatron-Core's flags work as well, and @FILE stands for the flags in FILE."
 
@@ -40,7 +42,7 @@ def look_at_evaluation(text: str | None, add_own: Adder, check: Callable[[Namesp
     """The same for a program that evaluates --load. add_own: its own flags; check: raises ValueError for them."""
 
     def add_all(parser: ArgumentParser) -> ArgumentParser:
-        add_own(parser).add_argument("--load", metavar="FOLDER", help="Folder of the Megatron checkpoint.")
+        add_own(parser).add_argument("--load", type=path_word, help="Folder of the Megatron checkpoint.")
         return parser
 
     def check_all(args: Namespace) -> None:
@@ -79,7 +81,7 @@ def _add_shared(parser: ArgumentParser) -> ArgumentParser:
     host_mode.add_arguments(parser)
     taken = {option for action in parser._actions for option in action.option_strings}
     for name in {"--load", "--save", "--pretrained-checkpoint"} - taken:
-        parser.add_argument(name, help=argparse.SUPPRESS)
+        parser.add_argument(name, type=path_word, help=argparse.SUPPRESS)
     for name in ("--num-experts", "--moe-router-topk", "--moe-router-num-groups", "--moe-router-group-topk"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     for name in ("--finetune", "--use-checkpoint-args"):
@@ -93,6 +95,7 @@ def _check(parser: ArgumentParser, words: list[str], check: Callable[[Namespace]
         refuse_mistyped(unknown)
         if args.host_mode:
             host_flags.refuse_gpu_flags(words)
+        refuse_unserved(words)
         if args.emoe_tail_scale is not None:
             read_tail_scale(args.emoe_tail_scale)
         check(args)
