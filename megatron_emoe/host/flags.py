@@ -25,7 +25,7 @@ _DEFAULTS = {
 }
 
 # Flags with a choice that only a GPU can serve: the values that host mode can.
-_POSSIBLE = {
+POSSIBLE = {
     "--transformer-impl": "local",
     "--distributed-backend": "gloo",
     "--attention-backend": "unfused local auto",
@@ -37,10 +37,13 @@ _POSSIBLE = {
 }
 
 # Flags that ask for what only a GPU has. The core would stop on some of them, and silently ignore others.
-_IMPOSSIBLE = {
+IMPOSSIBLE = {
     "Transformer Engine computes on GPUs only": (
         "--fp8-format --fp8-param-gather --fp4-format --fp4-param-gather"
-        " --te-rng-tracker --use-precision-aware-optimizer"
+        " --te-rng-tracker --use-precision-aware-optimizer --apply-layernorm-1p --use-te-activation-func"
+        " --use-transformer-engine-op-fuser --fused-residual-rmsnorm --moe-latent-size --te-precision-config-file"
+        " --experimental-attention-variant --symmetric-ar-type"
+        " --save-activations-interval --save-dgrads-interval"
     ),
     "the fused kernel runs on GPUs only": (
         "--moe-permute-fusion --moe-router-fusion --moe-grouped-gemm --moe-enable-deepep --use-flash-attn"
@@ -48,6 +51,7 @@ _IMPOSSIBLE = {
     "the overlap needs the streams of a GPU": "--tp-comm-overlap --overlap-moe-expert-parallel-comm",
     "training would change the tensors while they are written": "--async-save --use-persistent-ckpt-worker",
     "everything is in host memory already": "--optimizer-cpu-offload --fine-grained-activation-offloading",
+    "it is about the GPUs themselves": "--record-memory-history --gpu-sniff-test-interval",
     "CUDA graphs need a GPU": "--enable-cuda-graph --external-cuda-graph --optimizer-cuda-graph",
     "gloo carries all messages": "--use-nccl-ub --use-sharp --pipeline-model-parallel-comm-backend",
     "FSDP places its shards by CUDA device": "--use-megatron-fsdp --use-torch-fsdp2",
@@ -59,7 +63,7 @@ def words_of(flags: dict[str, str]) -> list[str]:
     return [word for pair in flags.items() for word in pair if word]
 
 
-def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
+def given_flags(argv: list[str]) -> Iterator[tuple[str, str]]:
     """Each flag of argv with its value, from `--flag value` as from `--flag=value`; "" where no value follows."""
     for word, after in pairwise([*argv, "--"]):
         flag, equals, value = word.partition("=")
@@ -69,16 +73,16 @@ def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
 
 def missing_defaults(argv: list[str]) -> list[str]:
     """Words for the flags that host mode needs and argv does not give."""
-    given = dict(_given(argv))
+    given = dict(given_flags(argv))
     return words_of({flag: value for flag, value in _DEFAULTS.items() if flag not in given})
 
 
 def refuse_gpu_flags(argv: list[str]) -> None:
     """Raise ValueError for the first flag that only a GPU can serve."""
-    for flag, value in _given(argv):
-        possible = _POSSIBLE.get(flag, "").split()
+    for flag, value in given_flags(argv):
+        possible = POSSIBLE.get(flag, "").split()
         if value and possible and value not in possible:
             raise ValueError(f"{flag} {value}: in host mode it must be {' or '.join(possible)}")
-        for reason, flags in _IMPOSSIBLE.items():
+        for reason, flags in IMPOSSIBLE.items():
             if flag in flags.split():
                 raise ValueError(f"{f'{flag} {value}'.strip()}: not possible in host mode, {reason}; leave it out")

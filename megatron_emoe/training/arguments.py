@@ -240,6 +240,8 @@ def check_sizes(args: Namespace) -> None:
     for name in _SIZES:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{flag(name)} {getattr(args, name)}: must be at least 1")
+    if args.moe_apply_probs_on_input and args.moe_router_topk != 1:
+        raise ValueError(f"--moe-apply-probs-on-input: needs --moe-router-topk 1, not {args.moe_router_topk}")
     check_moe_layers(args)
 
 

@@ -175,6 +175,7 @@ REFUSED = {
     "report.py": [(["/nowhere.json", "--out", "a.html"], "/nowhere.json: cannot be read")],
     "join_sweeps.py": [(["/nowhere.json", "--out", "a.json"], "/nowhere.json: cannot be read")],
     "flag_table.py": [(["--write", "/nowhere.md"], "--write /nowhere.md: ")],
+    "flags_page.py": [(["--write", "/nowhere/a.md"], "--write /nowhere/a.md: the folder /nowhere does not exist")],
 }
 
 
