@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_emoe.settings.command_line import command_line
-from megatron_emoe.settings.flag_types import a_path
+from megatron_emoe.settings.flag_types import MOST_WORKERS, a_path, whole_to
 from megatron_emoe.settings.paths import check_folder, check_hf_folder
 
 
@@ -54,7 +54,8 @@ def _add_export(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def _add_workers(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--workers", type=int, default=2, help="Threads; each holds one layer in memory. Default: 2.")
+    text = "Threads; each holds one layer in memory. Default: 2."
+    verb.add_argument("--workers", type=whole_to(MOST_WORKERS), default=2, help=text)
 
 
 def _add_verify(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -143,8 +144,6 @@ def _choose_device(chosen: argparse.Namespace) -> None:
 
 def _check(chosen: argparse.Namespace) -> None:
     """ValueError for what is plainly not there, before anything is imported."""
-    if getattr(chosen, "workers", 1) < 1:
-        raise ValueError(f"--workers {chosen.workers}: must be at least 1")
     if getattr(chosen, "hf", None) is not None:
         check_hf_folder(chosen.hf)
     if getattr(chosen, "megatron", None) is not None:

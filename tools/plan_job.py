@@ -21,9 +21,9 @@ from megatron_emoe.plan import kept
 from megatron_emoe.plan import report as plan_report
 from megatron_emoe.plan.layout import OPTIMIZER_STATES
 from megatron_emoe.plan.model import MODELS, read_model
-from megatron_emoe.plan.search import RECOMPUTATIONS, Machine, Plan, Wanted, propose
+from megatron_emoe.plan.search import MOST_GPUS, RECOMPUTATIONS, Machine, Plan, Wanted, propose
 from megatron_emoe.settings.command_line import command_line
-from megatron_emoe.settings.flag_types import path_word, positive, whole
+from megatron_emoe.settings.flag_types import path_word, positive, whole, whole_to
 from megatron_emoe.settings.refusal import fail
 
 
@@ -48,7 +48,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("job")
-    job.add_argument("--gpus", type=whole, required=True, help="GPUs of the whole job")
+    job.add_argument("--gpus", type=whole_to(MOST_GPUS), required=True, help="GPUs of the whole job")
     job.add_argument("--gpus-per-node", type=whole, default=8, help="(8)")
     job.add_argument("--tp", type=whole, help="tensor-parallel ranks; with sequence parallelism")
     job.add_argument("--pp", type=whole, help="pipeline stages")

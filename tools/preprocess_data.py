@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_emoe.data.corpus import cut, find_files, group
 from megatron_emoe.settings.command_line import HELP_ALL, CommandLine, command_line
-from megatron_emoe.settings.flag_types import path_word
+from megatron_emoe.settings.flag_types import MOST_WORKERS, path_word, whole_to
+from megatron_emoe.settings.refusal import one_line
 
 if TYPE_CHECKING:  # these, and Megatron's tokenizers, take ten seconds to import: not before the flags are checked
     from megatron_emoe.data.preprocess import Encoder, TokenWriter
@@ -75,7 +76,7 @@ def own_flags() -> CommandLine:
     add("--overwrite", action="store_true", help="replace an earlier result")
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add("--holdout", type=float, default=0.0, help="share of documents, by a hash of each, for <prefix>_heldout")
-    add("--workers", type=int, default=CPUS, help="processes (default: %(default)s)")
+    add("--workers", type=whole_to(MOST_WORKERS), default=CPUS, help="processes (default: %(default)s)")
     add = parser.add_argument_group("tokenizer training").add_argument
     add("--train-tokenizer", type=int, metavar="VOCAB", help="first train a SentencePiece model, <prefix>.model")
     add("--train-tokenizer-bytes", type=int, default=10_000_000, help="text to train on (default: %(default)s)")
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         print("preprocess_data.py: interrupted, nothing was written", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
+        print(f"preprocess_data.py: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -109,7 +110,6 @@ def check(args: argparse.Namespace) -> None:
     """ValueError for flags that cannot work, before any file is read."""
     trains = args.train_tokenizer is not None
     rules = [
-        (args.workers < 1, f"--workers {args.workers}: must be at least 1"),
         (not 0 <= args.holdout < 1, f"--holdout {args.holdout}: must be at least 0 and below 1"),
         (len(set(args.json_keys)) < len(args.json_keys), f"--json-keys {' '.join(args.json_keys)}: a key twice"),
         (os.path.isdir(args.output_prefix), f"--output-prefix {args.output_prefix}: is a folder, give a name in it"),

@@ -29,6 +29,8 @@ CLOSE = 1.05  # estimates within this factor are equal
 LAYER_SECONDS = 5e-4  # of one layer and micro-batch, forward and backward, whatever its size
 MICRO_BATCHES = (1, 2, 4, 8)
 TENSOR_RANKS = (1, 2, 4, 8)
+MOST_GPUS = 2**17
+"""Of a job: more than any machine has, and few enough to try every divisor."""
 RECOMPUTATIONS: tuple[Recompute, ...] = ("none", "moe", "full")
 
 

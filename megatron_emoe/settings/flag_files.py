@@ -86,7 +86,7 @@ def _read(word: str, file: Path) -> str:
     if file.is_dir():
         raise ValueError(f"{word}: {file} is a folder, not a flag file")
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # as some editors begin a text
     except FileNotFoundError:
         raise ValueError(f"{word}: no flag file {file}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -2,10 +2,13 @@
 
 import os
 from argparse import ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
 
 LONGEST_NAME = 255
 """Bytes of a file's name that file systems hold."""
+MOST_WORKERS = 1024
+"""Threads or processes of one program: more are a slip, and would fail after the work has begun."""
 
 
 def whole(word: str) -> int:
@@ -13,6 +16,17 @@ def whole(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise ArgumentTypeError(f"{word}: must be a whole number of at least 1")
     return int(word)
+
+
+def whole_to(most: int) -> Callable[[str], int]:
+    """The type of a whole number from 1 to `most`."""
+
+    def whole_number(word: str) -> int:
+        if whole(word) > most:
+            raise ArgumentTypeError(f"{word}: must be at most {most}")
+        return int(word)
+
+    return whole_number
 
 
 def positive(word: str) -> float:

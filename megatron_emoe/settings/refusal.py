@@ -27,8 +27,13 @@ def fail(error: object, status: int = 2) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # as --exit-signal-handler has it blocked
         time.sleep(PATIENCE)
     _close_bars()
-    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+    print(f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def one_line(error: object) -> str:
+    """A message as one line: a library's reason may have several."""
+    return " ".join(str(error).split("\n"))
 
 
 def _close_bars() -> None:

@@ -103,7 +103,7 @@ def test_one_message_and_status_2(answers, name, message):
 
 def test_workers_are_checked(answers):
     assert answers[1]["workers"].status == 2
-    assert "--workers 0: must be at least 1" in answers[1]["workers"].err
+    assert "--workers 0: must be a whole number of at least 1" in answers[1]["workers"].err
 
 
 def test_inspection_is_text_or_json(answers):
