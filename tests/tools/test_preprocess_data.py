@@ -265,10 +265,10 @@ def test_bad_input_is_one_message_and_leaves_nothing(case, tmp_path, words, mode
     flags, message = BAD_FLAGS[case]
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     usual = ["--input", words, "--output-prefix", tmp_path / "new" / "d", "--append-eod", "--workers", 1]
-    usual += [] if "--train-tokenizer" in flags else sp(model)
+    usual += [] if "--train-tokenizer" in flags and case != "both tokenizers" else sp(model)
     assert ended([*map(str, usual), *flags]) == 2
     printed = capsys.readouterr().err.strip().splitlines()[-1]
-    assert printed.startswith("preprocess_data.py: error: ")
+    assert ": error: " in printed
     assert message.replace("{tmp}", str(tmp_path)) in printed
     assert sorted(os.listdir(tmp_path)) == before
 
