@@ -227,6 +227,20 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def break_expert(folder: Path, copy: Path) -> Path:
+    """A copy of a saved model in which one number of one expert of the second layer is NaN; returns its folder."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, copy)
+    (file,) = copy.glob("*.safetensors")
+    weights = load_file(file)
+    weights["model.layers.1.mlp.experts.3.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    return copy
+
+
 def _save_tokenizer(folder: Path, size: int) -> None:
     """A word-level tokenizer: `w7` is token 7, between the four special tokens and the last row of the embedding."""
     from tokenizers import Tokenizer, models, pre_tokenizers

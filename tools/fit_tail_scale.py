@@ -4,7 +4,8 @@
 
 No weight is touched. Sweeps and tasks then use the table unless --emoe-tail-scale is given (1 is plain top-k'). The
 second half of the tokens is fitted on and the first half judged; what is printed at the end includes how many tokens a
-sweep may read without one that was fitted on.
+sweep may read without one that was fitted on. Exit status 2 for what is refused, 1 where a loss is no number; then
+nothing is stored.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megatron_emoe.host import mode as host_mode
 from megatron_emoe.settings.flag_files import own_command
 from megatron_emoe.settings.flag_types import path_word
 from megatron_emoe.settings.paths import check_out
-from megatron_emoe.settings.refusal import fail
+from megatron_emoe.settings.refusal import NoNumber, fail
 from megatron_emoe.training.first_look import look_at_evaluation
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--max-eval-tokens",
         type=int,
         default=2_000_000,
-        help="Held-out tokens to use: the second half is fitted on, the first judged. Twice the default of "
-        "tools/sweep_k.py, which then reads none that were fitted on, where the data hold as many.",
+        help="Held-out tokens to use at most (default: 2,000,000): the second half is fitted on, the first judged. "
+        "Twice the default of tools/sweep_k.py, which then reads none that was fitted on, if the data hold as many.",
     )
     group.add_argument("--max-scale", type=float, default=1.0, help="The largest a to consider.")
     group.add_argument(
@@ -70,7 +71,11 @@ def check(args: Namespace) -> Path:
         raise ValueError(
             f"--load {args.load}: was trained with --emoe-selection {args.emoe_selection}: no tail to scale"
         )
-    return Path(args.out) if args.out else tail_scale_path(locate(args.load, args.ckpt_step))
+    if args.out:
+        return Path(args.out)
+    target = tail_scale_path(locate(args.load, args.ckpt_step))
+    check_out(target, "--load")
+    return target
 
 
 def table(found: dict[int, Fitted]) -> str:
@@ -100,7 +105,7 @@ def run() -> None:
     from megatron_emoe.training.arguments import parse_evaluation
 
     fixed = {"skip_train": True, "no_load_optim": True, "no_load_rng": True, "split": "0,100,0"}
-    fixed["create_attention_mask_in_dataloader"] = False
+    fixed |= {"create_attention_mask_in_dataloader": False, "dataloader_type": "single"}
     args = parse_evaluation(add_arguments, **fixed, seed=1234)
     header = {
         "checkpoint": args.load,
@@ -115,6 +120,10 @@ def run() -> None:
         found, before = run_fit(args, target, header)
     except ValueError as error:
         fail(error)
+    except NoNumber as error:
+        fail(error, status=1)
+    except OSError as error:
+        fail(f"{error.filename}: cannot be written ({error.strerror})", status=1)
     if torch.distributed.get_rank() == 0:
         print(f"Held-out loss, nats per token, on the half that was not fitted on:\n\n{table(found)}\n")
         print(f"a sweep with --max-eval-tokens {before} or fewer reads nothing that was fitted on\nstored: {target}")

@@ -5,7 +5,8 @@
 
 The model's flags come from the checkpoint, or from the config.json of a Hugging Face folder, which transformers runs on
 the same tokens; parallel layout and --micro-batch-size may differ from training. Cells already in the output are kept,
-so an interrupted sweep goes on where it stopped, and --evidence or --latency can be added later.
+so an interrupted sweep goes on where it stopped, and --evidence or --latency can be added later; cells of other data,
+another checkpoint or other settings are refused. Exit status 2 for what is refused, 1 where a loss is no number.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_emoe.host import mode as host_mode
+from megatron_emoe.settings.command_line import say
 from megatron_emoe.settings.flag_types import path_word, per_layer
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep.request import check_asked, check_sweep
+from megatron_emoe.sweep.summary import ending
 from megatron_emoe.training.first_look import look_at_evaluation
 
 
@@ -37,7 +40,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Also, for every MoE layer and every --k: that k' in this layer, the k of training in all others.",
     )
     group.add_argument("--out", type=path_word, required=True, help="Result file (JSON); its finished cells are kept.")
-    group.add_argument("--label", help="Name of the curve in tables and plots. Default: the model's folder.")
+    group.add_argument(
+        "--label", help="Name of the curve in tables and plots. Default: that in --out, else the model's folder."
+    )
     group.add_argument(
         "--max-eval-tokens",
         type=int,
@@ -85,6 +90,7 @@ def run() -> None:
     fixed = {"skip_train": True, "no_load_optim": True, "no_load_rng": True, "split": "0,100,0"}
     fixed["create_attention_mask_in_dataloader"] = False  # causal; [s, s] per sequence would be kept for every k
     fixed["mtp_num_layers"] = None  # layers that predict further tokens have no part in this loss
+    fixed["dataloader_type"] = "single"  # in the order of the data, as the digest and the blocks of losses have them
     fixed["seed"] = 1234  # it decides which part of the data is read
     args = parse_evaluation(add_arguments, hf_arguments, **fixed)
     try:
@@ -92,13 +98,10 @@ def run() -> None:
     except ValueError as error:
         fail(error)
     if args.hf:
-        from megatron_emoe.sweep.on_transformers import run_sweep_hf
-
-        run_sweep_hf(args, header)
+        from megatron_emoe.sweep.on_transformers import run_sweep_hf as run_sweep
     else:
         from megatron_emoe.sweep.on_megatron import run_sweep
-
-        run_sweep(args, header)
+    say("\n" + ending(run_sweep(args, header)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Files and folders that flags name, looked for before anything is imported or built. Raise ValueError, one line."""
 
+import tempfile
 from pathlib import Path
 
 
@@ -15,9 +16,15 @@ def same_folder(one: str | Path | None, other: str | Path | None) -> bool:
 
 
 def check_out(path: str | Path, name: str = "--out") -> None:
-    """The folder of a file to write exists."""
+    """A file can be written: its folder exists and takes one, and it is no folder itself."""
     if not Path(path).parent.is_dir():
         raise ValueError(f"{name} {path}: the folder {Path(path).parent} does not exist")
+    if Path(path).is_dir():
+        raise ValueError(f"{name} {path}: is a folder; must be a file")
+    try:
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
+    except OSError as error:
+        raise ValueError(f"{name} {path}: cannot be written ({error.strerror})") from error
 
 
 def check_hf_folder(folder: str | Path) -> None:

@@ -20,23 +20,27 @@ from megatron_emoe.settings.elastic_config import ElasticConfig
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep.curve import expert_flops_per_token
 from megatron_emoe.sweep.evidence import training_pairs, watching_routers
+from megatron_emoe.sweep.fill import fill, finish
 from megatron_emoe.sweep.latency import Latency
-from megatron_emoe.sweep.request import Budget, by_layer, fill, unfinished
+from megatron_emoe.sweep.request import Budget, by_layer, unfinished
 from megatron_emoe.sweep.result import SweepCell, SweepResult
+from megatron_emoe.sweep.uncertainty import block_losses
 from megatron_emoe.training.evaluation import (
     Evaluator,
     HeldOutLoss,
     counting_rows,
     current_device,
+    device_name,
 )
-from megatron_emoe.training.held_out import load_model, micro_batches, read_batches
+from megatron_emoe.training.held_out import load_model, micro_batches, read_batches, read_digest
 from megatron_emoe.training.loop import ElasticLoop
 
 
 def run_sweep(args: Namespace, result: SweepResult) -> SweepResult:
     """Measure what is missing of what `args` ask for; --out is rewritten after every cell, from rank 0. Collective."""
     if not unfinished(args, result):
-        return result
+        initialize_megatron()
+        return finish(args, result, read_digest(args), writes=torch.distributed.get_rank() == 0)
     try:
         folder = Path(args.load)
         training = training_pairs(folder, args.num_experts, result.iteration, say) if args.evidence else None
@@ -71,7 +75,8 @@ class MegatronSweep:
     def cell(self, k: Budget) -> SweepCell:
         """Loss, speed, rows and cost at k'."""
         with counting_rows(self.model) as rows:
-            measured = self.evaluator.loss_at_k(self.model, self.batches, by_layer(k, self.layers), self.steps)
+            ks = by_layer(k, self.layers)
+            measured = self.evaluator.loss_at_k(self.model, self.batches, ks, self.steps, by_sequence=True).checked()
             return self.cost.cell(k, measured, rows())
 
     def evidence(self, k: Budget) -> tuple[dict[str, Any], Mapping[int, torch.Tensor]]:
@@ -134,6 +139,9 @@ def costed_cell(
         expert_flops_per_token=float(expert * sum(ks)),
         active_params=shared + int(routed * sum(ks) // (args.num_experts * layers)),
         flops_per_token=flops_per_token(args, ks),
+        block_losses=block_losses(measured.sums, measured.tokens),
+        device=device_name(),
+        ranks=torch.distributed.get_world_size(),
     )
 
 

@@ -27,18 +27,20 @@ from megatron_emoe.model.flops import moe_layer_numbers
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.settings.tail_scale import parse_tail_scale
 from megatron_emoe.sweep.evidence import Evidence, hooked, training_pairs
+from megatron_emoe.sweep.fill import fill, finish
 from megatron_emoe.sweep.latency import ALONE_RUNS, LARGE_RUNS, median_seconds
 from megatron_emoe.sweep.on_megatron import costed_cell
-from megatron_emoe.sweep.request import Budget, fill, unfinished
+from megatron_emoe.sweep.request import Budget, unfinished
 from megatron_emoe.sweep.result import SweepCell, SweepResult
-from megatron_emoe.training.evaluation import HeldOutLoss, current_device, data_digest
+from megatron_emoe.training.evaluation import Digest, HeldOutLoss, current_device, data_digest
 from megatron_emoe.training.held_out import check_enough, wanted_sequences
 
 
 def run_sweep_hf(args: Namespace, result: SweepResult) -> SweepResult:
     """Measure what is missing of what `args` ask for; --out is rewritten after every cell."""
     if not unfinished(args, result):
-        return result
+        with alone():
+            return finish(args, result, read_batches(args)[1], writes=True)
     with alone():
         try:
             iteration = (args.hf_settings or {}).get("iteration")
@@ -65,7 +67,7 @@ class TransformersSweep:
         """Loss, speed, rows and cost at k'."""
         set_active_experts(self.model, k, self.tail)
         with counting_rows(self.model) as rows:
-            measured = self._loss()
+            measured = self._loss().checked()
         return costed_cell(self.args, k, measured, rows, shared=self.shared, routed=self.routed)
 
     def evidence(self, k: Budget) -> tuple[dict[str, Any], Mapping[int, Tensor]]:
@@ -85,26 +87,25 @@ class TransformersSweep:
 
     def _loss(self) -> HeldOutLoss:
         start = time.perf_counter()
-        totals = torch.zeros(2, dtype=torch.float64, device=current_device())
-        for batch in self.batches:
-            totals += self._losses(batch)
-        loss, tokens = totals.tolist()  # sync
+        sums_B2 = torch.cat([self._losses(batch) for batch in self.batches])
+        loss, tokens = sums_B2.sum(dim=0).tolist()  # sync
         positions = sum(batch["tokens"].numel() for batch in self.batches)
-        return HeldOutLoss(loss / tokens, int(tokens), time.perf_counter() - start, positions)
+        seconds = time.perf_counter() - start
+        return HeldOutLoss(loss / tokens, int(tokens), seconds, positions, tuple(sums_B2[:, 0].tolist()))
 
     def _losses(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Sum of the token losses in nats, and the number of tokens that count, float64 [2]."""
+        """Of each sequence the sum of the token losses in nats, and the number of tokens that count, float64 [B, 2]."""
         logits_TV = self._logits(batch["tokens"]).flatten(end_dim=1).float()
         losses_T = nn.functional.cross_entropy(logits_TV, batch["labels"].flatten(), reduction="none")
-        mask_T = batch["loss_mask"].flatten().float()
-        return torch.stack([(losses_T * mask_T).sum(), mask_T.sum()]).double()
+        mask_BS = batch["loss_mask"].float()
+        return torch.stack([(losses_T.view_as(mask_BS) * mask_BS).sum(dim=1), mask_BS.sum(dim=1)], dim=1).double()
 
     @torch.no_grad()
     def _logits(self, tokens_BS: Tensor) -> Tensor:
         return self.model(tokens_BS, use_cache=False).logits
 
 
-def read_batches(args: Namespace) -> tuple[list[dict[str, Tensor]], str]:
+def read_batches(args: Namespace) -> tuple[list[dict[str, Tensor]], Digest]:
     """The held-out micro-batches on this device (tokens, labels int64 [B, S]; loss_mask [B, S]), and their digest.
 
     Inside `alone`. SystemExit where the data do not fill one batch.

@@ -1,4 +1,4 @@
-"""What a sweep is asked for: flags checked before anything is built, budgets listed, and the loop over the cells.
+"""What a sweep is asked for: flags checked before anything is built, budgets listed.
 
 Megatron is imported where it is needed, not with this module: `check_asked` answers without it.
 """
@@ -10,25 +10,21 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_emoe.model.flops import moe_layer_numbers
-from megatron_emoe.settings.command_line import say
+from megatron_emoe.settings.command_line import installed, say
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, flag
 from megatron_emoe.settings.flag_files import own_command
 from megatron_emoe.settings.paths import check_out
-from megatron_emoe.settings.refusal import fail
 from megatron_emoe.settings.tail_scale import parse_tail_scale
 from megatron_emoe.sweep.curve import sensitivity_budgets
 from megatron_emoe.sweep.result import (
-    SweepCell,
     SweepData,
     SweepResult,
+    load,
     missing_ks,
     resume,
-    save,
-    upsert_cell,
-    with_digest,
 )
 
 Budget = int | tuple[int, ...]
@@ -59,7 +55,7 @@ def check_sweep(args: Namespace) -> SweepResult:
         )
     model = _hugging_face(args) if args.hf else _megatron(args)
     header = SweepResult(
-        schema=2,
+        schema=3,
         label=args.label or Path(model["checkpoint"]).name,
         **model,
         num_experts=args.num_experts,
@@ -69,12 +65,20 @@ def check_sweep(args: Namespace) -> SweepResult:
         dtype=str(args.params_dtype).removeprefix("torch."),
         selection=args.emoe_selection,
         combine=args.emoe_combine,
-        data=SweepData(path=tuple(map(str, args.data_path or [])), tokens=args.max_eval_tokens),
+        versions={name: installed(name) for name in LIBRARIES[model["framework"]]},
+        data=SweepData(
+            path=tuple(map(str, args.data_path or [])), tokens=args.max_eval_tokens, sequence_length=args.seq_length
+        ),
         cells=(),
         command=own_command(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return resume(Path(args.out), header)
+    result = resume(Path(args.out), header)
+    return result if args.label or not result.cells else dataclasses.replace(result, label=load(args.out).label)
+
+
+LIBRARIES = {"megatron": ("megatron-core", "torch"), "transformers": ("transformers", "torch")}
+"""What a sweep's losses depend on, by framework; named in its file."""
 
 
 def _check_any_k(args: Namespace) -> None:
@@ -103,21 +107,28 @@ def _megatron(args: Namespace) -> dict[str, Any]:
 
     checkpoint = locate(args.load, args.ckpt_step)
     stored = stored_args(checkpoint)
-    if not _has_elastic_settings(stored) and args.emoe_tail_scale is None:
+    if not _training(stored) and args.emoe_tail_scale is None:
         say(f"--load {args.load}: no elastic settings in this checkpoint; it is swept as a model of plain top-k")
     return {
         "framework": "megatron",
         "checkpoint": args.load,
         "iteration": iteration_of(checkpoint),
         "k_train": stored.moe_router_topk,
+        "training": _training(stored),
+        "trained_tokens": getattr(stored, "consumed_train_samples", 0) * (stored.seq_length or 0) or None,
     }
 
 
-def _has_elastic_settings(stored: Namespace) -> bool:
-    """Whether a run stored elastic settings other than those of plain top-k."""
+def _training(stored: Namespace) -> dict[str, str]:
+    """The elastic settings that a run stored and that shape its weights, as flags and their words."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ElasticConfig)}
     no_matter = ("emoe_seed", *ONLY_WATCHING, *MODEL_FEATURES)
-    settings = {field.name: field.default for field in dataclasses.fields(ElasticConfig)}
-    return any(getattr(stored, name, old) != old for name, old in settings.items() if name not in no_matter)
+    set_ones = {name: getattr(stored, name, old) for name, old in defaults.items() if name not in no_matter}
+    words = {name: value for name, value in set_ones.items() if value != defaults[name]}
+    return {
+        flag(name): " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        for name, value in words.items()
+    }
 
 
 _NOT_IN_TRANSFORMERS = {
@@ -145,7 +156,14 @@ def _hugging_face(args: Namespace) -> dict[str, Any]:
         "checkpoint": str(args.hf),
         "iteration": (settings or {}).get("iteration", 0),
         "k_train": args.moe_router_topk,
+        "training": None if settings is None else _exported_training(settings),
     }
+
+
+def _exported_training(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What the block "emoe" in config.json says of the training, as _training has it."""
+    known = {flag(f"emoe_{key}"): settings.get(key) for key in ("selection", "pool_k", "k_schedule", "k_min", "k_max")}
+    return {name: str(value) for name, value in known.items() if value not in (None, "topk", "constant")}
 
 
 def _tail_scale(args: Namespace) -> dict[str, float] | None:
@@ -172,45 +190,3 @@ def unfinished(args: Namespace, result: SweepResult) -> list[Budget]:
 def by_layer(k: Budget, layers: Sequence[int]) -> int | dict[int, int]:
     """One k' per MoE layer as a mapping from layer numbers, in which dense layers count."""
     return k if isinstance(k, int) else dict(zip(layers, k, strict=True))
-
-
-class Model(Protocol):
-    """A built model with its held-out data, as `fill` measures it. Methods are collective."""
-
-    digest: str
-
-    def cell(self, k: Budget) -> SweepCell:
-        """The plain cell: loss, speed, rows, cost."""
-
-    def evidence(self, k: Budget) -> tuple[dict[str, Any], Mapping[int, Any]]:
-        """The cell's fields of evidence, and the co-activation matrices by layer."""
-
-    def latency(self, k: Budget) -> dict[str, Any]:
-        """The cell's latency fields."""
-
-
-def fill(args: Namespace, result: SweepResult, model: Model, writes: bool) -> SweepResult:
-    """Measure what is unfinished; --out is rewritten after every cell where `writes`."""
-    from tqdm import tqdm
-
-    from megatron_emoe.sweep.evidence import save_matrices
-
-    try:
-        result = with_digest(result, model.digest)
-    except ValueError as error:
-        fail(f"--out {args.out}: {error}")
-    known = {cell.k: cell for cell in result.cells}
-    for k in tqdm(unfinished(args, result), desc="k'", unit="k", disable=not writes):
-        cell = known.get(k) or model.cell(k)
-        if args.evidence and cell.router_entropy is None:
-            fields, matrices = model.evidence(k)
-            cell = dataclasses.replace(cell, **fields)
-            if writes:
-                save_matrices(Path(args.out), k, matrices, list(known))
-        if args.latency and cell.latency_ms_large is None:
-            cell = dataclasses.replace(cell, **model.latency(k))
-        known[k] = cell
-        result = upsert_cell(result, cell)
-        if writes:
-            save(result, args.out)
-    return result

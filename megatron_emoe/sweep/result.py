@@ -1,14 +1,16 @@
 """The file of a k' sweep: its fields, their rules, reading and writing. Nothing here imports torch.
 
-Schema 2 has what schema 1 lacks as optional fields: what was not measured is absent, never 0 or NaN. Files of schema 1
-can be read.
+Each schema has what the one before lacks as optional fields: what was not measured is absent, never 0 or NaN. Files of
+all schemas can be read.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import (
@@ -62,6 +64,9 @@ class SweepCell:
     Optional. flops_per_token: forward FLOPs of the whole model. latency_ms_batch1, latency_ms_large: milliseconds per
     token, for a token alone and in a full micro-batch. router_entropy: mean entropy of the router's softmax, nats.
     load: see `Load`. coverage: share of the expert pairs used together here that were together in training.
+    block_losses: of equally many consecutive sequences each, the sum of the token losses over the mean number of tokens
+    of a block, so that their mean is `loss`; the same blocks at every k', for errors of differences (uncertainty.py).
+    device: where it ran, "cpu" or the name of the GPU. ranks: how many ran it together.
 
     Layers are keyed by number: from 1 over all decoder layers, MoE layers only.
     """
@@ -80,6 +85,15 @@ class SweepCell:
     router_entropy: dict[Number, NonNegativeFloat] | None = None
     load: dict[Number, Load] | None = None
     coverage: dict[Number, Share] | None = None
+    block_losses: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False, min_length=2)] | None = None
+    device: Annotated[str, Field(min_length=1)] | None = None
+    ranks: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> "SweepCell":
+        if self.block_losses and not math.isclose(fmean(self.block_losses), self.loss, rel_tol=1e-4):
+            raise ValueError(f"block_losses: have the mean {fmean(self.block_losses):g}; must be loss ({self.loss:g})")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -87,11 +101,13 @@ class SweepData:
     """The held-out data: dataset paths (none for mock data), the number of tokens asked for, and a digest.
 
     digest: SHA-256 of the evaluated tokens in order (evaluation.data_digest); None in files of schema 1.
+    sequence_length: tokens of a sequence; None in files before schema 3.
     """
 
     path: Annotated[tuple[str, ...], Field(strict=False)]
     tokens: PositiveInt
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    sequence_length: PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -101,12 +117,14 @@ class SweepResult:
     framework: what ran the model. num_moe_layers: entries of a k' per layer. tail_scale: a(k') by k' as
     --emoe-tail-scale has it, the key 0 alone for one number at every k'; None for plain top-k'. coverage_at_least:
     how many training tokens must have used a pair for it to count as covered. dtype: of the parameters, as torch names
-    it. selection, combine: --emoe-selection and --emoe-combine. None where the file is older than the field.
+    it. selection, combine: --emoe-selection and --emoe-combine. versions: of the libraries that ran. training: elastic
+    settings of the run that made the checkpoint, as flags and their words, {} for plain top-k; trained_tokens: how many
+    it had seen. None where the file is older than the field, or nothing is known.
 
     Constructing one checks every field and raises a `ValueError` that names the key and the rule.
     """
 
-    schema: Literal[1, 2]
+    schema: Literal[1, 2, 3]
     label: Annotated[str, Field(min_length=1)]
     checkpoint: str
     iteration: NonNegativeInt
@@ -123,6 +141,9 @@ class SweepResult:
     dtype: str | None = None
     selection: str | None = None
     combine: str | None = None
+    versions: dict[str, str] | None = None
+    training: dict[str, str] | None = None
+    trained_tokens: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _check_cells(self) -> "SweepResult":
@@ -143,6 +164,9 @@ class SweepResult:
                     f"cells[{index}].tokens: {cell.tokens}; must equal cells[0].tokens ({self.cells[0].tokens}): "
                     "losses over different tokens are not one curve"
                 )
+        blocks = {len(cell.block_losses) for cell in self.cells if cell.block_losses}
+        if len(blocks) > 1:
+            raise ValueError(f"cells: block_losses of {sorted(blocks)} blocks; must be the same blocks in every cell")
         return self
 
 
@@ -159,8 +183,8 @@ def save(result: SweepResult, path: str | os.PathLike) -> None:
     write_checked(_ADAPTER, result, path, exclude_none=True)
 
 
-_SAME_SWEEP = ("schema", "framework", "checkpoint", "iteration", "k_train", "num_experts", "tail_scale")
-_SAME_WHERE_BOTH_SAY = ("dtype", "selection", "combine", "coverage_at_least")
+_SAME_SWEEP = ("framework", "checkpoint", "iteration", "k_train", "num_experts", "tail_scale")
+_SAME_WHERE_BOTH_SAY = ("dtype", "selection", "combine", "coverage_at_least", "versions")
 
 
 def resume(path: str | os.PathLike, header: SweepResult) -> SweepResult:
@@ -181,18 +205,25 @@ def agreed(one: SweepResult, other: SweepResult, demand: Callable[[str, object, 
 
     demand: called with a key and the values of `other` and `one`; raises where they are not equal.
     """
+    if 1 in (other.schema, one.schema):  # without a digest: nobody knows which tokens
+        demand("schema", other.schema, one.schema)
     for key in _SAME_SWEEP:
         demand(key, getattr(other, key), getattr(one, key))
     demand("data", _asked(other.data), _asked(one.data))
     both = {key: (getattr(other, key), getattr(one, key)) for key in _SAME_WHERE_BOTH_SAY}
     digests = (other.data.digest, one.data.digest)
-    for key, values in (both | {"data.digest": digests}).items():
+    lengths = (other.data.sequence_length, one.data.sequence_length)
+    for key, values in (both | {"data.digest": digests, "data.sequence_length": lengths}).items():
         if None not in values:
             demand(key, *values)
     known: dict[str, Any] = {key: None if None in values else values[0] for key, values in both.items()}
     known["coverage_at_least"] = one.coverage_at_least or other.coverage_at_least  # of the cells with a coverage
-    data = dataclasses.replace(one.data, digest=digests[1] or digests[0])
-    return dataclasses.replace(one, num_moe_layers=one.num_moe_layers or other.num_moe_layers, data=data, **known)
+    data = dataclasses.replace(
+        one.data, digest=digests[1] or digests[0], sequence_length=None if None in lengths else lengths[0]
+    )
+    known |= {key: getattr(one, key) or getattr(other, key) for key in ("num_moe_layers", "trained_tokens")}
+    known["training"] = other.training if one.training is None else one.training
+    return dataclasses.replace(one, schema=max(one.schema, other.schema), data=data, **known)
 
 
 def _asked(data: SweepData) -> Mapping[str, object]:

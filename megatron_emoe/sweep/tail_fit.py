@@ -24,6 +24,8 @@ from megatron_emoe.model.layer_spec import elastic_model_config
 from megatron_emoe.routing.active_k import get_active_k
 from megatron_emoe.routing.router import ElasticRouter
 from megatron_emoe.settings.atomic_file import write_atomically
+from megatron_emoe.settings.command_line import is_first_rank, say
+from megatron_emoe.settings.refusal import NoNumber
 from megatron_emoe.settings.tail_scale import TAIL_SCALE_FILE
 from megatron_emoe.training.evaluation import Evaluator
 from megatron_emoe.training.held_out import load_model, read_batches, wanted_sequences
@@ -59,17 +61,20 @@ def minimise(loss: Callable[[float], float], highest: float) -> tuple[float, flo
 class TailFit:
     """A Megatron model, and its held-out data in two halves. Collective to construct and to use.
 
-    tokens_before: of the data, before the half that is fitted on; a sweep of no more has none of it.
+    tokens_before: of the data, before the half that is fitted on; a sweep of no more has none of it. progress: called
+    with every micro-batch.
 
     Raises:
         ValueError: too little data for two halves.
+        NoNumber: a loss that is none; `fit` and `loss` likewise.
     """
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, progress: Callable[[], object] = lambda: None) -> None:
         initialize_megatron()
         config = elastic_model_config(args)
         self.model: list[nn.Module] = load_model(args, config)
-        self.evaluator = Evaluator(args, ElasticLoop(args, config.transformer).forward)
+        forward = ElasticLoop(args, config.transformer).forward
+        self.evaluator = Evaluator(args, lambda *given: (progress(), forward(*given))[1])
         batches, self.steps, self.digest = read_batches(args)
         if self.steps < 2:
             enough = wanted_sequences(args) >= 2 * args.eval_global_batch_size
@@ -78,12 +83,18 @@ class TailFit:
         self.judging, self.fitting = _halves(batches, self.steps)
         before = self.steps - self.steps // 2
         self.tokens_before = before * args.eval_global_batch_size * args.seq_length
+        self.fitted_sequences = self.digest.sequences[before * args.eval_global_batch_size :]
         self.at_k = self.loss(self.judging, args.moe_router_topk, 1.0)
 
     def loss(self, batches: Mapping[int, list[Any]], k: int, scale: float) -> float:
         """Mean loss at k' = `k` with a = `scale`, nats per token."""
         with get_active_k().scaling_tail(scale):
-            return self.evaluator.loss_at_k(self.model, batches, k, self.steps // 2).loss
+            measured = self.evaluator.loss_at_k(self.model, batches, k, self.steps // 2, by_sequence=True)
+        try:
+            return measured.checked().loss
+        except NoNumber as error:
+            half = "judged on" if batches is self.judging else "fitted on"
+            raise NoNumber(f"--k {k}, a = {scale:.3f}, in the half that is {half}: {error}") from error
 
     def fit(self, k: int, highest: float, fold: bool = False) -> Fitted:
         """a(k) within [0, highest]; with `fold` the best factor of the router's weight too."""
@@ -126,20 +137,31 @@ def _halves(batches: Mapping[int, list[Any]], steps: int) -> tuple[dict[int, lis
     return first, last
 
 
+MOST_KEPT = 4096
+"""Sequences that the file of a fit names at most, evenly spaced; a sweep looks for them among its own."""
+
+
 def run_fit(args: Namespace, target: Path, header: dict[str, Any]) -> tuple[dict[int, Fitted], int]:
-    """Fit a(k') at every --k and write `target` from rank 0. Collective; raises `ValueError` as TailFit does.
+    """Fit a(k') at every --k and write `target` from rank 0. Collective; raises as TailFit does, and on rank 0 an
+    `OSError` where the file cannot be written.
 
     Returns what was found, by k', and TailFit's tokens_before.
     """
-    fit = TailFit(args)
-    writes = torch.distributed.get_rank() == 0
-    ks = tqdm(args.k, desc="a(k')", unit="k", disable=not writes)
-    found = {k: fit.fit(k, args.max_scale, args.fold) for k in ks}
+    writes = is_first_rank()
+    say(f"--max-eval-tokens {args.max_eval_tokens}: at most so many tokens, half to fit on and half to judge by")
+    with tqdm(unit=" micro-batches", disable=not writes) as bar:
+        fit = TailFit(args, bar.update)
+        found = {}
+        for done, k in enumerate(args.k, start=1):
+            bar.set_postfix_str(f"k' = {k}, {done} of {len(args.k)}")
+            found[k] = fit.fit(k, args.max_scale, args.fold)
     if writes:
         table = {str(k): round(fitted.scale, 4) for k, fitted in found.items()}
         cells = {str(k): {n: v for n, v in asdict(one).items() if v is not None} for k, one in found.items()}
-        text = json.dumps(header | {"digest": fit.digest, "tail_scale": table, "fitted": cells}, indent=2) + "\n"
-        write_atomically(target, text)
+        data = {"digest": fit.digest.whole, "tokens_before": fit.tokens_before, "sequence_length": args.seq_length}
+        kept = fit.fitted_sequences[:: -(-len(fit.fitted_sequences) // MOST_KEPT)]
+        stored = header | data | {"tail_scale": table, "fitted": cells, "fitted_sequences": kept}
+        write_atomically(target, json.dumps(stored, indent=2) + "\n")
     torch.distributed.barrier()
     return found, fit.tokens_before
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +20,7 @@ from torch import nn
 
 from megatron_emoe.routing.active_k import get_active_k
 from megatron_emoe.routing.moe_layer import ElasticMoELayer
+from megatron_emoe.settings.refusal import NoNumber
 
 Batches = Mapping[int, Sequence[Any]]
 """Micro-batches on this rank, as the data loader gave them, by virtual pipeline chunk; a rank that reads none has no
@@ -29,12 +30,23 @@ entry."""
 @dataclass(frozen=True)
 class HeldOutLoss:
     """loss: mean over the tokens that count, nats. tokens: how many those are, over all ranks. seconds: wall time on
-    this rank. positions: tokens that went through the model, over all ranks."""
+    this rank. positions: tokens that went through the model, over all ranks. sums: of the token losses of each sequence
+    in the order of the data, nats; empty where nobody asked."""
 
     loss: float
     tokens: int
     seconds: float
     positions: int
+    sums: tuple[float, ...] = ()
+
+    def checked(self) -> HeldOutLoss:
+        """Itself. Raises `NoNumber` where the loss is none."""
+        if math.isfinite(self.loss):
+            return self
+        bad = next((n for n, loss in enumerate(self.sums) if not math.isfinite(loss)), None)
+        place = "" if bad is None else f" of held-out sequence {bad} (of {len(self.sums)}, counted from 0)"
+        value = self.loss if bad is None else self.sums[bad]
+        raise NoNumber(f"the loss{place} is {value}; nothing of it is stored")
 
 
 class Evaluator:
@@ -53,29 +65,63 @@ class Evaluator:
         batches: Batches,
         k: int | Sequence[int] | Mapping[int, int] | None,
         steps: int,
+        *,
+        by_sequence: bool = False,
     ) -> HeldOutLoss:
         """Evaluate `steps` global batches with k' = `k`: one number, one per layer, or the model's own (None).
 
-        The model must be in evaluation mode. Collective; every rank gets the result.
+        by_sequence: with the sum of each sequence. The model must be in evaluation mode. Collective; every rank gets
+        the result, which may be no number (HeldOutLoss.checked).
         """
         iterators = [iter(batches[i]) if i in batches else None for i in range(len(model))]
         totals = torch.zeros(2, dtype=torch.float64, device=current_device())
+        kept: list[torch.Tensor] | None = [] if by_sequence else None
         start = time.perf_counter()
         with get_active_k().evaluating(k), torch.no_grad():
             for _ in range(steps):
-                for report in self._step(model, iterators):
+                for report in self._step(model, iterators, kept):
                     totals += report["lm loss"].double()
+        if kept is not None:
+            totals = torch.cat([totals, self._in_order(kept, steps)])
         if parallel_state.is_pipeline_last_stage():
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             torch.distributed.all_reduce(totals, group=group)
         torch.distributed.broadcast(totals, src=torch.distributed.get_world_size() - 1)  # it holds the last stage
-        loss, tokens = totals.tolist()  # sync: evaluation only
+        loss, tokens, *sums = totals.tolist()  # sync: evaluation only
         positions = steps * self.args.eval_global_batch_size * self.args.seq_length
-        return HeldOutLoss(loss / tokens, int(tokens), time.perf_counter() - start, positions)
+        return HeldOutLoss(loss / tokens, int(tokens), time.perf_counter() - start, positions, tuple(sums))
 
-    def _step(self, model: list[nn.Module], iterators: list[Iterator | None]) -> list[dict[str, torch.Tensor]]:
+    def _step(
+        self, model: list[nn.Module], iterators: list[Iterator | None], kept: list[torch.Tensor] | None
+    ) -> list[dict[str, torch.Tensor]]:
         batch, micro = self.args.eval_global_batch_size, self.args.eval_micro_batch_size
-        return self.forward(model, iterators, batch // (micro * self.args.data_parallel_size))
+        changes = {} if kept is None else {"forward_step_func": self._keeping(kept)}
+        return self.forward(model, iterators, batch // (micro * self.args.data_parallel_size), **changes)
+
+    def _keeping(self, kept: list[torch.Tensor]) -> Callable:
+        """The forward step, whose loss function puts the sum of each sequence of its micro-batch into `kept`."""
+        sequences = self.args.eval_micro_batch_size
+
+        def step(data_iterator: Iterator | None, model: nn.Module) -> tuple[torch.Tensor, Callable]:
+            output, loss_function = self.forward_step(data_iterator, model)
+            mask = loss_function.args[0]  # the first argument of every loss function of training/loop.py
+
+            def loss(losses: torch.Tensor) -> Any:
+                kept.append((losses.float() * mask.float()).view(sequences, -1).sum(dim=1).double())
+                return loss_function(losses)
+
+            return output, loss
+
+        return step
+
+    def _in_order(self, kept: list[torch.Tensor], steps: int) -> torch.Tensor:
+        """The sums of this rank's sequences at their places among all, which Megatron's sampler deals out in
+        micro-batches, rank by rank; zeros for those of other ranks. float64 [sequences]."""
+        everyone = torch.zeros(steps * self.args.eval_global_batch_size, dtype=torch.float64, device=current_device())
+        if kept:
+            micro, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
+            everyone.view(-1, ranks, micro)[:, parallel_state.get_data_parallel_rank()] = torch.stack(kept)
+        return everyone
 
     def forward(
         self, model: list[nn.Module], iterators: list[Iterator | None], micro_batches: int, **changes: Any
@@ -149,18 +195,35 @@ def sequences_to_evaluate(available: int, batch: int) -> int:
     return available // unit * unit or available // batch * batch
 
 
-def data_digest(dataset: Any, sequences: int) -> str:
+class Digest(NamedTuple):
+    """What losses are measured on. whole: see data_digest. sequences: the same of each sequence, its first digits."""
+
+    whole: str
+    sequences: tuple[str, ...]
+
+
+DIGITS = 12
+"""Of the digest of one sequence: two different ones of a million are equal with a probability below 1 %."""
+
+
+def data_digest(dataset: Any, sequences: int) -> Digest:
     """SHA-256 of what a loss is measured on: of each of the first sequences the tokens, then the labels, both int64 in
     little-endian order, a label that does not count as -100."""
-    digest = hashlib.sha256()
+    digest, each = hashlib.sha256(), []
     for index in range(sequences):
         sample = dataset[index]
         labels = torch.as_tensor(sample["labels"]).masked_fill(torch.as_tensor(sample["loss_mask"]) == 0, -100)
-        for ids in (torch.as_tensor(sample["tokens"]), labels):
-            digest.update(ids.numpy().astype("<i8").tobytes())
-    return digest.hexdigest()
+        parts = [ids.numpy().astype("<i8").tobytes() for ids in (torch.as_tensor(sample["tokens"]), labels)]
+        digest.update(b"".join(parts))
+        each.append(hashlib.sha256(b"".join(parts)).hexdigest()[:DIGITS])
+    return Digest(digest.hexdigest(), tuple(each))
 
 
 def current_device() -> torch.device:
     """The GPU of this rank, or the CPU in host mode."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_name() -> str:
+    """What this rank runs on: the name of its GPU, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_emoe.data.datasets import build_datasets
 from megatron_emoe.settings.refusal import fail
-from megatron_emoe.training.evaluation import current_device, data_digest, sequences_to_evaluate
+from megatron_emoe.training.evaluation import Digest, current_device, data_digest, sequences_to_evaluate
 
 
 def load_model(args: Namespace, config: Any) -> list[nn.Module]:
@@ -37,11 +37,27 @@ def micro_batches(args: Namespace) -> int:
     return args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
 
 
-def read_batches(args: Namespace) -> tuple[dict[int, list[Any]], int, str]:
+def read_batches(args: Namespace) -> tuple[dict[int, list[Any]], int, Digest]:
     """This rank's micro-batches by pipeline chunk, the number of global batches, and the digest of the data.
 
     Collective. SystemExit where the data do not fill one global batch.
     """
+    datasets, steps = _open(args)
+    batches = {}
+    for chunk, dataset in datasets.items():
+        loader = iter(build_pretraining_data_loader(dataset, 0))
+        batches[chunk] = [next(loader) for _ in range(steps * micro_batches(args))]
+    return batches, steps, _digest(datasets, steps * args.eval_global_batch_size)
+
+
+def read_digest(args: Namespace) -> Digest:
+    """The digest of the data that read_batches would read. Collective; SystemExit as there."""
+    datasets, steps = _open(args)
+    return _digest(datasets, steps * args.eval_global_batch_size)
+
+
+def _open(args: Namespace) -> tuple[dict[int, Any], int]:
+    """The held-out data by pipeline chunk, where this rank reads any, and the number of global batches."""
     wanted = wanted_sequences(args)
     datasets: dict[int, Any] = {}
     for chunk in range(args.virtual_pipeline_model_parallel_size or 1):
@@ -49,12 +65,7 @@ def read_batches(args: Namespace) -> tuple[dict[int, list[Any]], int, str]:
         dataset = build_datasets([0, wanted if args.mock_data else None, 0], vp_stage=stage)[1]
         if dataset is not None:
             datasets[chunk] = dataset
-    steps = _steps(args, max(map(len, datasets.values()), default=0))
-    batches = {}
-    for chunk, dataset in datasets.items():
-        loader = iter(build_pretraining_data_loader(dataset, 0))
-        batches[chunk] = [next(loader) for _ in range(steps * micro_batches(args))]
-    return batches, steps, _digest(datasets, steps * args.eval_global_batch_size)
+    return datasets, _steps(args, max(map(len, datasets.values()), default=0))
 
 
 def wanted_sequences(args: Namespace) -> int:
@@ -79,7 +90,7 @@ def check_enough(args: Namespace, held: int) -> int:
     return sequences_to_evaluate(available, batch)
 
 
-def _digest(datasets: Mapping[int, Any], sequences: int) -> str:
+def _digest(datasets: Mapping[int, Any], sequences: int) -> Digest:
     """The first rank is of the first pipeline stage and reads data; the others learn the digest from it."""
     known = [data_digest(datasets[0], sequences) if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(known, src=0, device=current_device())

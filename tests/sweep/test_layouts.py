@@ -60,6 +60,8 @@ def test_layouts_agree(swept, name):
     assert [cell.k for cell in one.cells] == [2, 3, (2, 3), (3, 2)] == [cell.k for cell in other.cells]
     for mine, theirs in zip(one.cells, other.cells, strict=True):
         assert mine.loss == pytest.approx(theirs.loss, abs=2e-6)
+        assert mine.block_losses == pytest.approx(theirs.block_losses, abs=1e-5)  # sequence by sequence, on any rank
+        assert (mine.ranks, theirs.ranks) == (1, 2)
         assert mine.router_entropy == pytest.approx(theirs.router_entropy, abs=1e-6)
         for field in ("tokens", "rows_per_layer", "active_params", "flops_per_token", "load", "coverage"):
             assert getattr(mine, field) == getattr(theirs, field), field

@@ -72,6 +72,7 @@ def test_equal_numbers_on_both(swept, model_type):
     assert (ours.k_train, ours.num_moe_layers, ours.tail_scale) == (2, 2, None)
     for mine, other in zip(ours.cells, theirs.cells, strict=True):
         assert mine.loss == pytest.approx(other.loss, abs=2e-5)
+        assert mine.block_losses == pytest.approx(other.block_losses, abs=1e-4) and len(mine.block_losses) == 64
         for field in ("tokens", "rows_per_layer", "expert_flops_per_token", "active_params", "flops_per_token"):
             assert getattr(mine, field) == getattr(other, field), field
     losses = [cell.loss for cell in ours.cells]

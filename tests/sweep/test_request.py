@@ -14,8 +14,10 @@ from megatron_emoe.settings.flag_types import per_layer
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.curve import SweepData
 from megatron_emoe.sweep.evidence import matrices_path
-from megatron_emoe.sweep.request import _check_ks, _has_elastic_settings, budgets, by_layer, fill
+from megatron_emoe.sweep.fill import fill
+from megatron_emoe.sweep.request import _check_ks, _training, budgets, by_layer
 from megatron_emoe.training.arguments import add_arguments
+from megatron_emoe.training.evaluation import Digest
 from tests import hf_models, sweeps
 from tests.distributed import run_ranks
 from tests.sweep.test_curve import make_result
@@ -84,22 +86,22 @@ def test_budgets_are_listed_once():
 
 
 @pytest.mark.parametrize(
-    ("stored", "elastic"),
+    ("stored", "training"),
     [
-        ({}, False),  # stock Megatron
-        ({"emoe_selection": "topk", "emoe_eval_k": [2, 4], "emoe_qk_norm": "full"}, False),
-        ({"emoe_selection": "prefix"}, True),
-        ({"emoe_selection": "topk", "emoe_tail_scale": ["0.5"]}, True),
+        ({}, {}),  # stock Megatron
+        ({"emoe_selection": "topk", "emoe_eval_k": [2, 4], "emoe_qk_norm": "full"}, {}),
+        ({"emoe_selection": "prefix", "emoe_k_max": 8}, {"--emoe-selection": "prefix", "--emoe-k-max": "8"}),
+        ({"emoe_selection": "topk", "emoe_tail_scale": ["4:0.5", "8:0.1"]}, {"--emoe-tail-scale": "4:0.5 8:0.1"}),
     ],
 )
-def test_elastic_settings(stored, elastic):
-    assert _has_elastic_settings(Namespace(**stored)) is elastic
+def test_elastic_settings(stored, training):
+    assert _training(Namespace(**stored)) == training
 
 
 class Pretended:
     """A model whose measurements are marked and counted."""
 
-    digest = "a" * 64
+    digest = Digest("a" * 64, ("aa", "bb"))
 
     def __init__(self) -> None:
         self.asked: list[tuple] = []

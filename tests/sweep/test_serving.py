@@ -200,7 +200,7 @@ def check_only(folder: Path, commands: list[str]) -> dict[str, Answer]:
     from megatron_emoe.sweep import on_megatron as sweep_run
     from megatron_emoe.sweep import on_transformers as sweep_hf
 
-    sweep_run.run_sweep = sweep_hf.run_sweep_hf = lambda _args, _result: None
+    sweep_run.run_sweep = sweep_hf.run_sweep_hf = lambda _args, result: result
     os.chdir(folder)
     return {command: sweeps.run_tool("sweep_k", *shlex.split(command.split("sweep_k.py ")[1])) for command in commands}
 

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -283,16 +282,9 @@ def refusals(folder: Path) -> dict[str, tuple[int, str, str]]:
 
 def without_numbers(hf: Path, tasks: Path) -> dict[str, tuple[int, str, str]]:
     """The same model with one expert of NaN, of either kind: k' = 8 meets it, with every token."""
-    from safetensors.torch import load_file, save_file
-
     from megatron_emoe.hf.import_model import import_model
 
-    broken = hf.parent / "broken"
-    shutil.copytree(hf, broken)
-    (file,) = broken.glob("*.safetensors")
-    weights = load_file(file)
-    weights["model.layers.1.mlp.experts.3.down_proj.weight"][0, 0] = float("nan")
-    save_file(weights, file, metadata={"format": "pt"})
+    broken = hf_models.break_expert(hf, hf.parent / "broken")
     import_model(broken, hf.parent / "broken_megatron", report=lambda _: None)
     said = {}
     for model, folder in (("hf", broken), ("megatron", hf.parent / "broken_megatron")):

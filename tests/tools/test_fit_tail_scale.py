@@ -35,6 +35,51 @@ def scenario(folder: Path) -> dict[str, Answer]:
     answers["fold"] = run_tool("fit_tail_scale", *flags(folder, k=[4], fold=True, out=folder / "fold.json"))
     plain = swept | {"emoe_tail_scale": ["1"]}
     answers["plain"] = run_tool("sweep_k", *sweeps.flags(folder / "data", folder / "plain.json", **plain))
+    overlap = sweeps.flags(folder / "data", folder / "overlap.json", **swept | {"k": [2, 4], "max_eval_tokens": TOKENS})
+    answers["overlap"] = run_tool("sweep_k", *overlap)
+    return answers | finished(folder, swept) | without_numbers(folder)
+
+
+def finished(folder: Path, swept: dict[str, object]) -> dict[str, Answer]:
+    """The first sweep asked for again, with one thing changed at a time; plain top-k, as it was measured."""
+    same = swept | {"emoe_tail_scale": None, "load": folder / "unfitted"}
+    shutil.copytree(folder / "megatron", folder / "unfitted")
+    for table in (folder / "unfitted").glob("*/emoe_tail_scale.json"):
+        table.unlink()
+    data = sweeps.write_tokens(folder / "replaced", documents=60)
+    sweeps.write_tokens(folder / "other", documents=60, seed=6)
+    out, kept, said = folder / "again.json", folder / "again.kept.json", {}
+
+    def ask(name: str, **changes: object) -> None:
+        said[f"finished: {name}"] = run_tool("sweep_k", *sweeps.flags(data, out, **same | changes))
+
+    ask("first", label="first")
+    shutil.copy(out, kept)
+    ask("same")
+    ask("label", label="second")
+    ask("length", seq_length=2 * sweeps.LENGTH)
+    ask("tokens", max_eval_tokens=TOKENS)
+    ask("dtype", bf16=True)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(folder / f"other{suffix}", f"{data}{suffix}")
+    shutil.rmtree(data)  # what Megatron noted of the old data
+    ask("data")
+    return said
+
+
+def without_numbers(folder: Path) -> dict[str, Answer]:
+    """Sweeps of either kind and a fit of a model with NaN in an expert."""
+    from megatron_emoe.hf.import_model import import_model
+
+    hf = hf_models.break_expert(folder / "hf", folder / "broken")
+    import_model(hf, folder / "broken_megatron", report=lambda _line: None)
+    out = folder / "broken.json"
+    answers = {
+        "nan: hf": run_tool("sweep_k", *sweeps.flags(folder / "data", out, hf=hf, k=[8])),
+        "nan: load": run_tool("sweep_k", *sweeps.flags(folder / "data", out, load=folder / "broken_megatron", k=[8])),
+        "nan: fit": run_tool("fit_tail_scale", *flags(folder, load=folder / "broken_megatron")),
+    }
+    assert not out.exists() and not list((folder / "broken_megatron").glob("*/emoe_tail_scale.json"))
     return answers
 
 
@@ -69,8 +114,61 @@ def losses(folder: Path, name: str) -> dict[int, float]:
     return {k: cell.loss for k, cell in sweep.curve(sweep.load(folder / f"{name}.json")).items()}
 
 
+REFUSED = {"length", "tokens", "dtype", "data"}
+
+
 def test_all_calls_end_well(done):
-    assert {name: (answer.status, answer.err[-300:]) for name, answer in done[1].items() if answer.status} == {}
+    ended = {name: answer for name, answer in done[1].items() if name.partition(": ")[2] not in REFUSED}
+    wrong = {name: (answer.status, answer.err[-300:]) for name, answer in ended.items() if answer.status}
+    assert set(wrong) == {"nan: hf", "nan: load", "nan: fit"}, wrong
+
+
+def test_a_finished_sweep_is_compared_with_what_is_asked(done):
+    folder, answers = done
+    kept, now = (json.loads((folder / f"again{name}.json").read_text()) for name in (".kept", ""))
+    assert (kept["label"], now["label"]) == ("first", "second")
+    assert kept | {"label": "second"} == now  # as it was written, with its own command
+    assert "| 4 |" in answers["finished: same"].out and "first: held-out loss" in answers["finished: same"].out
+    told = {
+        "length": f"data.sequence_length: {sweeps.LENGTH}; must equal this run's {2 * sweeps.LENGTH}",
+        "tokens": f"data: {{'path': ['{folder}/replaced'], 'tokens': {64 * sweeps.LENGTH}}}; must equal this run's",
+        "dtype": "dtype: 'float32'; must equal this run's 'bfloat16'",
+        "data": f"second: data.digest: {now['data']['digest']}; the data now give ",
+    }
+    for name, message in told.items():
+        answer = answers[f"finished: {name}"]
+        assert answer.status == 2, (name, answer)
+        assert answer.err.splitlines()[-1].startswith(f"sweep_k.py: error: --out {folder}/again.json: {message}")
+
+
+def test_a_loss_that_is_no_number_is_not_stored(done):
+    _, answers = done
+    first = "the loss of held-out sequence 0 (of 64, counted from 0) is nan; nothing of it is stored"
+    for name in ("hf", "load"):
+        answer = answers[f"nan: {name}"]
+        assert answer.status == 1 and answer.err.splitlines()[-1] == f"sweep_k.py: error: --k 8: {first}"
+    answer = answers["nan: fit"]
+    where = "--k 2, a = 1.000, in the half that is judged on"
+    assert answer.status == 1 and answer.err.splitlines()[-1] == f"fit_tail_scale.py: error: {where}: {first}"
+
+
+def test_a_sweep_over_what_was_fitted_on_says_so(done):
+    _, answers = done
+    warning = "warning: --data-path: at least 64 of the 128 sequences are among those that the tail scale was fitted on"
+    assert warning in answers["overlap"].out and f"--max-eval-tokens {TOKENS // 2} or fewer" in answers["overlap"].out
+    assert "warning: --data-path" not in answers["after"].out + answers["plain"].out
+
+
+def test_every_cell_says_where_it_ran_and_how_sure_it_is(done):
+    folder, answers = done
+    result = sweep.load(folder / "before.json")
+    assert set(result.versions) == {"megatron-core", "torch"} and result.training == {}
+    for cell in result.cells:
+        assert (cell.device, cell.ranks, len(cell.block_losses)) == ("cpu", 1, 64)
+        assert sum(cell.block_losses) / 64 == pytest.approx(cell.loss, abs=1e-6)
+    fitted = stored(folder)
+    assert (fitted["tokens_before"], len(fitted["fitted_sequences"])) == (TOKENS // 2, 64)
+    assert "use k' = " in answers["before"].out
 
 
 def test_the_table_is_judged_on_the_tokens_that_a_sweep_reads(done):

@@ -34,10 +34,16 @@ DATA = [sample([1, 2], [2, 3], [1.0, 1.0]), sample([4, 5], [5, 6], [1.0, 0.0])]
 
 def test_digest_by_hand():
     expected = hashlib.sha256(np.array([1, 2, 2, 3, 4, 5, 5, -100], dtype="<i8").tobytes()).hexdigest()
-    assert data_digest(DATA, 2) == expected
-    assert data_digest([DATA[0], sample([4, 5], [5, 9], [1.0, 0.0])], 2) == expected  # a label that does not count
+    assert data_digest(DATA, 2).whole == expected
+    assert data_digest([DATA[0], sample([4, 5], [5, 9], [1.0, 0.0])], 2).whole == expected  # a label that does not count
     narrow = [{name: tensor.to(torch.int32) for name, tensor in each.items()} for each in DATA]
-    assert data_digest(narrow, 2) == expected
+    assert data_digest(narrow, 2).whole == expected
+
+
+def test_each_sequence_has_a_digest_of_its_own():
+    second = hashlib.sha256(np.array([4, 5, 5, -100], dtype="<i8").tobytes()).hexdigest()
+    assert data_digest(DATA, 2).sequences[1] == second[:12]
+    assert data_digest(DATA[::-1], 2).sequences == data_digest(DATA, 2).sequences[::-1]
 
 
 def test_digest_tells_data_apart():
