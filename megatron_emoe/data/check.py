@@ -48,6 +48,8 @@ def check_data(args: Namespace) -> None:
     sources = _data_sources(args)
     _check_flags(args, sources)
     vocab_size = _tokenizer_vocab_size(args)
+    if args.padded_vocab_size is not None and args.padded_vocab_size < vocab_size:
+        raise ValueError(f"--padded-vocab-size {args.padded_vocab_size}: the tokenizer has {vocab_size} ids")
     if args.mock_data:
         return
     _check_every_used_split_has_data(args, sources)

@@ -10,7 +10,7 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,25 @@ from megatron_emoe.training.first_look import check_source
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the groups "elastic MoE" and "host mode"; flags, help and defaults come from the ElasticConfig fields."""
     add_elastic_flags(parser)
+    for action in parser._actions:
+        if action.type is not None:
+            action.type = _or_refuse(action.type)
     return host_mode.add_arguments(parser)
+
+
+def _or_refuse(kind: Any) -> Callable[[str], Any]:
+    """The same reader of a value; what it raises is one that argparse knows (some of the core's call eval())."""
+
+    @wraps(kind)
+    def read(word: str) -> Any:
+        try:
+            return kind(word)
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            raise
+        except Exception as error:
+            raise argparse.ArgumentTypeError(f"{word}: not readable ({type(error).__name__}: {error})") from error
+
+    return read
 
 
 def parse(add_more: Callable[[ArgumentParser], ArgumentParser] = lambda parser: parser, **fixed: object) -> Namespace:
@@ -119,6 +137,8 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
     if args.eval_interval is None:
         args.eval_interval = sys.maxsize  # by its help no evaluation during training; the core then divides by it
     check_sizes(args)
+    if args.lr is not None and args.lr_warmup_init > args.lr:
+        raise ValueError(f"--lr-warmup-init {args.lr_warmup_init}: must not exceed --lr {args.lr}")
     settle_ramp(args)
     validate_args(args)
     check_batch_schedule(args, begins=args.load is None or args.finetune or not has_checkpoint(args.load))

@@ -130,6 +130,21 @@ REFUSED = {
         {"use_checkpoint_args": True},
         "--use-checkpoint-args needs --load, which is not given",
     ),
+    "rows of the embedding": ({"padded_vocab_size": 8}, "--padded-vocab-size 8: the tokenizer has 96 ids"),
+    "warm-up from above": ({"lr_warmup_init": 0.5}, "--lr-warmup-init 0.5: must not exceed --lr 0.005"),
+    "one expert alone": (
+        {"moe_apply_probs_on_input": True},
+        "--moe-apply-probs-on-input: needs --moe-router-topk 1, not 2",
+    ),
+    "a list without its end": (
+        {"moe_layer_freq": "[1"},
+        "--moe-layer-freq [1: not readable (SyntaxError: '[' was never closed (<string>, line 1))",
+    ),
+    "a signal by its number": ({"exit_signal": 15}, "--exit-signal 15: not readable (KeyError: '15')"),
+    "a ramp of steps": (
+        {"rampup_batch_size": [2, 2, 16]},
+        "--rampup-batch-size 2 2 16: needs --train-samples in place of --train-iters, as steps have no fixed batch",
+    ),
     "finetune": ({"finetune": True}, "--finetune is given without --load: there is nothing to continue from"),
 }
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
+import megatron.training.arguments  # noqa: F401  # before the first test, which would take seconds
 import pytest
 
 from megatron_emoe.settings import flag_files
