@@ -24,11 +24,12 @@ from megatron_emoe.settings.tail_scale import parse_tail_scale
 from megatron_emoe.tasks.forward_server import ForwardServer, check_layout, control_group, from_rank_0
 from megatron_emoe.tasks.lm_eval_model import MegatronLM, Text
 from megatron_emoe.tasks.request import add_arguments
-from megatron_emoe.tasks.results import Passage, TaskSettings, TasksResult, missing, resume
+from megatron_emoe.tasks.results import Passage, TaskSettings, TasksResult, resume
 from megatron_emoe.tasks.run import (
     check,
     check_selection,
     find_tasks,
+    finished,
     load_tasks,
     report_table,
     run_cells,
@@ -63,11 +64,10 @@ def run(header: Callable[..., TasksResult]) -> None:
     try:
         result = _header(args, header)
         manager, names = find_tasks(args)
+        if finished(args, result, manager, names):
+            return
     except ValueError as error:
         fail(error)
-    if not missing(result, args.k, names):
-        report_table(result)
-        return
     initialize_megatron()
     group, leads = control_group(), torch.distributed.get_rank() == 0
     tasks: dict[str, Any] = {}
@@ -173,4 +173,4 @@ def _header(args: Namespace, header: Callable[..., TasksResult]) -> TasksResult:
         tail_scale={str(k): scale for k, scale in table},
         settings=settings,
     )
-    return resume(args.out, fresh)
+    return resume(args.out, fresh, args.label)

@@ -22,8 +22,8 @@ from megatron_emoe.settings.elastic_rules import check_tail_scale
 from megatron_emoe.settings.refusal import NoNumber
 from megatron_emoe.settings.tail_scale import parse_tail_scale
 from megatron_emoe.tasks.checked import CheckedLM
-from megatron_emoe.tasks.results import Passage, TaskSettings, TasksResult, missing, resume
-from megatron_emoe.tasks.run import check, find_tasks, load_tasks, report_table, run_cells
+from megatron_emoe.tasks.results import Passage, TaskSettings, TasksResult, resume
+from megatron_emoe.tasks.run import check, find_tasks, finished, load_tasks, report_table, run_cells
 
 
 class CheckedHFLM(CheckedLM, HFLM):
@@ -127,10 +127,9 @@ def run(args: Namespace, header: Callable[..., TasksResult]) -> None:
         tail_scale={str(k): scale for k, scale in tail.items()},
         settings=settings,
     )
-    result = resume(args.out, fresh)
+    result = resume(args.out, fresh, args.label)
     manager, names = find_tasks(args)
-    if not missing(result, args.k, names):
-        report_table(result)
+    if finished(args, result, manager, names):
         return
     tokenizer = load_tokenizer(args.load)
     tasks = load_tasks(manager, names)

@@ -137,8 +137,10 @@ def save(result: TasksResult, path: str | os.PathLike) -> None:
 _SAME = ("framework", "checkpoint", "iteration", "k_train", "num_experts", "tail_scale", "settings", "versions")
 
 
-def resume(path: str | os.PathLike, header: TasksResult) -> TasksResult:
+def resume(path: str | os.PathLike, header: TasksResult, label: str | None = None) -> TasksResult:
     """`header` with the cells already stored at `path`, or `header` itself where there is no file yet.
+
+    label: the name that was asked for; None keeps the stored one.
 
     Raises `ValueError` where they were made from another checkpoint, with other settings or other versions.
     """
@@ -147,7 +149,14 @@ def resume(path: str | os.PathLike, header: TasksResult) -> TasksResult:
     stored = load(path)
     for key in _SAME:
         demand_same(path, key, getattr(stored, key), getattr(header, key))
-    return dataclasses.replace(header, cells=stored.cells)
+    return dataclasses.replace(header, cells=stored.cells, label=label or stored.label)
+
+
+def rename(path: str | os.PathLike, label: str) -> None:
+    """Give a finished file another label, where it has another one."""
+    stored = load(path)
+    if stored.label != label:
+        save(dataclasses.replace(stored, label=label), path)
 
 
 def add_cell(result: TasksResult, cell: TaskCell) -> TasksResult:

@@ -35,6 +35,7 @@ from megatron_emoe.tasks.results import (
     markdown_table,
     measures,
     missing,
+    rename,
     save,
 )
 
@@ -158,6 +159,32 @@ def run_cells(
         save(result, args.out)
         report(f"k' = {k}, {name}: {_line(cell)}")
     return result
+
+
+def finished(args: Namespace, result: TasksResult, manager: TaskManager, names: Sequence[str]) -> bool:
+    """Whether nothing is left to do; the file then has the label that is asked for, and its scores are printed.
+
+    Raises:
+        ValueError: a cell that another version of its task made.
+    """
+    _check_versions(args, result, manager, names)
+    if missing(result, args.k, list(names)):
+        return False
+    if is_first_rank():
+        rename(args.out, result.label)
+    report_table(result)
+    return True
+
+
+def _check_versions(args: Namespace, result: TasksResult, manager: TaskManager, names: Sequence[str]) -> None:
+    for cell in result.cells:
+        if cell.k in args.k and cell.task in names:
+            now = (manager.task_index[cell.task].cfg.get("metadata") or {}).get("version")
+            if None not in (now, cell.version) and str(now) != cell.version:
+                raise ValueError(
+                    f"--out {args.out}: {cell.task} at k' = {cell.k} was made by version {cell.version} of the task, "
+                    f"which is now version {now}; write to another file"
+                )
 
 
 def report_table(result: TasksResult) -> None:

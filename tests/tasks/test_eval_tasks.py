@@ -273,6 +273,10 @@ def refusals(folder: Path) -> dict[str, tuple[int, str, str]]:
     ask("second", "--k", 2, 3, "--tasks", "tiny_group", "--limit", 3)
     ask("other settings", "--k", 2, "--tasks", "tiny_group")
     said["kept"] = (0, kept, (folder / "out.json").read_text())
+    ask("renamed", "--k", 2, "--tasks", "tiny_group", "--limit", 3, "--label", "new")
+    said["label"] = (0, (folder / "out.json").read_text(), "")
+    (tasks / "choice.yaml").write_text((tasks / "choice.yaml").read_text().replace("{version: 3}", "{version: 4}"))
+    ask("version", "--k", 2, "--tasks", "tiny_choice", "--limit", 3)
     ask("scaled", "--k", 3, "--tasks", "tiny_group", "--emoe-tail-scale", "0.5")
     with contextlib.chdir(folder):
         shipped = ["--tasks", "python_choice", "python_line", "--limit", 2, "--include-path", REPO / "examples/tasks"]
@@ -318,6 +322,10 @@ def refused(tmp_path_factory):
         ("null experts", "mute was trained: a token reaches fewer experts than k' where null experts are among its"),
         ("unknown to Megatron", "speaking: no such folder"),
         ("other settings", "settings: TaskSettings(shots=None, limit=3"),
+        (
+            "version",
+            "out.json: tiny_choice at k' = 2 was made by version 3 of the task, which is now version 4; write to",
+        ),
         ("scaled", "tail_scale: {}; must equal this run's {'0': 0.5}"),
     ],
 )
@@ -354,6 +362,8 @@ def test_a_second_run_keeps_the_cells_of_the_first(refused):
     _, before, after = refused["kept"]
     old, new = json.loads(before)["cells"], json.loads(after)["cells"]
     assert [(cell["k"], cell["task"]) for cell in old] == [(2, "tiny_group"), (2, "tiny_choice"), (2, "tiny_generate")]
+    renamed = json.loads(refused["label"][1])
+    assert refused["renamed"][0] == 0 and renamed["label"] == "new" and renamed["cells"] == new
     assert new[:3] == old and [(cell["k"], cell["task"]) for cell in new[3:]] == [(3, "tiny_group")]
 
 

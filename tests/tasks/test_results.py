@@ -90,7 +90,10 @@ def test_cells_of_another_run_are_not_mixed_in(tmp_path, changes, message):
     path = tmp_path / "tasks.json"
     assert task_results.resume(path, result()).cells == ()
     task_results.save(result(cell()), path)
-    assert task_results.resume(path, result(label="other")).cells == (cell(),)
+    assert task_results.resume(path, result(label="other")) == result(cell())
+    assert task_results.resume(path, result(), "other") == result(cell(), label="other")
+    task_results.rename(path, "other")
+    assert task_results.load(path) == result(cell(), label="other")
     with pytest.raises(ValueError, match=re.escape(message)):
         task_results.resume(path, result(**changes))
 
