@@ -9,6 +9,7 @@ import sys
 
 from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.flag_types import path_word
+from megatron_emoe.settings.paths import check_out
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep.result import SweepResult, agreed, load, save, upsert_cell
 
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--out", type=path_word, required=True, help="Result file (JSON).")
     args = parser.parse_args()
     try:
+        check_out(args.out)
         joined = join(args.sweeps)
         save(joined, args.out)
     except (ValueError, OSError) as error:  # load() has turned errors of reading into ValueErrors

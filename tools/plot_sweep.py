@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_emoe.settings import paths
 from megatron_emoe.settings.atomic_file import written_whole
 from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.flag_types import a_path
 from megatron_emoe.settings.refusal import fail
+from megatron_emoe.settings.result_file import check_label
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.curve import SweepCell, SweepResult
 
@@ -236,15 +238,16 @@ def load_results(paths: Sequence[Path], labels: Sequence[str] | None) -> list[Sw
         return results
     if len(labels) != len(results):
         raise ValueError(f"--labels: {len(labels)} given; must be one for each of the {len(results)} results")
+    for label in labels:
+        check_label("--labels", label)
     return [dataclasses.replace(result, label=label) for result, label in zip(results, labels, strict=True)]
 
 
 def check_out(path: Path) -> None:
-    """Raises `ValueError` for a suffix that is not drawn or a folder that is not there."""
+    """Raises `ValueError` for a suffix that is not drawn or a file that cannot be written."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out: {path}; must end in one of {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out: {path}; the folder {path.parent} must exist")
+    paths.check_out(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import plot_sweep
 
+from megatron_emoe.settings import paths
 from megatron_emoe.settings.atomic_file import write_atomically
 from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.flag_types import a_path
@@ -55,11 +56,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_out(path: Path) -> None:
-    """Raises `ValueError` for another suffix than .html or a folder that is not there."""
+    """Raises `ValueError` for another suffix than .html or a file that cannot be written."""
     if path.suffix.lower() != ".html":
         raise ValueError(f"--out: {path}; must end in .html")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out: {path}; the folder {path.parent} must exist")
+    for file in (path, path.with_suffix(".md")):
+        paths.check_out(file)
 
 
 def load(args: argparse.Namespace) -> tuple[list[SweepResult], SweepResult | None]:

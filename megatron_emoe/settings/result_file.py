@@ -22,8 +22,31 @@ def _check_date(date: str) -> str:
 
 
 Date = Annotated[str, AfterValidator(_check_date)]
-Number = Annotated[str, Field(pattern=r"^\d+$")]
+Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 """A number as a key of JSON: of a layer, or a k'."""
+Whole = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
+Positive = Annotated[float, Field(ge=1e-30, le=1e30)]
+"""Bounds that no measurement comes near; beyond them arithmetic fails."""
+
+
+def _check_text(text: str) -> str:
+    if not text or not text.isprintable():
+        raise ValueError("must be printable text on one line")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+"""What stands in tables and charts."""
+
+
+def check_label(flag: str, label: str | None) -> None:
+    """ValueError where a label, given with `flag`, cannot stand in a table. None: not given."""
+    if label is not None:
+        try:
+            _check_text(label)
+        except ValueError as error:
+            raise ValueError(f"{flag} {label!r}: {error}") from error
 
 
 def read_checked[Result](adapter: TypeAdapter[Result], path: str | os.PathLike) -> Result:
@@ -50,7 +73,11 @@ def demand_same(path: str | os.PathLike, key: str, stored: object, now: object) 
 def _describe(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     rule = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" for part in first["loc"]).lstrip(".")
     if not key:
         return rule
     return f"{key}: {rule}" if first["type"] == "missing" else f"{key}: {reprlib.repr(first['input'])}; {rule}"
+
+
+def _shown(key: str) -> str:
+    return key if key.isprintable() else reprlib.repr(key)

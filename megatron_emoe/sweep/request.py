@@ -17,6 +17,7 @@ from megatron_emoe.settings.command_line import installed, say
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, flag
 from megatron_emoe.settings.flag_files import own_command
 from megatron_emoe.settings.paths import check_out
+from megatron_emoe.settings.result_file import check_label
 from megatron_emoe.settings.tail_scale import parse_tail_scale
 from megatron_emoe.sweep.curve import sensitivity_budgets
 from megatron_emoe.sweep.result import (
@@ -35,6 +36,7 @@ def check_asked(args: Namespace) -> None:
     """ValueError for what can be refused before the model is known, and without Megatron: flag, value and rule."""
     _check_any_k(args)
     check_out(args.out)
+    check_label("--label", args.label)
     if args.coverage_at_least < 1:
         raise ValueError(f"--coverage-at-least {args.coverage_at_least}: must be at least 1")
 
@@ -56,7 +58,7 @@ def check_sweep(args: Namespace) -> SweepResult:
     model = _hugging_face(args) if args.hf else _megatron(args)
     header = SweepResult(
         schema=3,
-        label=args.label or Path(model["checkpoint"]).name,
+        label=args.label or Path(model["checkpoint"]).resolve().name or "model",
         **model,
         num_experts=args.num_experts,
         num_moe_layers=layers,

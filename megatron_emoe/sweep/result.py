@@ -13,19 +13,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, TypedDict
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from megatron_emoe.settings.result_file import STRICT, Date, Number, demand_same, read_checked, write_checked
+from megatron_emoe.settings.result_file import (
+    STRICT,
+    Count,
+    Date,
+    Number,
+    Positive,
+    Text,
+    Whole,
+    demand_same,
+    read_checked,
+    write_checked,
+)
 
 
 def check_k(k: Any) -> int | tuple[int, ...]:
@@ -36,17 +38,23 @@ def check_k(k: Any) -> int | tuple[int, ...]:
     return ks if isinstance(k, list | tuple) else ks[0]
 
 
+Nats = Annotated[float, Field(gt=0, le=500)]
+"""A loss per token; exp of it is a number."""
+BlockLoss = Annotated[float, Field(ge=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e30)]
+
+
 class Load(TypedDict):
     """Load of a layer's experts as multiples of the even share; dead: experts without a token."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
-    min: NonNegativeFloat
-    p5: NonNegativeFloat
-    p50: NonNegativeFloat
-    p95: NonNegativeFloat
-    max: NonNegativeFloat
-    dead: NonNegativeInt
+    min: NotNegative
+    p5: NotNegative
+    p50: NotNegative
+    p95: NotNegative
+    max: NotNegative
+    dead: Whole
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -72,22 +80,22 @@ class SweepCell:
     """
 
     k: K
-    loss: PositiveFloat
-    tokens: PositiveInt
-    seconds: PositiveFloat
-    tokens_per_second: PositiveFloat
-    rows_per_layer: dict[Number, NonNegativeInt]
-    expert_flops_per_token: PositiveFloat
-    active_params: PositiveInt
-    flops_per_token: PositiveFloat | None = None
-    latency_ms_batch1: PositiveFloat | None = None
-    latency_ms_large: PositiveFloat | None = None
-    router_entropy: dict[Number, NonNegativeFloat] | None = None
+    loss: Nats
+    tokens: Count
+    seconds: Positive
+    tokens_per_second: Positive
+    rows_per_layer: dict[Number, Whole]
+    expert_flops_per_token: Positive
+    active_params: Count
+    flops_per_token: Positive | None = None
+    latency_ms_batch1: Positive | None = None
+    latency_ms_large: Positive | None = None
+    router_entropy: dict[Number, NotNegative] | None = None
     load: dict[Number, Load] | None = None
     coverage: dict[Number, Share] | None = None
-    block_losses: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False, min_length=2)] | None = None
+    block_losses: Annotated[tuple[BlockLoss, ...], Field(strict=False, min_length=2)] | None = None
     device: Annotated[str, Field(min_length=1)] | None = None
-    ranks: PositiveInt | None = None
+    ranks: Count | None = None
 
     @model_validator(mode="after")
     def _check_blocks(self) -> "SweepCell":
@@ -105,9 +113,9 @@ class SweepData:
     """
 
     path: Annotated[tuple[str, ...], Field(strict=False)]
-    tokens: PositiveInt
+    tokens: Count
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    sequence_length: PositiveInt | None = None
+    sequence_length: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -125,25 +133,25 @@ class SweepResult:
     """
 
     schema: Literal[1, 2, 3]
-    label: Annotated[str, Field(min_length=1)]
+    label: Text
     checkpoint: str
-    iteration: NonNegativeInt
-    k_train: PositiveInt
-    num_experts: PositiveInt
+    iteration: Whole
+    k_train: Count
+    num_experts: Count
     data: SweepData
     cells: Annotated[tuple[SweepCell, ...], Field(strict=False)]
     command: str
     date: Date
     framework: Framework = "megatron"
-    num_moe_layers: PositiveInt | None = None
-    tail_scale: dict[Number, NonNegativeFloat] | None = None
-    coverage_at_least: PositiveInt | None = None
+    num_moe_layers: Count | None = None
+    tail_scale: dict[Number, NotNegative] | None = None
+    coverage_at_least: Count | None = None
     dtype: str | None = None
     selection: str | None = None
     combine: str | None = None
     versions: dict[str, str] | None = None
     training: dict[str, str] | None = None
-    trained_tokens: NonNegativeInt | None = None
+    trained_tokens: Whole | None = None
 
     @model_validator(mode="after")
     def _check_cells(self) -> "SweepResult":

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from megatron_emoe.settings.flag_types import a_path
 from megatron_emoe.settings.paths import check_folder, check_out
+from megatron_emoe.settings.result_file import check_label
 
 PAPER_TASKS = {
     "arc_challenge": "arc",
@@ -60,5 +61,6 @@ def check_asked(args: Namespace) -> None:
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise ValueError(f"--num-fewshot {args.num_fewshot}: must be at least 0")
     check_out(args.out)
+    check_label("--label", args.label)
     if args.include_path is not None:
         check_folder("--include-path", args.include_path)

@@ -11,17 +11,20 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    TypeAdapter,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from megatron_emoe.settings.result_file import STRICT, Date, Number, demand_same, read_checked, write_checked
+from megatron_emoe.settings.result_file import (
+    STRICT,
+    Count,
+    Date,
+    Number,
+    Text,
+    Whole,
+    demand_same,
+    read_checked,
+    write_checked,
+)
 
 
 @dataclasses.dataclass
@@ -41,7 +44,7 @@ class Measure:
     stderr: NonNegativeFloat | None = None
 
 
-Metrics = dict[str, Measure]
+Metrics = dict[Text, Measure]
 """By lm-eval's name of the metric and its filter, such as "acc_norm,none" or "exact_match,strict-match"."""
 
 
@@ -54,14 +57,14 @@ class TaskCell:
     rows_per_layer: (token, expert) pairs that reached the experts, by MoE layer: tokens x k', or this is no cell.
     """
 
-    k: PositiveInt
-    task: str
+    k: Count
+    task: Text
     metrics: Metrics
-    samples: PositiveInt
-    shots: NonNegativeInt | None
+    samples: Count
+    shots: Whole | None
     version: str | None
-    tokens: PositiveInt
-    rows_per_layer: Annotated[dict[Number, NonNegativeInt], Field(min_length=1)]
+    tokens: Count
+    rows_per_layer: Annotated[dict[Number, Whole], Field(min_length=1)]
     seconds: NonNegativeFloat
     members: dict[str, Metrics] = dataclasses.field(default_factory=dict)
 
@@ -81,9 +84,9 @@ class TaskSettings:
     """What cells of one file have in common. shots, limit: None is each task's own number, all documents.
     max_length: tokens that the model sees at most. dtype: of its weights."""
 
-    shots: NonNegativeInt | None
-    limit: PositiveInt | None
-    max_length: PositiveInt
+    shots: Whole | None
+    limit: Count | None
+    max_length: Count
     dtype: str
 
 
@@ -96,12 +99,12 @@ class TasksResult:
     """
 
     schema: Literal[1] = 1
-    label: Annotated[str, Field(min_length=1)]
+    label: Text
     framework: Literal["megatron", "transformers"]
     checkpoint: str
-    iteration: NonNegativeInt
-    k_train: PositiveInt
-    num_experts: PositiveInt
+    iteration: Whole
+    k_train: Count
+    num_experts: Count
     tail_scale: dict[Number, float]
     settings: TaskSettings
     versions: dict[str, str]

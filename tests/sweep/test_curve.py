@@ -243,7 +243,7 @@ def test_the_unchanged_document_is_valid(tmp_path):
         ({"second_cell": {"rows_per_layer": {"1": -1}}}, "cells[1].rows_per_layer.1: -1; Input should be greater"),
         ({"second_cell": {"perplexity": 4.5}}, "cells[1].perplexity: 4.5; Unexpected keyword argument"),
         ({"schema": 4}, "schema: 4; Input should be 1, 2 or 3"),
-        ({"label": ""}, "label: ''; String should have at least 1 character"),
+        ({"label": ""}, "label: ''; must be printable text on one line"),
         ({"k_train": 17}, "k_train: 17; must be at most num_experts (16)"),
         ({"iteration": -1}, "iteration: -1; Input should be greater than or equal to 0"),
         ({"date": "yesterday"}, "date: 'yesterday'; must be an ISO 8601 date"),

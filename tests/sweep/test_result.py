@@ -165,9 +165,9 @@ def test_what_cannot_be_joined_is_named_by_its_file(tmp_path):
         answer = join(tmp_path, "a.json", name)
         assert answer.status == 2 and answer.err.startswith(f"join_sweeps.py: error: {tmp_path / name}: {told}")
         assert f" in {tmp_path / 'a.json'}: not one sweep" in answer.err
-    for out in ("missing/all.json", "."):
+    for out, why in {"missing/all.json": f"the folder {tmp_path}/missing does not exist", ".": "is a folder"}.items():
         answer = join(tmp_path, "a.json", out=out)
-        assert answer.status == 2 and f"--out {tmp_path / out}: cannot be written (" in answer.err
+        assert answer.status == 2 and f"--out {tmp_path / out}: {why}" in answer.err
 
 
 def test_the_sweeps_of_the_study_can_be_read(tmp_path):

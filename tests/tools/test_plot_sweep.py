@@ -221,7 +221,12 @@ def test_errors_name_the_rule_and_leave_nothing(files, tmp_path, fails):
     fails([files[0], files[0], "--out", out], "label: 'top-k' is given 2 times; must be unique")
     fails([*files, "--out", out, "--labels", "one"], "--labels: 1 given; must be one for each of the 2 results")
     fails([*files, "--out", tmp_path / "wall.jpg"], "wall.jpg; must end in one of .png, .svg, .pdf")
-    fails([*files, "--out", tmp_path / "nowhere" / "a.png"], "nowhere must exist")
+    fails([*files, "--out", tmp_path / "nowhere" / "a.png"], "nowhere does not exist")
+    fails([*files, "--out", tmp_path / "a.png", "--labels", "one\nline", "b"], "must be printable text on one line")
+    (tmp_path / "folder.png").mkdir()
+    fails([*files, "--out", tmp_path / "folder.png"], "folder.png: is a folder; must be a file")
+    (tmp_path / "folder.png").rmdir()
+    fails([*files, "--out", "/proc/a.png"], "--out /proc/a.png: cannot be written (No such file or directory)")
     assert sorted(tmp_path.iterdir()) == before
 
 

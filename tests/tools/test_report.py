@@ -159,7 +159,7 @@ def test_errors_name_the_rule_and_leave_nothing(files, tmp_path, fails):
     sweep.save(make_result("other", {4: 1.7}, k_train=4), other)
     before = sorted(os.listdir(tmp_path))
     fails([*files, "--out", tmp_path / "card.pdf"], "--out: .*card.pdf; must end in .html")
-    fails([*files, "--out", tmp_path / "none" / "card.html"], "the folder .*none must exist")
+    fails([*files, "--out", tmp_path / "none" / "card.html"], "the folder .*none does not exist")
     fails([*files, files[0], "--out", out], "label: 'plain' is given 2 times; must be unique")
     fails([*files, broken, "--out", out], "broken.json: ")
     fails([*files, tmp_path / "nowhere.json", "--out", out], "nowhere.json: cannot be read")
