@@ -4,6 +4,7 @@
 
 Each curve is one checkpoint. The dashed line is the k it was trained with; the thick part of a curve is its effective
 range (see `megatron_emoe.sweep.curve.range_end`), and R in the legend is that range divided by k.
++ a(k') in the legend: with a tail scale.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron_emoe.settings.refusal import fail
 from megatron_emoe.settings.result_file import check_label
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.curve import SweepCell, SweepResult
+from megatron_emoe.sweep.summary import shown_label
 
 if TYPE_CHECKING:  # matplotlib takes a second to import: it is where a chart is drawn
     from matplotlib.axes import Axes
@@ -151,10 +153,11 @@ def _draw_curve(axes: Axes, result: SweepResult, index: int, x: str, scale: floa
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
         "linestyle": DASHES[index % len(DASHES)],
+        "clip_on": False,  # a marker at the edge of the axes is drawn whole
     }
     # A line through one point draws nothing, so there the band is a disc.
     band: dict[str, Any] = {"marker": "o"} if len(inside) == 1 else {"solid_capstyle": "round"}
-    band |= {"color": style["color"], "linewidth": 10, "markersize": 14, "alpha": 0.25, "zorder": 1.5}
+    band |= {"color": style["color"], "linewidth": 10, "markersize": 14, "alpha": 0.25, "zorder": 1.5, "clip_on": False}
     axes.plot(*_columns(inside), **band, gid="range")
     axes.plot(*_columns(points), **style, label=_legend_text(result), gid="curve")
     axes.plot(*_columns(outside), **style | {"linestyle": ""}, markerfacecolor="white", gid="outside")
@@ -167,7 +170,7 @@ def _columns(points: Sequence[tuple[int, float, float]]) -> tuple[list[float], l
 def _legend_text(result: SweepResult) -> str:
     wall = sweep.wall(result)
     past = f"no wall up to k′ = {max(sweep.curve(result))}" if wall is None else f"wall at k′ = {wall}"
-    return f"{result.label}: R = {sweep.effective_range(result):.3g}, {past}"
+    return f"{shown_label(result)}: R = {sweep.effective_range(result):.3g}, {past}"
 
 
 def _draw_ks(axes: Axes, results: Sequence[SweepResult], x: str, scale: float) -> None:

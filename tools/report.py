@@ -25,6 +25,7 @@ from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.card import Card, make_card, name_seeds
 from megatron_emoe.sweep.card_page import Figure, inline_svg, to_html, to_markdown
 from megatron_emoe.sweep.curve import SweepResult
+from megatron_emoe.sweep.summary import shown_label, speeds_count
 
 if TYPE_CHECKING:  # matplotlib takes a second to import: it is where a chart is drawn
     from matplotlib.axes import Axes
@@ -74,13 +75,13 @@ def load(args: argparse.Namespace) -> tuple[list[SweepResult], SweepResult | Non
 
 
 def charts(results: Sequence[SweepResult]) -> list[Figure]:
-    """Loss over k' and over FLOPs; latency over k' where any was measured."""
-    drawn = {
-        "Held-out loss over k'": plot_sweep.draw(results, x="k"),
-        "Held-out loss over the FLOPs of the routed experts": plot_sweep.draw(results, x="flops"),
-    }
-    if any(points(result, field) for result in results for field in LATENCIES):
-        drawn["Latency over k'"] = draw_latency(results)
+    """Loss over k'; over FLOPs where that is another picture; latency over k' where any was measured on a GPU."""
+    drawn = {"Held-out loss over k'": plot_sweep.draw(results, x="k")}
+    if len({cell.expert_flops_per_token / k for result in results for k, cell in sweep.curve(result).items()}) > 1:
+        drawn["Held-out loss over the FLOPs of the routed experts"] = plot_sweep.draw(results, x="flops")
+    timed = [result for result in results if speeds_count(result)]
+    if any(points(result, field) for result in timed for field in LATENCIES):
+        drawn["Latency over k'"] = draw_latency(timed)
     return [Figure(caption, svg(figure, f"chart{n}")) for n, (caption, figure) in enumerate(drawn.items())]
 
 
@@ -114,7 +115,8 @@ def _draw_panel(axes: Axes, results: Sequence[SweepResult], field: str) -> None:
         wheels = (plot_sweep.COLOURS, plot_sweep.MARKERS, plot_sweep.DASHES)
         colour, marker, dash = (wheel[index % len(wheel)] for wheel in wheels)
         if measured := points(result, field):
-            axes.plot(*zip(*measured, strict=True), color=colour, marker=marker, linestyle=dash, label=result.label)
+            style = {"color": colour, "marker": marker, "linestyle": dash, "clip_on": False}
+            axes.plot(*zip(*measured, strict=True), **style, label=shown_label(result))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(LATENCIES[field], fontsize=10)
     axes.set_xlabel("active experts per token k′")

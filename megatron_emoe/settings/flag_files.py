@@ -6,6 +6,7 @@ folder. Where a flag comes twice the later one wins, so what follows @FILE on th
 that begins with @ is written --flag=@value.
 """
 
+import os
 import re
 import shlex
 import sys
@@ -28,9 +29,14 @@ def expand(argv: list[str]) -> list[str]:
 
 def own_command() -> str:
     """The command that started this process, as a shell takes it, flag files by name; the interpreter without its
-    folder."""
+    folder. Under torchrun the whole line, with its numbers of machines and of processes on one."""
     interpreter, *words = sys.orig_argv
-    return shlex.join([Path(interpreter).name, *words])
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return shlex.join([Path(interpreter).name, *words])
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    launcher = ["torchrun", *(["--nnodes", machines] if machines != "1" else [])]
+    launcher += ["--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    return shlex.join([*launcher, *(word for word in words if word != "-u")])
 
 
 def flag_words(flags: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,21 @@ def sure_k(result: SweepResult) -> int:
     return next(k for k, cell in measured.items() if k == best or not difference(cell, measured[best]).is_sure)
 
 
+def scaled(result: SweepResult) -> bool:
+    """Whether a tail scale changed any weight; a table of ones is plain top-k'."""
+    return any(scale != 1 for scale in (result.tail_scale or {}).values())
+
+
+def shown_label(result: SweepResult) -> str:
+    """The label, with `+ a(k')` where a tail scale was in force and the label does not say so."""
+    return f"{result.label} + a(k')" if scaled(result) and "a(k" not in result.label else result.label
+
+
+def speeds_count(result: SweepResult) -> bool:
+    """Whether speed and latency say anything: not where a cell is known to have run on a CPU."""
+    return all(cell.device != "cpu" for cell in result.cells)
+
+
 def to_k(result: SweepResult, cell: SweepCell) -> Difference:
     """Loss of a cell less that at the k of training. ValueError where there is none."""
     measured = curve(result)
@@ -32,18 +47,21 @@ def answer(result: SweepResult) -> str:
         gain = "the k of training: no other measured k' is surely better"
     else:
         share = f"{flops_share(result, measured[k]):.3g} times its expert FLOPs"
-        gain = f"loss {to_k(result, measured[k]).text()} to k = {result.k_train}, at {share}"
+        gained = to_k(result, measured[k])
+        unsure = " (error unknown)" if gained.error is None else ""
+        gain = f"loss {gained.text()}{unsure} to k = {result.k_train}, at {share}"
     return f"use k' = {k}: {gain}; " + (f"wall at k' = {first}" if first else f"no wall up to k' = {max(measured)}")
 
 
 def table(result: SweepResult) -> str:
     """Every cell in Markdown: loss, difference to k where that was measured, cost, tokens/s."""
     has_k = result.k_train in curve(result)
-    head = ["k'", "loss", *([f"to k = {result.k_train}", "expert FLOPs"] if has_k else []), "tokens/s"]
+    speed = speeds_count(result)
+    head = ["k'", "loss", *([f"to k = {result.k_train}", "expert FLOPs"] if has_k else []), *["tokens/s"] * speed]
     lines = [head, ["---:"] * len(head)]
     for cell in result.cells:
         more = [to_k(result, cell).text(), f"x {flops_share(result, cell):.3g}"] if has_k else []
-        lines.append([name(cell.k), f"{cell.loss:.4f}", *more, f"{cell.tokens_per_second:,.0f}"])
+        lines.append([name(cell.k), f"{cell.loss:.4f}", *more, *[f"{cell.tokens_per_second:,.0f}"] * speed])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

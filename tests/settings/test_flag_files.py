@@ -137,3 +137,9 @@ def test_the_own_command_is_what_was_typed(monkeypatch):
     typed = ["/opt/my env/bin/python", "-u", "tools/sweep_k.py", "@model.args", "--load", "my run"]
     monkeypatch.setattr(sys, "orig_argv", typed)
     assert own_command() == "python -u tools/sweep_k.py @model.args --load 'my run'"
+    launched = {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "8"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert own_command() == "torchrun --nproc-per-node 8 tools/sweep_k.py @model.args --load 'my run'"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert own_command().startswith("torchrun --nnodes 2 --nproc-per-node 8 tools/sweep_k.py")

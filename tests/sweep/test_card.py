@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megatron_emoe.sweep.card import Card, Section, Table, make_card, with_unit
+from megatron_emoe.sweep.card import Card, make_card
 from megatron_emoe.sweep.card_page import Figure, inline_svg, to_html, to_markdown
+from megatron_emoe.sweep.card_table import Section, Table, with_unit
 from megatron_emoe.sweep.curve import SweepData, SweepResult
 from tests import sweep_results
 from tests.sweep_results import make_cell
@@ -56,19 +57,18 @@ def column(found: Table, head: str) -> dict[str, str]:
 def test_the_summary():
     found = table(make_card([PLAIN, ELASTIC], baseline=PLAIN), "Effective range, wall and gain")
     assert found.head[1:] == (
-        *("k", "loss at k", "best k'", "loss there", "effective range", "wall", "peak gain", "cost at k"),
+        *("k", "loss at k", "best k'", "loss there", "to k", "effective range", "wall", "peak gain", "cost at k"),
     )
     # 1.756 - 1.737 = 0.019; 1.762 - 1.756 = 0.006.
     assert found.rows == (
-        ("plain", "2", "1.7560", "2", "1.7560", "1", "4", "+0.0000", "+0.0000"),
-        ("elastic", "2", "1.7620", "6", "1.7370", "3", "none", "+0.0190", "+0.0060"),
+        ("plain", "2", "1.7560", "2", "1.7560", "+0.0000", "1", "4", "+0.0000", "+0.0000"),
+        ("elastic", "2", "1.7620", "6", "1.7370", "-0.0250", "3", "none", "+0.0190", "+0.0060"),
     )
 
 
 def test_without_a_baseline_there_is_no_gain():
     found = table(make_card([ELASTIC]), "Effective range, wall and gain")
-    assert (column(found, "peak gain"), column(found, "cost at k")) == ({"elastic": ""}, {"elastic": ""})
-    assert "Peak gain" not in found.note
+    assert not {"peak gain", "cost at k"} & set(found.head) and "Peak gain" not in found.note
 
 
 def test_a_baseline_beside_the_sweeps_gets_its_own_part():
@@ -101,8 +101,77 @@ def test_routing_over_the_layers():
     # Entropy (2 + 3) / 2; the least load of any layer, 0, is measured and shown; coverage (1 + 0.5) / 2.
     assert found.rows[2] == ("4", "2.5", "0", "0.5", "0.9", "1.8", "3.5", "2", "0.75", "0.5")
     assert found.rows[0] == ("1", *[""] * 9)
+    assert "left out" not in found.note
     assert "for 1 or more tokens" in found.note
     assert all(table.title != "Routing" for table in make_card([PLAIN]).sections[1].tables)
+
+
+def measured_at_4(**changes) -> SweepResult:
+    cells = [dataclasses.replace(cell, **changes) if cell.k == 4 else cell for cell in ELASTIC.cells]
+    return dataclasses.replace(ELASTIC, cells=cells)
+
+
+def test_columns_with_nothing_in_them_are_left_out_with_the_reason():
+    routing = table(make_card([measured_at_4(coverage=None)]), "Routing", 1)
+    assert "coverage, mean" not in routing.head and "Coverage is left out: the run" in routing.note
+    assert routing.note.count("Coverage") == 1
+    bare = table(make_card([PLAIN]), "Quality and cost", 1)
+    assert not {"tail scale", "ms/token, alone", "FLOPs/token"} & set(bare.head) and "Alone" not in bare.note
+
+
+def test_speed_on_a_cpu_is_left_out():
+    found = table(make_card([measured_at_4(device="cpu", ranks=2)]), "Quality and cost", 1)
+    assert not {"tokens/s", "ms/token, alone", "ms/token, full batch"} & set(found.head)
+    assert found.note == "Forward FLOPs. Speed and latency are left out: on a CPU they say nothing of a GPU."
+    on_gpu = table(make_card([measured_at_4(device="NVIDIA H100")]), "Quality and cost", 1)
+    assert column(on_gpu, "ms/token, alone")["4"] == "1.25" and "CPU" not in on_gpu.note
+
+
+def blocks(label: str, losses: dict[int, tuple[float, ...]], **changes) -> SweepResult:
+    """Every k' with the losses of its blocks."""
+    cells = [make_cell(k, sum(of) / len(of), block_losses=of) for k, of in losses.items()]
+    return dataclasses.replace(make_result(label, {2: 1.7}), cells=cells, **changes)
+
+
+def test_the_answer_comes_first_and_differences_have_errors():
+    # To k: -0.1 and -0.3, mean -0.2, error 0.1. 6 is better than 4 by 0.0005, with an error of 0.0015: 4 is as good.
+    one = blocks("one", {2: (1.8, 1.9), 4: (1.7, 1.6), 6: (1.698, 1.601)})
+    base = blocks("base", {2: (1.9, 1.9), 4: (2.0, 2.0)})
+    card = make_card([one], baseline=base)
+    assert card.sections[0].lines == (
+        "one: use k' = 4: loss -0.2000 ± 0.1000 to k = 2, at 2 times its expert FLOPs; no wall up to k' = 6",
+        "base: use k' = 2: the k of training: no other measured k' is surely better; wall at k' = 4",
+    )
+    found = table(card, "Effective range, wall and gain")
+    # Peak gain 1.9 - 1.6495 over blocks 0.202 and 0.299; cost -0.1 and 0: mean -0.05, error 0.05.
+    assert column(found, "peak gain")["one"] == "+0.2505 ± 0.0485"
+    assert column(found, "cost at k")["one"] == "-0.0500 ± 0.0500"
+    assert column(table(card, "Quality and cost", 1), "to k")["4"] == "-0.2000 ± 0.1000"
+    html, text = to_html(card), to_markdown(card)
+    assert html.index("use k&#x27; = 4") < html.index("<table") and text.index("use k' = 4") < text.index("| sweep |")
+
+
+def test_a_tail_scale_is_named_and_compared_with_its_like():
+    scaled = dataclasses.replace(ELASTIC, tail_scale={"0": 0.5})
+    card = make_card([PLAIN, scaled], baseline=PLAIN)
+    assert [section.title for section in card.sections] == ["Summary", "plain", "elastic + a(k')"]
+    assert card.sections[0].lines[-1] == (
+        "elastic + a(k') with a tail scale, plain without: a part of the difference past k is the scale's. Fit one for "
+        "runs/plain too (tools/fit_tail_scale.py) and add its sweep."
+    )
+    like = dataclasses.replace(PLAIN, tail_scale={"0": 0.25}, label="plain, fitted + a(k')")
+    assert len(make_card([PLAIN, like, scaled], baseline=PLAIN).sections[0].lines) == 3
+    ones = dataclasses.replace(ELASTIC, tail_scale={"0": 1.0})
+    assert make_card([ones]).sections[1].title == "elastic"
+
+
+def test_the_command_is_the_whole_line():
+    command = "python tools/sweep_k.py --load runs/elastic"
+    ran = dataclasses.replace(measured_at_4(ranks=2, device="cpu"), command=command)
+    ran = dataclasses.replace(ran, cells=[dataclasses.replace(cell, ranks=2) for cell in ran.cells])
+    assert make_card([ran]).sections[1].command == "torchrun --nproc-per-node 2 tools/sweep_k.py --load runs/elastic"
+    older = dataclasses.replace(ELASTIC, command=command)
+    assert make_card([older]).sections[1].command == command
 
 
 def test_tail_scales_past_k():
@@ -128,7 +197,6 @@ def test_how_it_was_produced():
         "iteration": "1",
         "k of training": "2 of 16 experts",
         "MoE layers": "2",
-        "seed of training": "",
         "tail scale": "none: plain top-k'",
         "data": "held-out",
         "tokens": "64",
@@ -138,12 +206,32 @@ def test_how_it_was_produced():
     assert card.sections[1].command == ELASTIC.command
 
 
+def test_how_a_newer_file_was_produced():
+    newer = dataclasses.replace(
+        measured_at_4(ranks=2, device="cpu"),
+        training={"--emoe-selection": "prefix", "--emoe-k-schedule": "uniform"},
+        trained_tokens=2_500_000,
+        selection="prefix",
+        versions={"torch": "2.15", "megatron-core": "0.19.2"},
+        data=dataclasses.replace(ELASTIC.data, sequence_length=16),
+    )
+    found = dict(table(make_card([newer]), "How it was produced", 1).rows)
+    assert found["training"] == "--emoe-selection prefix --emoe-k-schedule uniform"
+    assert (found["tokens of training"], found["selection here"]) == ("2.5 M", "prefix")
+    assert (found["ran on"], found["tokens"]) == ("2 x cpu", "64, in sequences of 16")
+    assert found["versions"] == "torch 2.15, megatron-core 0.19.2"
+    assert (
+        dict(table(make_card([dataclasses.replace(newer, training={})]), "How it was produced", 1).rows)["training"]
+        == "plain top-k"
+    )
+
+
 def test_a_file_of_the_first_schema_has_a_card():
     old = make_result("old", {2: 1.7, 4: 1.8}, schema=1, num_moe_layers=None, data=SweepData(path=[], tokens=80))
     card = make_card([old])
     origin = column(table(card, "How it was produced", 1), "value")
-    assert (origin["digest of the tokens"], origin["MoE layers"], origin["data"]) == ("", "2", "mock data")
-    assert column(table(card, "Quality and cost", 1), "FLOPs/token") == {"2": "", "4": ""}
+    assert "digest of the tokens" not in origin and (origin["MoE layers"], origin["data"]) == ("2", "mock data")
+    assert "older than errors" in table(card, "Effective range, wall and gain").note
 
 
 def test_layers_alone_and_several_at_once():
@@ -253,9 +341,7 @@ def test_the_page_has_the_tables_with_empty_cells():
         ["4", "1.7800", "1.7410"],
         ["6", "", "1.7370"],
     ]
-    quality = page.tables["Quality and cost"]
-    latency = quality[0].index("ms/token, alone")
-    assert [row[latency] for row in quality[1:]] == ["", "", ""]
+    assert page.tables["Quality and cost"][0][:2] == ["k'", "loss"]
     assert page.text["h2"] == ["Summary", "plain", "elastic"]
 
 
