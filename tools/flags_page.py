@@ -98,6 +98,7 @@ def _needed(name: str) -> str | None:
 def _host_notes(names: list[str]) -> list[str]:
     possible = [host_flags.POSSIBLE[name].replace(" ", " or ") for name in names if name in host_flags.POSSIBLE]
     notes = [f"in host mode {values}" for values in possible]
+    notes += ["left out in host mode" for name in names if name in host_flags.LEFT_OUT]
     return notes + ["not in host mode" for words in host_flags.IMPOSSIBLE.values() if {*names} & {*words.split()}]
 
 

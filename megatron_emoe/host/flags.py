@@ -46,7 +46,7 @@ IMPOSSIBLE = {
         " --save-activations-interval --save-dgrads-interval"
     ),
     "the fused kernel runs on GPUs only": (
-        "--moe-permute-fusion --moe-router-fusion --moe-grouped-gemm --moe-enable-deepep --use-flash-attn"
+        "--moe-permute-fusion --moe-router-fusion --moe-enable-deepep --use-flash-attn"
     ),
     "the overlap needs the streams of a GPU": "--tp-comm-overlap --overlap-moe-expert-parallel-comm",
     "training would change the tensors while they are written": "--async-save --use-persistent-ckpt-worker",
@@ -56,6 +56,9 @@ IMPOSSIBLE = {
     "gloo carries all messages": "--use-nccl-ub --use-sharp --pipeline-model-parallel-comm-backend",
     "FSDP places its shards by CUDA device": "--use-megatron-fsdp --use-torch-fsdp2",
 }
+
+LEFT_OUT = {"--moe-grouped-gemm": "the kernel of GPUs computes what the experts compute one by one"}
+"""Switches that host mode leaves out and says so: flag files for GPUs have them, and no result depends on them."""
 
 
 def words_of(flags: dict[str, str]) -> list[str]:
@@ -86,3 +89,9 @@ def refuse_gpu_flags(argv: list[str]) -> None:
         for reason, flags in IMPOSSIBLE.items():
             if flag in flags.split():
                 raise ValueError(f"{f'{flag} {value}'.strip()}: not possible in host mode, {reason}; leave it out")
+
+
+def without_gpu_kernels(argv: list[str]) -> tuple[list[str], list[str]]:
+    """argv without the switches that host mode leaves out, and a line to say for each of them."""
+    lines = [f"host mode: {flag} is left out, {reason}" for flag, reason in LEFT_OUT.items() if flag in argv]
+    return [word for word in argv if word not in LEFT_OUT], lines

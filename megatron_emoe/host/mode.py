@@ -58,6 +58,9 @@ def setup(argv: list[str]) -> list[str]:
     skip_dataset_helper_build()
     version = importlib.metadata.version("megatron-core")
     say(f"host mode: megatron-core {version} on CPU (gloo); for development and verification, not for speed")
+    argv, lines = host_flags.without_gpu_kernels(argv)
+    for line in lines:
+        say(line)
     return argv + host_flags.missing_defaults(argv)
 
 

@@ -346,9 +346,10 @@ def completed(argv: list[str]) -> tuple[list[str], str]:
         return host_mode.setup(argv), output.getvalue()
 
 
-def test_defaults_are_added_only_for_flags_that_are_not_given():
+def test_defaults_are_added_only_for_flags_that_are_not_given_and_a_gpu_s_kernel_is_left_out():
     given = ["--num-workers=3", "--attention-backend", "local", "--no-rope-fusion", "--seed", "-1"]
-    flags, line = run_ranks(completed, 1, given)[0]
+    flags, said = run_ranks(completed, 1, [given[0], "--moe-grouped-gemm", *given[1:]])[0]
+    line, dropped = said.splitlines(keepends=True)
     assert flags[: len(given)] == given
     added = flags[len(given) :]
     assert [added[added.index(flag) + 1] for flag in ("--transformer-impl", "--distributed-backend")] == [
@@ -358,6 +359,7 @@ def test_defaults_are_added_only_for_flags_that_are_not_given():
     assert "--use-cpu-initialization" in added and "--no-persist-layer-norm" in added
     assert not {"--num-workers", "--attention-backend", "--no-rope-fusion"} & set(added)
     assert re.fullmatch(r"host mode: megatron-core 0\.19\.\d+ on CPU \(gloo\); for .*, not for speed\n", line)
+    assert dropped.startswith("host mode: --moe-grouped-gemm is left out, ") and "--moe-grouped-gemm" not in flags
 
 
 def test_one_rank_says_that_host_mode_is_on():
