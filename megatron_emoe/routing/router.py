@@ -89,20 +89,40 @@ class ElasticRouter(TopKRouter):
         logits_TE = logits.view(-1, self.config.num_moe_experts)
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_T)
-        routed = self._route(logits_TE, draw)
+        rule, seed = self._rule(draw), mix(draw.seed, self._token_shard())
+        routed = self._route(logits_TE, rule, seed)
         probs_TE, map_TE = routed.probs_TE, routed.map_TE
         probs_TE = self._attach_hierarchical_loss(probs_TE, logits_TE, None, padding_T, routed.entropy_T)
         if routed.balance_TE is not None:
-            counted_TE = map_TE if routed.plain_TE is None else routed.plain_TE
+            counted_TE = self._counted(routed, routed.balance_TE.detach(), rule, seed)
             probs_TE = self._attach_balance_losses(probs_TE, routed.balance_TE, counted_TE, padding_T, sequence, batch)
         probs_TE, map_TE = self._drop_tokens(probs_TE, map_TE)
         self._apply_expert_bias(map_TE, padding_mask=None if padding_T is None else padding_T.unsqueeze(-1))
         return probs_TE, map_TE, routed.pool
 
-    def _route(self, logits_TE: Tensor, draw: Draw) -> Routed:
+    def _counted(self, routed: Routed, scores_TE: Tensor, rule: RoutingRule, seed: int) -> Tensor:
+        """The experts that the balance losses count, bool [T, E].
+
+        The core counts top-k of the scores alone, without selection bias and groups; what is drawn from a pool is
+        counted in that order too. So one definition holds for every draw, and it is the core's where none is made.
+        """
+        if not self._ranks_otherwise():
+            return routed.map_TE if routed.plain_TE is None else routed.plain_TE
+        if rule.pool_max == rule.k or self.config.emoe_balance_on == "topk":
+            return selection.dense_map(selection.rank_experts(scores_TE, rule.k, k=rule.k), scores_TE.shape[1])
+        ranked_TP = selection.rank_experts(scores_TE, rule.pool_max, k=rule.k)
+        drawn_TK, _ = selection.coactivation_indices(
+            ranked_TP, rule.k, pool=rule.pool, seed=seed, keep=rule.keep, prob=rule.prob
+        )
+        return selection.dense_map(drawn_TK, scores_TE.shape[1])
+
+    def _ranks_otherwise(self) -> bool:
+        """Whether experts are selected in another order than that of their scores."""
+        return self.expert_bias is not None or bool(self.config.moe_router_group_topk)
+
+    def _route(self, logits_TE: Tensor, rule: RoutingRule, seed: int) -> Routed:
         """One pass over the logits where --moe-router-fusion asks for it and the kernel can; else selection.py."""
-        rule, wanted = self._rule(draw), self._wanted(draw)
-        seed = mix(draw.seed, self._token_shard())
+        wanted = self._wanted(rule)
         if not self.fused:
             return self._route_unfused(logits_TE, rule, seed, wanted)
         if reason := router_kernel.why_not(logits_TE):
@@ -134,11 +154,12 @@ class ElasticRouter(TopKRouter):
             prob=config.emoe_pool_prob,
         )
 
-    def _wanted(self, draw: Draw) -> Wanted:
+    def _wanted(self, rule: RoutingRule) -> Wanted:
         """What the losses and metrics of this pass need beside probabilities and map."""
         trains = self.training and torch.is_grad_enabled()
         balance = trains and self.is_aux_loss_enabled()
-        plain = balance and self.config.emoe_balance_on == "topk" and draw.pool_max > draw.k
+        plain = balance and self.config.emoe_balance_on == "topk" and rule.pool_max > rule.k
+        plain = plain and not self._ranks_otherwise()
         return Wanted(entropy=self._wants_entropy(), balance=balance, plain=plain)
 
     def _route_unfused(self, logits_TE: Tensor, rule: RoutingRule, seed: int, wanted: Wanted) -> Routed:

@@ -95,7 +95,7 @@ class ElasticConfig:
 
     emoe_balance_on: Literal["dispatched", "topk"] = "dispatched"
     """What the load-balancing loss counts under coactivation: the experts that were drawn, or those plain top-k would
-    use."""
+    use. Both by the scores alone, as Megatron-Core counts, without a selection bias and groups."""
 
     emoe_top_p: float | None = None
     """p, probability in (0, 1]: a token uses its best experts until they sum to p. Unset: 0.4 with top-p, the paper's
