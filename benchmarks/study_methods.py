@@ -62,7 +62,9 @@ class Method:
 
 
 EMOE = f"--emoe-selection coactivation --emoe-pool-k {3 * K}"
-UNIFORM = f"--emoe-selection prefix --emoe-k-schedule uniform --emoe-k-min 1 --emoe-k-max {3 * K}"
+ONE_TOO = "--emoe-k-min 1 --emoe-gradient-check off"
+"""Draws of k = 1, as M-MoE has them: where weights are renormalised, routers get no gradient of the loss in those."""
+UNIFORM = f"--emoe-selection prefix --emoe-k-schedule uniform {ONE_TOO} --emoe-k-max {3 * K}"
 MIXED = f"--emoe-selection prefix --emoe-k-schedule weighted --emoe-k-min {K} --emoe-k-max {3 * K} --emoe-k-draw layer"
 HALF_AT_K = "--emoe-k-weights 3 1 1 0 1"
 RECIPE = "--emoe-selection prefix --emoe-k-schedule default-or-larger --emoe-k-draw layer --emoe-tail-scale 0.25"
@@ -115,7 +117,7 @@ ABLATIONS = (
     Method("tail-low-lr", TAIL, "tail, a tenth of the learning rate", lr=LOW_LR, fit=True),
     Method(
         "tail-low-k",
-        f"{MIXED.replace(f'--emoe-k-min {K}', '--emoe-k-min 1')} --emoe-k-weights 1 3 1 1 0 1 --emoe-tail-scale 0.25",
+        f"{MIXED.replace(f'--emoe-k-min {K}', ONE_TOO)} --emoe-k-weights 1 3 1 1 0 1 --emoe-tail-scale 0.25",
         "as tail, one draw in seven at k' = 1",
         fit=True,
     ),

@@ -64,7 +64,8 @@ class ElasticConfig:
     --emoe-k-ramp-iters."""
 
     emoe_k_min: int | None = None
-    """Experts: the smallest k that the schedule draws. Required by every schedule but constant."""
+    """Experts: the smallest k that the schedule draws; where weights are renormalised, at least 2 (else routers get no
+    gradient from those draws). Required by every schedule but constant and default-or-larger."""
 
     emoe_k_max: int | None = None
     """Experts: the largest k that the schedule draws. Required by uniform, weighted and ramp. Unset with
@@ -138,8 +139,8 @@ class ElasticConfig:
     """Which weights are trained. router: the routers alone, everything else stays as it is."""
 
     emoe_gradient_check: Literal["stop", "off"] = "stop"
-    """What to do where a weight that is to be trained got no gradient in the first ten steps. stop: end the run and
-    name it. off: nothing."""
+    """What to do where a weight that is to be trained gets no gradient. stop: end the run and name it where it had none
+    in the first ten steps; refuse draws of k = 1 where that one weight is renormalised. off: nothing."""
 
     emoe_eval_k: list[int] | None = None
     """At every evaluation, also report the validation loss at each of these k' (experts), on the same batches."""

@@ -20,6 +20,14 @@ def k_probabilities(elastic: ElasticConfig, model_k: int, iteration: int = 0) ->
     return {k: 1 / len(ks) for k in ks}
 
 
+def drawn_ks(elastic: ElasticConfig, model_k: int) -> list[int]:
+    """Every k that a run may draw, ascending."""
+    low, high = elastic.k_range(model_k)
+    if elastic.emoe_k_schedule == "ramp":
+        return list(range(low, high + 1))
+    return [k for k, probability in k_probabilities(elastic, model_k).items() if probability]
+
+
 def expected_k(elastic: ElasticConfig, model_k: int, iteration: int) -> float:
     """E[k] of the schedule at `iteration`, for FLOPs and MFU."""
     return sum(k * p for k, p in k_probabilities(elastic, model_k, iteration).items())

@@ -37,6 +37,8 @@ from megatron_emoe.settings.field_flags import add_elastic_flags
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.batch_schedule import check_batch_schedule, settle_ramp
 from megatron_emoe.training.first_look import check_source
+from megatron_emoe.training.ranks import settle_ranks
+from megatron_emoe.training.training_rules import check_elastic_training
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -72,7 +74,7 @@ def parse(add_more: Callable[[ArgumentParser], ArgumentParser] = lambda parser: 
     Raises:
         SystemExit: status 2 after one message on stderr (from local rank 0).
     """
-    return _parse(_complete_training, add_more, fixed)
+    return _parse(_complete_training, add_more, fixed, check_elastic_training)
 
 
 HfArguments = Callable[[Path], tuple[Namespace, dict[str, Any] | None]]
@@ -88,7 +90,12 @@ def parse_evaluation(
     return _parse(partial(_complete_evaluation, hf_arguments), add_more, fixed)
 
 
-def _parse(complete: Callable[[Namespace, ArgumentParser, dict], None], add_more: Callable, fixed: dict) -> Namespace:
+def _parse(
+    complete: Callable[[Namespace, ArgumentParser, dict], None],
+    add_more: Callable,
+    fixed: dict,
+    check: Callable[[Namespace], None] = lambda args: None,
+) -> Namespace:
     parsers = []
 
     def add_all(parser: ArgumentParser) -> ArgumentParser:
@@ -107,6 +114,7 @@ def _parse(complete: Callable[[Namespace, ArgumentParser, dict], None], add_more
         check_data(args)
         elastic_config_from_args(args)
         _refuse_several_validation_sets(args)
+        check(args)
     except (ValueError, AssertionError) as error:  # the core checks its own flags by assertions
         fail(str(error) or _broken_rule(error))
     except OSError as error:
@@ -159,6 +167,7 @@ def _complete_evaluation(
         # A model may have more rows than its tokenizer has tokens, so the tokenizer does not tell how many.
         ranks = args.tensor_model_parallel_size
         args.padded_vocab_size = -(-stored.padded_vocab_size // ranks) * ranks
+    settle_ranks(args)
     validate_args(args)
 
 

@@ -35,24 +35,18 @@ def check_gradients(args: Namespace, config: ElasticTransformerConfig) -> None:
     unseen = config.cuda_graph_impl != "none" or args.use_megatron_fsdp or args.use_torch_fsdp2
     if config.emoe_gradient_check == "stop" and not unseen:
         folder = Path(args.save) if args.save else None
-        config.finalize_model_grads_func = GradientCheck(folder, routers=not may_lack_router_gradient(config))
-
-
-def may_lack_router_gradient(config: ElasticTransformerConfig) -> bool:
-    """Whether a step that draws k = 1 gives a router no gradient: the softmax over one selected expert is always 1."""
-    after = config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax
-    return after and config.k_range(config.moe_router_topk)[0] == 1
+        config.finalize_model_grads_func = GradientCheck(folder)
 
 
 class GradientCheck:
     """Megatron's `finalize_model_grads`, and behind it the check until it has passed. Collective, as that is.
 
-    folder: --save, where the reason of a stop is left. routers: whether they count. Experts of a layer count as one: in
-    a small batch some get no token.
+    folder: --save, where the reason of a stop is left. Experts of a layer count as one: in a small batch some get no
+    token.
     """
 
-    def __init__(self, folder: Path | None, *, routers: bool = True) -> None:
-        self.folder, self.routers = folder, routers
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
         self.missing: set[str] | None = None
         self.steps = 0
 
@@ -69,7 +63,7 @@ class GradientCheck:
     def _look(self, model: list[nn.Module]) -> None:
         found = over_all_ranks(gradients(model))
         before = found.keys() if self.missing is None else self.missing
-        self.missing = {name for name in before if not found[name] and (self.routers or ".router." not in name)}
+        self.missing = {name for name in before if not found[name]}
         self.steps += 1
         if self.missing and self.steps >= STEPS:
             why = reason(sorted(self.missing))

@@ -145,6 +145,13 @@ REFUSED = {
         {"rampup_batch_size": [2, 2, 16]},
         "--rampup-batch-size 2 2 16: needs --train-samples in place of --train-iters, as steps have no fixed batch",
     ),
+    "draws without a gradient": (
+        {"emoe_selection": "prefix", "emoe_k_schedule": "default-or-smaller", "emoe_k_min": 1}
+        | {"moe_router_pre_softmax": None},
+        "--emoe-k-min 1: must be at least 2 here; the weight of one expert alone is always 1, so routers get no "
+        "gradient from it: keep the scores as weights (--moe-router-pre-softmax, --emoe-combine raw), or accept it "
+        "with --emoe-gradient-check off",
+    ),
     "finetune": ({"finetune": True}, "--finetune is given without --load: there is nothing to continue from"),
 }
 

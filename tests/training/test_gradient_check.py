@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_emoe.routing.watch import MARKER
-from megatron_emoe.training.gradient_check import _ONE_OF_MANY, STEPS, may_lack_router_gradient, reason
+from megatron_emoe.training.gradient_check import _ONE_OF_MANY, STEPS, reason
 from tests.distributed import run_ranks
-from tests.tiny import PREFIX, Run, fill_weights, flags, layer_config, train
+from tests.tiny import PREFIX, Run, fill_weights, flags, train
 
 ROUTERS = PREFIX | {"emoe_train": "router", "train_iters": 2}
 RECOMPUTED: dict[str, dict[str, Any]] = {
@@ -80,23 +80,6 @@ def test_a_weight_without_a_gradient_ends_the_run_which_does_not_start_again(che
     assert run_ranks(iterations_of, 1, words) == [(why, STEPS) if check == "stop" else (None, STEPS + 2)]
     marker = tmp_path / MARKER
     assert marker.read_text() == f"{why}\n" if check == "stop" else not marker.exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "may_lack"),
-    [
-        ({"emoe_k_min": 1, "moe_router_pre_softmax": False}, True),
-        ({"emoe_k_min": 1, "moe_router_pre_softmax": True}, False),
-        ({"emoe_k_min": 2, "moe_router_pre_softmax": False}, False),
-        ({"emoe_k_min": 1, "moe_router_pre_softmax": False, "moe_router_score_function": "sigmoid"}, False),
-    ],
-)
-def test_routers_that_draw_k_1_before_their_softmax_are_left_out(changes: dict[str, Any], may_lack: bool):
-    assert run_ranks(lacks, 1, PREFIX | changes) == [may_lack]
-
-
-def lacks(changes: dict[str, Any]) -> bool:
-    return may_lack_router_gradient(layer_config(**changes))
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
