@@ -6,7 +6,9 @@
 The model's flags come from the checkpoint, or from the config.json of a Hugging Face folder, which transformers runs on
 the same tokens; parallel layout and --micro-batch-size may differ from training. Cells already in the output are kept,
 so an interrupted sweep goes on where it stopped, and --evidence or --latency can be added later; cells of other data,
-another checkpoint or other settings are refused. Exit status 2 for what is refused, 1 where a loss is no number.
+another checkpoint or other settings are refused. One rank needs no torchrun. Where the tail scale was fitted, give the
+sweep other tokens than the fit, which says how many it may read. Exit status 2 for what is refused, 1 where a loss is
+no number.
 """
 
 from argparse import ArgumentParser, Namespace

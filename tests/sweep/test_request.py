@@ -25,6 +25,7 @@ from tests.sweep_results import make_cell
 from tests.sweeps import Answer
 from tests.tiny import flags
 
+TWO = "torchrun --nproc-per-node 2"
 HOST = "--transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion".split()
 GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}  # 4 groups of 2 experts, 2 are used
 
@@ -171,6 +172,9 @@ def refuse(folder: Path) -> dict[str, Answer]:
         "data": call(micro_batch_size=128, max_eval_tokens=128 * 16),
         "combine": call(emoe_combine="raw"),
         "tail": call(emoe_tail_scale=["9:0.5"]),
+        "ranks": call(expert_model_parallel_size=2),
+        "label": call(label="two\nlines"),
+        "folder": call(out=folder),
     }
 
 
@@ -192,6 +196,9 @@ def refused(tmp_path_factory) -> tuple[Path, dict[str, Answer]]:
         ("batch", "--max-eval-tokens 1024: 64 sequences of 16 tokens, fewer than one batch of 128"),
         ("data", "--data-path: 109 sequences of 16 tokens, fewer than one batch of 128"),
         ("combine", "--emoe-combine has no meaning with --hf: transformers runs the model by its own code"),
+        ("ranks", f"--expert-model-parallel-size 2: needs a multiple of 2 ranks, here is 1 process: {TWO}"),
+        ("label", "--label 'two\\nlines': must be printable text on one line"),
+        ("folder", "--out FOLDER: is a folder; must be a file"),
         ("tail", "--emoe-tail-scale 9:0.5: k' must lie in [3, 8], above k"),
     ],
 )
