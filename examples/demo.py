@@ -29,16 +29,16 @@ from megatron_emoe.sweep.budget import flops_limit, name, proposals  # noqa: E40
 from megatron_emoe.sweep.curve import (  # noqa: E402
     K,
     best_k,
-    cost_at_k,
     effective_range,
     load,
-    loss_at,
     markdown_table,
     missing_ks,
-    peak_gain,
     sensitivity_budgets,
     wall,
 )
+from megatron_emoe.sweep.curve import curve as curve_of  # noqa: E402
+from megatron_emoe.sweep.summary import answer  # noqa: E402
+from megatron_emoe.sweep.uncertainty import difference  # noqa: E402
 
 OUT = REPO / "demo"
 VOCAB = 2048
@@ -49,7 +49,6 @@ LAYER_KS = (1, 2, 3, 6)
 """The k' that each layer is measured at alone; with TRAINED_K, what a k' per layer is put together from."""
 BUDGET = 0.6
 """Expert FLOPs per token that the last step asks a k' for, as a multiple of those at TRAINED_K."""
-LATENCY = ("latency_ms_batch1", "latency_ms_large")
 
 ELASTIC = "@examples/recipe.args"
 """What makes the elastic run elastic."""
@@ -93,11 +92,11 @@ def sweep_file(curve: str) -> Path:
     return OUT / f"sweep_{curve}.json"
 
 
-def sweep(run: str, title: str, extra: str, cells: Sequence[K], fields: Sequence[str] = (), curve: str = "") -> Step:
-    """A sweep of a run into its file, or that of another curve; done once the file has these cells with these
-    fields under the curve's title."""
+def sweep(run: str, title: str, extra: str, cells: Sequence[K], curve: str = "") -> Step:
+    """A sweep of a run into its file, or that of another curve; done once the file has these cells under the curve's
+    title."""
     out, label = sweep_file(curve or run), TITLES[curve or run]
-    done = lambda: has_label(out, label) and not missing_ks(load(out), cells, fields)  # noqa: E731
+    done = lambda: has_label(out, label) and not missing_ks(load(out), cells)  # noqa: E731
     prepare = lambda: None if has_label(out, label) else out.unlink(missing_ok=True)  # noqa: E731
     flags = f"--load {OUT}/checkpoints/{run} --out {out} {held_out(run, HELD_OUT_TOKENS)} {extra}"
     return Step(title, "tools/sweep_k.py", [*flags.split(), "--label", label], done, 1, prepare=prepare)
@@ -154,7 +153,7 @@ def continued(run: str, extra: str) -> Step:
 
 def topk() -> Lane:
     yield continued("topk", "")
-    yield sweep("topk", "sweep topk", f"--k {numbers(KS)} --latency --emoe-tail-scale 1", KS, LATENCY)
+    yield sweep("topk", "sweep topk", f"--k {numbers(KS)} --emoe-tail-scale 1", KS)
     yield fit("topk")
     yield sweep("topk", "sweep topk fitted", f"--k {numbers(KS)}", KS, curve="topk_fitted")
 
@@ -162,7 +161,7 @@ def topk() -> Lane:
 def elastic() -> Lane:
     yield continued("elastic", f"{ELASTIC} --emoe-eval-k 4 8 12")
     yield fit("elastic")
-    yield sweep("elastic", "sweep elastic", f"--k {numbers(KS)} --latency", KS, LATENCY)
+    yield sweep("elastic", "sweep elastic", f"--k {numbers(KS)}", KS)
     alone = sensitivity_budgets(LAYER_KS, TRAINED_K, LAYERS)
     yield sweep("elastic", "sweep layers", f"--k {numbers(LAYER_KS)} --layer-sensitivity", alone)
     if allocations := suggested():
@@ -201,11 +200,13 @@ def summary(spent: Sequence[Spent]) -> str:
         first = wall(result)
         end = f"wall at k' = {first}" if first else f"no wall up to k' = {max(KS)}"
         lines += [f"{result.label}: effective range {effective_range(result):.2f}, {end}"]
-    cost = cost_at_k(elastic, topk)
-    lines += [f"{elastic.label} at k against topk: {cost:+.4f} nats, {cost / loss_at(topk, topk.k_train):+.2%}"]
-    for other, where in ((topk, "topk at k"), (fitted, f"{fitted.label} at its best k'")):
-        best = peak_gain(elastic, topk) - (peak_gain(fitted, topk) if other is fitted else 0.0)
-        lines += [f"{elastic.label} at its best k' = {best_k(elastic)} against {where}: {-best:+.4f}"]
+    cells, at_k = curve_of(elastic), curve_of(topk)[topk.k_train]
+    cost = difference(cells[elastic.k_train], at_k)
+    lines += [f"{elastic.label} at k against topk: {cost.text()} nats, {cost.value / at_k.loss:+.2%}"]
+    for other, where in ((at_k, "topk at k"), (curve_of(fitted)[best_k(fitted)], f"{fitted.label} at its best k'")):
+        gain = difference(cells[best_k(elastic)], other)
+        lines += [f"{elastic.label} at its best k' = {best_k(elastic)} against {where}: {gain.text()}"]
+    lines += ["", *(f"{result.label}: {answer(result)}" for result in (topk, fitted, elastic))]
     seconds = ", ".join(f"{one.step} {one.wall:.0f} ({one.processor:.0f})" for one in spent)
     return "\n".join([*lines, "", f"seconds by step, of processor time in brackets: {seconds}", ""])
 
