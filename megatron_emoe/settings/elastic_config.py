@@ -76,7 +76,7 @@ class ElasticConfig:
     weighted."""
 
     emoe_k_default_prob: float | None = None
-    """Probability of --moe-router-topk, in (0, 1]. Unset: 0.8 in default-or-smaller, ERNIE 5.0's value, and 0.5 in
+    """Probability of --moe-router-topk, in (0, 1). Unset: 0.8 in default-or-smaller, ERNIE 5.0's value, and 0.5 in
     default-or-larger."""
 
     emoe_k_ramp_iters: int | None = None

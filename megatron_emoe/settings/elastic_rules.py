@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_emoe.settings.elastic_config import ElasticConfig, flag
+from megatron_emoe.settings.k_schedule import drawn_ks
 from megatron_emoe.settings.tail_scale import TailScale, parse_tail_scale
 
 _SCHEDULE_NEEDS = {
@@ -74,6 +75,16 @@ def _check_schedule(elastic: ElasticConfig, model_k: int, num_experts: int) -> N
         _refuse(high_name, high, f"must be above {flag(low_name)} {low}, or no larger k exists")
     if schedule == "weighted":
         _check_weights(_weights(elastic), low, high)
+    _check_that_k_varies(elastic, model_k)
+
+
+def _check_that_k_varies(elastic: ElasticConfig, model_k: int) -> None:
+    """A schedule that never draws another k is no schedule."""
+    if not 0 < elastic.default_prob < 1:
+        _refuse("emoe_k_default_prob", elastic.default_prob, "must lie in (0, 1)")
+    if elastic.draws_k and drawn_ks(elastic, model_k) == [model_k]:
+        rule = f"draws nothing but --moe-router-topk {model_k}; it is --emoe-k-schedule constant"
+        _refuse("emoe_k_schedule", elastic.emoe_k_schedule, rule)
 
 
 def _weights(elastic: ElasticConfig) -> list[float]:
@@ -151,8 +162,6 @@ def _check_numbers(elastic: ElasticConfig) -> None:
     coeff = elastic.emoe_hr_loss_coeff
     if coeff is not None and not 0 <= coeff < float("inf"):
         _refuse("emoe_hr_loss_coeff", coeff, "must be a finite number of at least 0")
-    if not 0 < elastic.default_prob <= 1:
-        _refuse("emoe_k_default_prob", elastic.default_prob, "must lie in (0, 1]")
     if elastic.emoe_k_ramp_iters is not None and elastic.emoe_k_ramp_iters < 1:
         _refuse("emoe_k_ramp_iters", elastic.emoe_k_ramp_iters, "must be at least 1 iteration")
     if elastic.emoe_coactivation_interval < 0:

@@ -32,8 +32,9 @@ from megatron_emoe.model.stored_model import check_given, model_flags
 from megatron_emoe.routing.transformer_config import elastic_config_from_args
 from megatron_emoe.routing.watch import check_marker
 from megatron_emoe.settings.command_line import in_own_words, is_first_rank, say
-from megatron_emoe.settings.elastic_config import flag
+from megatron_emoe.settings.elastic_config import elastic_settings, flag
 from megatron_emoe.settings.field_flags import add_elastic_flags
+from megatron_emoe.settings.in_force import settings_in_force
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.batch_schedule import check_batch_schedule, settle_ramp
 from megatron_emoe.training.first_look import check_source
@@ -74,7 +75,10 @@ def parse(add_more: Callable[[ArgumentParser], ArgumentParser] = lambda parser: 
     Raises:
         SystemExit: status 2 after one message on stderr (from local rank 0).
     """
-    return _parse(_complete_training, add_more, fixed, check_elastic_training)
+    args = _parse(_complete_training, add_more, fixed, check_elastic_training)
+    if settings := settings_in_force(elastic_settings(args), sys.argv[1:]):
+        say(settings)
+    return args
 
 
 HfArguments = Callable[[Path], tuple[Namespace, dict[str, Any] | None]]

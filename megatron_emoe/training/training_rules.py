@@ -10,10 +10,28 @@ from megatron_emoe.settings.k_schedule import drawn_ks
 
 
 def check_elastic_training(args: Namespace) -> None:
-    """Refuse, by flag, value and rule, what would train nothing (ValueError). args: Megatron's, completed."""
+    """Refuse, by flag, value and rule, what would train nothing or do nothing (ValueError). args: Megatron's,
+    completed."""
     elastic = elastic_settings(args)
+    _refuse_idle(elastic, args)
     if elastic.emoe_gradient_check == "stop" and not elastic.counts_vary:
         _refuse_constant_weights(elastic, args)
+
+
+def _refuse_idle(elastic: ElasticConfig, args: Namespace) -> None:
+    """Settings of a part of Megatron that the run does not have."""
+    if elastic.emoe_eval_k and args.eval_iters == 0:
+        ks = " ".join(map(str, elastic.emoe_eval_k))
+        raise ValueError(f"--emoe-eval-k {ks}: needs evaluations, and --eval-iters is 0")
+    if elastic.emoe_balance_on != "dispatched" and not _balances(args):
+        raise ValueError(f"--emoe-balance-on {elastic.emoe_balance_on}: there is no load-balancing loss that counts")
+
+
+def _balances(args: Namespace) -> bool:
+    """Whether a load-balancing loss has a weight."""
+    kinds, coeffs = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    kinds, coeffs = (value if isinstance(value, list) else [value] for value in (kinds, coeffs))
+    return any(kind.endswith("aux_loss") and coeff for kind, coeff in zip(kinds, coeffs, strict=False))
 
 
 def _refuse_constant_weights(elastic: ElasticConfig, args: Namespace) -> None:

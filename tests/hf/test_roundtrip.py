@@ -27,7 +27,7 @@ STEPS: dict[str, Any] = {
     "moe_token_dispatcher_type": "alltoall",
     "weight_decay": 0,
 }
-ELASTIC = ["--emoe-selection", "coactivation", "--emoe-pool-k", "5", "--emoe-eval-k", "1", "4"]
+ELASTIC = "--emoe-selection coactivation --emoe-pool-k 5 --emoe-eval-k 1 4 --eval-iters 1".split()
 LAYOUTS = {
     "one rank": [],
     "EP 2": ["--expert-model-parallel-size", "2"],

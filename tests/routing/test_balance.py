@@ -28,9 +28,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "softmax, bias": {"moe_router_enable_expert_bias": True},
 }
 AT = {"emoe_selection": "prefix", "emoe_k_schedule": "uniform"}
+WEIGHTED = {"emoe_selection": "prefix", "emoe_k_schedule": "weighted"}
 POOL = {"emoe_selection": "coactivation", "emoe_pool_k": 4}
 DRAWS: dict[str, tuple[dict[str, Any], int]] = {
-    "recipe at k": ({"emoe_tail_scale": ["0.25"], "emoe_k_max": 2} | AT, 2),
+    "recipe at k": ({"emoe_tail_scale": ["0.25"], "emoe_k_max": 3, "emoe_k_weights": [1.0, 1e-9]} | WEIGHTED, 2),
     "recipe above k": ({"emoe_tail_scale": ["0.25"], "emoe_k_max": 4} | AT, 4),
     "prefix above k": ({"emoe_k_max": 3} | AT, 3),
     "other weights": ({"emoe_combine": "raw"}, 2),

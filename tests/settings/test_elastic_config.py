@@ -48,7 +48,6 @@ VALID = {
     "default or smaller": SMALLER,
     "default or larger, up to 3 k": LARGER,
     "default or larger, up to all experts": LARGER | {"emoe_k_max": 8},
-    "default or smaller, always the default": SMALLER | {"emoe_k_default_prob": 1.0},
     "ramp": RAMP,
     "schedule and pool": COACTIVATION | without(UNIFORM, "emoe_selection"),
     "pool equal to the largest k": COACTIVATION | without(UNIFORM, "emoe_selection") | {"emoe_pool_k": 4},
@@ -62,6 +61,7 @@ def test_valid_settings(settings):
     validate_elastic(ElasticConfig(**settings), **MODEL)
 
 
+NO_OTHER = "draws nothing but --moe-router-topk 2; it is --emoe-k-schedule constant"
 NO_POOL = "needs --emoe-selection coactivation"
 REFUSED = [
     # Parameters that a schedule lacks.
@@ -110,10 +110,19 @@ REFUSED = [
     (LARGER | {"emoe_k_max": 2}, "--emoe-k-max 2: must be above --moe-router-topk 2, or no larger k exists"),
     (LARGER | {"emoe_k_max": 1}, "--moe-router-topk 2: must not exceed --emoe-k-max 1"),
     (LARGER | {"emoe_k_max": 9}, "--emoe-k-max 9: must not exceed --num-experts 8"),
-    (LARGER | {"emoe_k_default_prob": 0.0}, "--emoe-k-default-prob 0.0: must lie in (0, 1]"),
-    (SMALLER | {"emoe_k_default_prob": 0.0}, "--emoe-k-default-prob 0.0: must lie in (0, 1]"),
-    (SMALLER | {"emoe_k_default_prob": 1.5}, "--emoe-k-default-prob 1.5: must lie in (0, 1]"),
-    (SMALLER | {"emoe_k_default_prob": float("nan")}, "--emoe-k-default-prob nan: must lie in (0, 1]"),
+    (LARGER | {"emoe_k_default_prob": 0.0}, "--emoe-k-default-prob 0.0: must lie in (0, 1)"),
+    (SMALLER | {"emoe_k_default_prob": 0.0}, "--emoe-k-default-prob 0.0: must lie in (0, 1)"),
+    (SMALLER | {"emoe_k_default_prob": 1.0}, "--emoe-k-default-prob 1.0: must lie in (0, 1)"),
+    *(
+        (settings, f"--emoe-k-schedule {settings['emoe_k_schedule']}: {NO_OTHER}")
+        for settings in (
+            UNIFORM | {"emoe_k_min": 2, "emoe_k_max": 2},
+            WEIGHTED | {"emoe_k_weights": [0.0, 3.0, 0.0, 0.0]},
+            RAMP | {"emoe_k_min": 2, "emoe_k_max": 2},
+        )
+    ),
+    (SMALLER | {"emoe_k_default_prob": 1.5}, "--emoe-k-default-prob 1.5: must lie in (0, 1)"),
+    (SMALLER | {"emoe_k_default_prob": float("nan")}, "--emoe-k-default-prob nan: must lie in (0, 1)"),
     (RAMP | {"emoe_k_ramp_iters": 0}, "--emoe-k-ramp-iters 0: must be at least 1 iteration"),
     # Selection.
     (UNIFORM | {"emoe_selection": "topk"}, "--emoe-k-schedule uniform: needs --emoe-selection prefix or coactivation"),

@@ -84,11 +84,17 @@ def test_help_is_said_once(run, capsys, monkeypatch):
 
 
 def test_flags_reach_the_namespace(run):
-    args = run(**COACTIVATION, emoe_eval_k=[1, 4], emoe_hr_loss_coeff=0.01, emoe_pool_fixed=True)
+    args = run(**COACTIVATION, emoe_eval_k=[1, 4], emoe_hr_loss_coeff=0.01, emoe_pool_fixed=True, eval_iters=1)
     assert (args.emoe_selection, args.emoe_pool_k, args.emoe_eval_k) == ("coactivation", 6, [1, 4])
     assert (args.emoe_hr_loss_coeff, args.emoe_pool_fixed) == (0.01, True)
     assert args.padded_vocab_size is None or args.padded_vocab_size > 0  # Megatron's own flags were completed
     assert args.data_parallel_size == 1
+
+
+def test_what_is_in_force_is_said_in_one_line(run, capsys):
+    run("--emoe-pool-k", "6", "--emoe-selection", "prefix", "--emoe-selection", "coactivation")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("elastic settings")]
+    assert said == ["elastic settings: --emoe-selection coactivation (not prefix) --emoe-pool-k 6"]
 
 
 def test_another_entry_point_adds_flags(run):

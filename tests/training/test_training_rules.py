@@ -24,12 +24,13 @@ NAMED: dict[str, dict[str, Any]] = {
     "k 1, raw": ONE | {"emoe_combine": "raw"},
     "k 2 of 1, no tail": TAIL | {"moe_router_topk": 1},
     "k 2 of 1, a tail": TAIL | {"moe_router_topk": 1, "emoe_tail_scale": ["0.25"]},
-    "k 2, no tail": TAIL,
+    "k 3 of 2, no tail": TAIL | {"emoe_k_min": 3, "emoe_k_max": 3},
 }
 
 
 def refusal(settings: dict[str, Any], model: str = "softmax after") -> str | None:
     args = Namespace(**vars(ElasticConfig()) | {"moe_router_topk": 2, "moe_router_score_function": "softmax"})
+    vars(args).update(eval_iters=4, moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.0)
     vars(args).update(MODELS[model] | settings)
     try:
         check_elastic_training(args)
@@ -86,8 +87,18 @@ def test_what_is_never_drawn_is_no_reason():
         refusal(smaller | {"emoe_k_min": 1}) is not None
         and refusal(smaller | {"emoe_k_min": 2, "moe_router_topk": 3}) is None
     )
-    assert refusal({"emoe_eval_k": [1, 2]}) is None  # an evaluation trains nothing
+    assert refusal({"emoe_eval_k": [1, 2], "eval_iters": 4}) is None  # an evaluation trains nothing
 
 
 def test_it_can_be_accepted():
     assert refusal(UNIFORM | {"emoe_gradient_check": "off"}) is None
+
+
+def test_settings_of_what_the_run_does_not_have():
+    evaluated = {"emoe_eval_k": [2, 4], "eval_iters": 0}
+    assert refusal(evaluated) == "--emoe-eval-k 2 4: needs evaluations, and --eval-iters is 0"
+    assert refusal(evaluated | {"eval_iters": None}) is None  # the whole validation set
+    counted = {"emoe_selection": "coactivation", "emoe_pool_k": 6, "emoe_balance_on": "topk"}
+    assert refusal(counted) == "--emoe-balance-on topk: there is no load-balancing loss that counts"
+    two = {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "moe_aux_loss_coeff": [0.0, 0.1]}
+    assert refusal(counted | {"moe_aux_loss_coeff": 0.1}) is None and refusal(counted | two) is None
