@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Continue-train OLMoE-1B-7B elastically on one GPU of 80 to 141 GB, with the recipe of docs/study.md.
 #
-#   BASE=CHECKPOINT DATA=DATA_text_document SAVE=OUT examples/continue_olmoe_1gpu.sh [--dry-run] [FLAGS]
+#   BASE=CHECKPOINT DATA=data/text SAVE=OUT examples/continue_olmoe_1gpu.sh [--dry-run] [FLAGS]
 #
 # BASE is an imported checkpoint (tools/convert_checkpoint.py import), DATA what --data-path takes. FLAGS go to
 # pretrain_emoe.py and override what stands here. --dry-run prints the command and runs nothing. A run that is started

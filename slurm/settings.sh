@@ -103,17 +103,26 @@ count_nodes() {
   world_size=$((nodes * EMOE_PROCS_PER_NODE))
 }
 
-# The planner takes the recipe as a file of flags, whatever words EMOE_RECIPE holds.
+# Plans what will run: the model's flags, those of the recipe and the training, and what came after --. The planner takes
+# files, whatever words the settings hold.
 plan() {
-  local words recipe status=0
-  recipe=$(mktemp)
+  local words folder model=$EMOE_MODEL status=0
+  folder=$(mktemp -d)
   split EMOE_RECIPE
-  shown ${words[@]+"${words[@]}"} >"$recipe"
+  shown ${words[@]+"${words[@]}"} >"$folder/recipe"
+  split EMOE_TRAIN_FLAGS
+  shown ${words[@]+"${words[@]}"} ${flags[@]+"${flags[@]}"} >"$folder/training"
+  if [ "$EMOE_MODEL_FLAGS" != "@$EMOE_HOME/examples/models/$EMOE_MODEL_ARGS" ]; then
+    split EMOE_MODEL_FLAGS
+    model=$folder/$EMOE_MODEL
+    shown "${words[@]}" >"$model"
+    [ ${#words[@]} != 1 ] || [[ ${words[0]} != @* ]] || model=${words[0]#@}
+  fi
   split EMOE_PLAN_FLAGS
   PYTHONWARNINGS=ignore PYTHONPATH=$EMOE_HOME "$EMOE_CHECK_PYTHON" "$EMOE_HOME/tools/plan_job.py" \
-    --model "$EMOE_MODEL" --gpus "$world_size" --gpus-per-node "$EMOE_PROCS_PER_NODE" \
-    --gpu-memory "$EMOE_GPU_MEMORY" --recipe "$recipe" ${words[@]+"${words[@]}"} "$@" || status=$?
-  rm -f "$recipe"
+    --model "$model" --gpus "$world_size" --gpus-per-node "$EMOE_PROCS_PER_NODE" --gpu-memory "$EMOE_GPU_MEMORY" \
+    --recipe "$folder/recipe" --training "$folder/training" ${words[@]+"${words[@]}"} "$@" || status=$?
+  rm -rf "$folder"
   return $status
 }
 
@@ -131,7 +140,8 @@ find_layout() {
     return
   fi
   planned=$(plan) ||
-    die "no layout for $EMOE_MODEL on $nodes x $EMOE_PROCS_PER_NODE GPUs of $EMOE_GPU_MEMORY GB (the rule is above)"
+    die "no layout for $EMOE_MODEL on $nodes x $EMOE_PROCS_PER_NODE GPUs of $EMOE_GPU_MEMORY GB: the rule is above; EMOE_PLAN_FLAGS" \
+      "has flags for the planner"
   EMOE_LAYOUT=$(sed -n 's/^flags: *//p' <<<"$planned")
 }
 

@@ -19,12 +19,16 @@ from collections.abc import Sequence
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.plan import kept
 from megatron_emoe.plan import report as plan_report
+from megatron_emoe.plan.given import Given, read_given
 from megatron_emoe.plan.layout import OPTIMIZER_STATES
 from megatron_emoe.plan.model import MODELS, read_model
 from megatron_emoe.plan.search import MOST_GPUS, RECOMPUTATIONS, Machine, Plan, Wanted, propose
 from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.flag_types import path_word, positive, whole, whole_to
 from megatron_emoe.settings.refusal import fail
+
+TOKENS = 20e9
+GLOBAL_BATCH = 256
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,17 +59,27 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--ep", type=whole, help="expert-parallel ranks")
     job.add_argument("--etp", type=whole, help="ranks that share one expert (1)")
     job.add_argument("--micro-batch", type=whole, help="sequences of a micro-batch")
-    job.add_argument("--global-batch", type=whole, default=256, help="sequences of a step (256)")
+    job.add_argument("--global-batch", type=whole, help="sequences of a step (256)")
     job.add_argument("--seq", type=whole, help="tokens of a sequence (4096, or the model's longest where shorter)")
     job.add_argument("--recompute", choices=RECOMPUTATIONS, help="what the backward pass computes again")
-    job.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="(bf16)")
+    job.add_argument(
+        "--precision", choices=("bf16", "fp8"), help="of a model in fp32 too, whose run then gets --bf16 (bf16)"
+    )
     job.add_argument(
         "--optimizer-state",
         choices=OPTIMIZER_STATES,
         default="fp32",
         help="gradients and Adam's state in memory (fp32)",
     )
-    job.add_argument("--tokens", type=positive, default=20e9, help="token budget, for steps and hours (20e9)")
+    length = job.add_mutually_exclusive_group()
+    length.add_argument("--tokens", type=positive, help="token budget, for steps and hours (20e9)")
+    length.add_argument(
+        "--training",
+        type=path_word,
+        metavar="FILE",
+        help="flags of the run, as in slurm/train.args: steps and hours are those of its --train-iters, what it says "
+        "of the layout is kept, and its elastic flags override the recipe's",
+    )
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
@@ -93,13 +107,15 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def plans_of(args: argparse.Namespace) -> list[Plan]:
-    """The plans that fit, best first. Raises ValueError with the rule that nothing satisfies."""
-    model = read_model(args.model, args.recipe, args.seq, kept.user_folder())
+def plans_of(args: argparse.Namespace, elastic: Sequence[str]) -> list[Plan]:
+    """The plans that fit, best first; elastic: flags that override the recipe's. Raises ValueError with the rule that
+    nothing satisfies."""
+    given = {"bf16": args.precision is not None, "elastic": elastic}
+    model = read_model(args.model, args.recipe, args.seq, kept.user_folder(), **given)
     wanted = Wanted(
         gpus=args.gpus,
         gpus_per_node=min(args.gpus_per_node, args.gpus),
-        global_batch=args.global_batch,
+        global_batch=args.global_batch or GLOBAL_BATCH,
         seq=model.args.seq_length,
         tp=args.tp,
         pp=args.pp,
@@ -134,17 +150,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")  # Megatron's, about libraries of GPUs
     logging.disable(logging.WARNING)
     try:
-        plans = plans_of(args)
+        given = read_given(args.training) if args.training else Given({})
+        vars(args).update(given.layout)
+        plans = plans_of(args, given.elastic)
         if args.check:
             return check(plans[0])
     except ValueError as error:
         fail(error)
+    layout = plans[0].layout
+    tokens = args.tokens or given.tokens(layout.global_batch, layout.seq) or TOKENS
     if args.print_flags:
         print(plan_report.flags_line(plans[0]))
     elif args.json:
-        print(json.dumps(plan_report.as_json(plans, args.tokens), indent=1))
+        print(json.dumps(plan_report.as_json(plans, tokens), indent=1))
     else:
-        print("\n".join(plan_report.text(plans, args.tokens)))
+        print("\n".join(plan_report.text(plans, tokens)))
     return 0
 
 

@@ -38,6 +38,9 @@ OF_THE_LAYOUT = {
 }
 """Flags of Megatron that the planner chooses -> its own flag for the same."""
 
+CHOICES = ("--precision", "--optimizer-state")
+"""Those of the planner's own flags for them that stand for several of Megatron's."""
+
 SETTLED = ["--use-distributed-optimizer", "--moe-token-dispatcher-type", "alltoall"]
 """Flags of every plan."""
 
@@ -78,11 +81,12 @@ _PLANNED_ALONE = {
 @dataclass(frozen=True)
 class PlannedModel:
     """name: as given. words: its flags and those of the recipe, as a shell takes them (flag files by name). args:
-    Megatron's, completed for one rank."""
+    Megatron's, completed for one rank. added: flags that the plan counts on and that are not among the model's."""
 
     name: str
     words: tuple[str, ...]
     args: Namespace
+    added: tuple[str, ...] = ()
 
     @cached_property
     def config(self) -> ElasticConfig:
@@ -119,11 +123,21 @@ class PlannedModel:
         return self.config.emoe_k_ramp_iters or 0
 
 
-def read_model(name: str, recipe: str | None, seq_length: int | None, keep_in: Path | None = None) -> PlannedModel:
-    """The model `name` (one of MODELS, or a flag file) with the elastic settings of the flag file `recipe`.
+def read_model(
+    name: str,
+    recipe: str | None,
+    seq_length: int | None,
+    keep_in: Path | None = None,
+    *,
+    bf16: bool = False,
+    elastic: Sequence[str] = (),
+) -> PlannedModel:
+    """The model `name` (one of MODELS, or a flag file) with the elastic settings of the flag file `recipe`, and then
+    those in `elastic`, flags with their values.
 
     seq_length: tokens; None: 4096, or the model's longest sequence where that is shorter. keep_in: a folder for what
-    Megatron says of the flags (see kept.py); where it says it anew, this process is in host mode from then on.
+    Megatron says of the flags (see kept.py); where it says it anew, this process is in host mode from then on. bf16:
+    train it in bf16 also where its flags are those of a model in fp32.
 
     Raises:
         ValueError: no such model or file, flags that Megatron or the elastic settings refuse, or that a plan does not
@@ -131,11 +145,15 @@ def read_model(name: str, recipe: str | None, seq_length: int | None, keep_in: P
     """
     files = [_model_file(name), *([Path(recipe)] if recipe else [])]
     words = flag_files.expand([f"@{file}" for file in files])
+    words += elastic
     _refuse_layout(words)
+    added = ["--bf16"] if bf16 and not {"--bf16", "--fp16"} & set(words) else []
+    words += added
     args = kept.arguments([*words, f"{seq_length}"], lambda: _completed(words, seq_length), keep_in)
     if args.vocab_size is None and args.padded_vocab_size is None:
         raise ValueError(f"--model {name}: its flags need --vocab-size, which decides the size of embedding and head")
-    return PlannedModel(name, tuple(f"@{file}" for file in files), args)
+    known = (*(f"@{file}" for file in files), *elastic, *added)
+    return PlannedModel(name, known, args, tuple(added))
 
 
 def _completed(words: list[str], seq_length: int | None) -> Namespace:
@@ -180,7 +198,10 @@ def _refuse_unknown(args: Namespace) -> None:
             raise ValueError(f"{flag(name)} {getattr(args, name)}: must be {known}, a plan does not know {meaning}")
     if args.num_experts is None:
         raise ValueError("--num-experts is not among the flags of the model: a plan is for one with experts")
+    if args.fp16 and not args.bf16:
+        raise ValueError("--fp16 among the flags of the model: a plan counts weights and activations in bf16")
     if not args.bf16:
-        raise ValueError("--bf16 is not among the flags of the model: a plan counts weights and activations in bf16")
+        cause = "its weights are fp32, and a plan counts weights and activations in bf16"
+        raise ValueError(f"--bf16 is not among the flags of the model: {cause}; --precision bf16 trains it so")
     if args.emoe_selection == "top-p":
         raise ValueError("--emoe-selection top-p: E[k] depends on the data, a plan cannot know it")

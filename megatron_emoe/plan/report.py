@@ -19,7 +19,11 @@ RUNNERS_UP = 4
 
 def flags_line(plan: Plan) -> str:
     """Megatron's flags for the layout, as a shell takes them."""
-    return shlex.join(layout_flags(plan.model.args, plan.layout))
+    return shlex.join(_flags(plan))
+
+
+def _flags(plan: Plan) -> list[str]:
+    return [*plan.model.added, *layout_flags(plan.model.args, plan.layout)]
 
 
 def text(plans: Sequence[Plan], tokens: float) -> list[str]:
@@ -95,14 +99,19 @@ def _time(plan: Plan, tokens: float) -> list[str]:
 def _runners_up(plans: Sequence[Plan]) -> list[str]:
     if len(plans) == 1:
         return []
-    rows = [f"of {len(plans)} divisions that fit, by estimated step (for ranking only: docs/planning.md):"]
-    for plan in plans[: RUNNERS_UP + 1]:
-        layout = plan.layout
-        rows.append(
-            f"  {layout.name():<28} micro-batch {layout.micro_batch}, recompute {layout.recompute:<5}"
-            f"{plan.memory[plan.fullest].total / GIB:>7.1f} GiB  x {plan.estimate / plans[0].estimate:.2f}"
-        )
-    return [*rows, ""]
+    title = (
+        f"of {len(plans)} divisions that fit, by estimated step (for ranking only: docs/planning.md); * is proposed:"
+    )
+    listed = sorted(plans[: RUNNERS_UP + 1], key=lambda plan: plan.estimate)
+    return [title, *(_row(plan, plans[0]) for plan in listed), ""]
+
+
+def _row(plan: Plan, best: Plan) -> str:
+    layout, mark = plan.layout, "*" if plan is best else " "
+    return (
+        f"{mark} {layout.name():<28} micro-batch {layout.micro_batch}, recompute {layout.recompute:<5}"
+        f"{plan.memory[plan.fullest].total / GIB:>7.1f} GiB  x {plan.estimate / best.estimate:.2f}"
+    )
 
 
 def as_json(plans: Sequence[Plan], tokens: float) -> dict[str, Any]:
@@ -111,7 +120,7 @@ def as_json(plans: Sequence[Plan], tokens: float) -> dict[str, Any]:
     return {
         "model": best.model.name,
         "layout": vars(layout) | {"dp": layout.dp, "edp": layout.edp, "micro_batches": layout.micro_batches},
-        "flags": layout_flags(best.model.args, layout),
+        "flags": _flags(best),
         "k": {"expected": best.model.expected_k, "largest": best.model.largest_k},
         "parameters": [{"dense": count.dense, "expert": count.expert} for count in best.parameters],
         "memory_bytes": [vars(memory) | {"total": memory.total} for memory in best.memory],

@@ -3,8 +3,9 @@
 An estimate of the step's time ranks layouts and does nothing else (hours follow from --mfu): the model's FLOPs and
 those of recomputation at half of the GPU's peak, the routed experts' slower the fewer rows an expert has; stretched by
 the pipeline's bubble and its longest stage; all bytes sent, at the links' bandwidths and nothing hidden; half a
-millisecond for each layer and micro-batch. The estimate is no finer than 5 %: of the layouts that close to the shortest
-the best is the one with the fewest tensor and pipeline ranks, and of those the one that needs least memory.
+millisecond for each layer and micro-batch. The estimate is no finer than 5 %, and the memory no finer than that either:
+where layouts leave so much of it free, the others are not proposed. Of those within 5 % of the shortest the best is the
+one with the fewest tensor and pipeline ranks, then the one that recomputes least, then the one that needs least memory.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megatron_emoe.plan.traffic import Transfer, stage_transfers
 KERNEL_SHARE = 0.5  # of the peak, by matrix products alone
 HALF_SPEED_ROWS = 256  # of an expert in a micro-batch, at which its products run at half of that
 CLOSE = 1.05  # estimates within this factor are equal
+MARGIN = 0.05  # of the usable memory, that a proposed layout leaves free where any does
 LAYER_SECONDS = 5e-4  # of one layer and micro-batch, forward and backward, whatever its size
 MICRO_BATCHES = (1, 2, 4, 8)
 TENSOR_RANKS = (1, 2, 4, 8)
@@ -88,6 +90,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether the fullest rank has room."""
         return self.memory[self.fullest].total <= self.machine.usable
+
+    @property
+    def has_margin(self) -> bool:
+        """Whether the fullest rank leaves some of it free: no number here was measured on a GPU."""
+        return self.memory[self.fullest].total <= (1 - MARGIN) * self.machine.usable
 
     @property
     def tokens_per_step(self) -> int:
@@ -215,7 +222,8 @@ class Wanted:
 
 
 def propose(model: PlannedModel, wanted: Wanted, machine: Machine) -> list[Plan]:
-    """The plans that fit, best first; of each division of the model only the best batch and recomputation.
+    """The plans that fit: the proposal, then the others by estimate; of each division of the model only the best batch
+    and recomputation.
 
     Raises:
         ValueError: nothing is possible, or nothing fits: the rule, or what the smallest lacks.
@@ -236,14 +244,21 @@ def propose(model: PlannedModel, wanted: Wanted, machine: Machine) -> list[Plan]
 
 
 def _ranked(plans: Sequence[Plan]) -> list[Plan]:
-    """The best of each division: first of all the simplest among those that are about as fast as the fastest."""
-    shortest = min(plan.estimate for plan in plans)
-    close = [plan for plan in plans if plan.estimate <= CLOSE * shortest]
-    simplest = min(close, key=lambda plan: (plan.layout.tp * plan.layout.pp, plan.memory[plan.fullest].total))
+    """The proposal, then the best of each other division, by estimate: those that leave a margin, where any does."""
+    roomy = [plan for plan in plans if plan.has_margin] or plans
+    shortest = min(plan.estimate for plan in roomy)
+    proposal = min((plan for plan in roomy if plan.estimate <= CLOSE * shortest), key=_complexity)
     best: dict[tuple[int, ...], Plan] = {}
-    for plan in [simplest, *sorted(plans, key=lambda plan: plan.estimate)]:
+    for plan in [proposal, *sorted(plans, key=lambda plan: (not plan.has_margin, plan.estimate))]:
         best.setdefault((plan.layout.tp, plan.layout.pp, plan.layout.ep), plan)
-    return list(best.values())
+    _, *others = best.values()
+    return [proposal, *sorted(others, key=lambda plan: plan.estimate)]
+
+
+def _complexity(plan: Plan) -> tuple[float, ...]:
+    """What decides between layouts that are equally fast."""
+    layout = plan.layout
+    return layout.tp * layout.pp, RECOMPUTATIONS.index(layout.recompute), plan.memory[plan.fullest].total
 
 
 def _too_large(possible: Sequence[Plan]) -> str:

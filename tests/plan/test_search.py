@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from unittest import mock
 
 import pytest
 
-from megatron_emoe.plan.search import Machine
+from megatron_emoe.plan.given import Given, read_given
+from megatron_emoe.plan.search import MARGIN, Machine
 from megatron_emoe.plan.traffic import Transfer, sent_by_kind
 from tests.distributed import REPO, run_ranks
 from tests.sweeps import Answer, run_tool
+from tests.tiny import BASE, flags
 
 RECIPE = REPO / "examples/recipe.args"
 
@@ -91,6 +94,47 @@ def test_one_gpu_of_80_gib_needs_lean_gradients_and_moments():
     assert {"--use-precision-aware-optimizer", "--main-grads-dtype"} < set(lean["flags"])
 
 
+def test_a_model_in_fp32_is_planned_in_bf16_once_that_is_asked_for(tmp_path):
+    text = (REPO / "examples/models/olmoe_1b_7b.args").read_text()
+    (tmp_path / "model.args").write_text(text.replace("\n--bf16", ""))
+    job = ["--model", tmp_path / "model.args", "--gpus", 8, "--ep", 8]
+    refused = plan(*job)
+    assert refused.status == 2 and "--precision bf16 trains it so" in refused.err
+    asked, given = (found(*words, "--precision", "bf16") for words in (job, ["--model", "olmoe-7b", *job[2:]]))
+    assert asked["flags"] == ["--bf16", *given["flags"]] and asked["memory_bytes"] == given["memory_bytes"]
+
+
+def test_a_tiny_model_repeats_nothing_and_a_proposal_leaves_a_margin(tmp_path):
+    (tmp_path / "model.args").write_text(shlex.join(words_of_a_tiny_model()))
+    tiny = found("--model", tmp_path / "model.args", "--gpus", 1)
+    assert tiny["layout"]["recompute"] == "none" and tiny["layout"]["seq"] == 16
+    full = found("--model", "ernie-4.5-21b", "--gpus", 16, "--recipe", RECIPE)
+    assert max(stage["total"] for stage in full["memory_bytes"]) <= (1 - MARGIN) * full["usable_bytes"]
+    steps = [other["step_to_best"] for other in full["runners_up"]]
+    assert steps == sorted(steps) and len(steps) == 4
+
+
+def words_of_a_tiny_model() -> list[str]:
+    chosen = ("tokenizer", "micro_batch", "global_batch", "seq_length", "lr", "train", "eval", "log", "seed", "split")
+    left_out = {name: None for name in BASE if name.startswith(chosen)}
+    return flags(bf16=True, mock_data=None, **left_out)
+
+
+def test_the_flags_of_a_run_give_its_length_layout_and_elastic_settings(tmp_path):
+    run = tmp_path / "training.args"
+    run.write_text(f"@{REPO}/slurm/train.args --micro-batch-size 2 --emoe-k-max 12 --lr 1 --seq-length 2048")
+    job = ["--model", "olmoe-7b", "--gpus", 8, "--recipe", RECIPE, "--training", run]
+    what = found(*job)
+    assert (what["steps"], what["layout"]["micro_batch"], what["layout"]["seq"]) == (5000, 2, 2048)  # as in train.args
+    assert what["k"] == {"expected": 0.5 * 8 + 0.5 * 10.5, "largest": 12}
+    assert what["tokens_per_step"] == 256 * 2048
+    run.write_text("--train-samples 100 --train-samples 300 --global-batch-size 3")
+    assert read_given(str(run)) == Given({"global_batch": 3}, samples=300)
+    run.write_text("--train-iters 0")
+    refused = plan(*job)
+    assert refused == Answer(2, "", "plan_job.py: error: --train-iters 0: must be at least 1\n")
+
+
 @pytest.mark.slow
 def test_a_person_reads_layout_memory_traffic_time_and_runners_up():
     answer = plan("--model", "olmoe-7b", "--gpus", 8)
@@ -103,6 +147,9 @@ def test_a_person_reads_layout_memory_traffic_time_and_runners_up():
         "divisions that",
     ):
         assert part in answer.out
+    rows = re.findall(r"^([* ]) TP.* ([0-9.]+) GiB  x ([0-9.]+)$", answer.out, re.MULTILINE)
+    steps = [float(step) for *_, step in rows]
+    assert len(rows) == 5 and steps == sorted(steps) and [mark for mark, *_ in rows].count("*") == 1
     flags = answer.out.splitlines()[-1].removeprefix("flags: ")
     assert plan("--model", "olmoe-7b", "--gpus", 8, "--print-flags") == Answer(0, flags + "\n", "")
     assert {"--use-distributed-optimizer", "--expert-model-parallel-size", "4096"} <= set(shlex.split(flags))

@@ -178,12 +178,21 @@ def test_settings_may_have_several_lines_and_folders_with_spaces(site):
 
 
 @pytest.mark.slow
-def test_the_planner_sees_a_recipe_of_several_words(site):
+def test_the_planner_plans_what_will_run(site):
+    """The model of EMOE_BASE, the recipe's words, and what the training flags and those after -- say."""
     del site.settings["EMOE_LAYOUT"]
     site.settings |= {"EMOE_CHECK_PYTHON": programs.python()}
+    text = (REPO / "examples/models/olmoe_1b_7b.args").read_text()
+    model = site.folder / "base" / "model.args"
+    model.write_text(text.replace("--max-position-embeddings 4096", "--max-position-embeddings 2048"))
     recipe = f"@{REPO}/examples/recipe.args --emoe-k-max 16"
-    done = site.run("emoe_7b.sh", "--dry-run", EMOE_RECIPE=recipe)
+    own = ("--train-iters", "70", "--micro-batch-size", "2")
+    done = site.run("emoe_7b.sh", "--dry-run", "--", *own, EMOE_RECIPE=recipe)
     assert "k_max = 16 of 64" in done.stdout, done.stderr
+    assert (
+        f"{model} on 8 GPUs" in done.stdout and "256 sequences of 2048 tokens a step; micro-batches of 2" in done.stdout
+    )
+    assert ": 70 steps, " in done.stdout and "--seq-length 2048 " in done.stdout.rstrip().splitlines()[-1]
 
 
 def test_a_cluster_env_whose_last_test_does_not_hold_is_fine_and_one_that_bash_cannot_read_is_refused(site):
