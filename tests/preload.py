@@ -10,7 +10,6 @@ import functools
 import importlib.metadata
 from typing import Any
 
-import megatron.core.models.mimo  # otherwise imported by the first optimizer
 import megatron.core.tokenizers.text.models  # noqa: F401  # otherwise imported by the first tokenizer
 from megatron.training import arguments
 from megatron.training.argument_utils import ArgumentGroupFactory
