@@ -12,7 +12,8 @@ from megatron_emoe.sweep.budget import flops_share, is_uniform, name
 from megatron_emoe.sweep.card_table import Column, Section, Table, by_k, number, with_unit, words
 from megatron_emoe.sweep.curve import SweepCell, SweepResult
 from megatron_emoe.sweep.serving import tail_scale_at
-from megatron_emoe.sweep.summary import speeds_count, to_k
+from megatron_emoe.sweep.summary import scaled, speeds_count, to_k
+from megatron_emoe.sweep.uncertainty import signed
 
 
 def section_of(result: SweepResult, seed: str) -> Section:
@@ -43,7 +44,7 @@ def _cells(result: SweepResult) -> Table:
     columns = [
         Column("loss", lambda cell: f"{cell.loss:.4f}"),
         Column("to k", lambda cell: to_k(result, cell).text()),
-        Column("to k, %", lambda cell: f"{(cell.loss / reference - 1) * 100:+.2f}"),
+        Column("to k, %", lambda cell: signed((cell.loss / reference - 1) * 100, 2)),
         Column("tail scale", lambda cell: _tail_scale(result, cell)),
         Column("tokens/s", lambda cell: speed(cell.tokens_per_second, with_unit), cpu),
         Column("ms/token, alone", lambda cell: speed(cell.latency_ms_batch1), cpu),
@@ -60,7 +61,7 @@ def _cells(result: SweepResult) -> Table:
 
 def _tail_scale(result: SweepResult, cell: SweepCell) -> str:
     """a(k') past the k of training where the sweep says so; elsewhere there is no tail to scale."""
-    if result.tail_scale is None or not isinstance(cell.k, int) or cell.k <= result.k_train:
+    if not scaled(result) or not isinstance(cell.k, int) or cell.k <= result.k_train:
         return ""
     return number(tail_scale_at(result, cell.k))
 
@@ -159,8 +160,8 @@ def _beside(cell: SweepCell, same: SweepCell | None) -> list[str]:
 
 
 def _origin(result: SweepResult, seed: str) -> Table:
-    tail = result.tail_scale
-    scales = "none: plain top-k'" if tail is None else ", ".join(map(_entry, sorted(tail.items(), key=_first)))
+    entries = sorted((result.tail_scale or {}).items(), key=_first)
+    scales = ", ".join(map(_entry, entries)) if scaled(result) else "none: plain top-k'"
     rows = [
         ("checkpoint", result.checkpoint),
         ("framework", result.framework),

@@ -49,6 +49,8 @@ def fill(args: Namespace, result: SweepResult, model: Model, writes: bool) -> Sw
             cell = _measured(args, k, known.get(k), model, list(known) if writes else None)
         except NoNumber as error:
             fail(f"--k {name(k)}: {error}", status=1)
+        except OSError as error:  # of the matrices beside --out
+            fail(f"--out {args.out}: cannot be written ({error.strerror})", status=1)
         result = upsert_cell(result, cell)
         if writes:
             write(args, result)

@@ -43,8 +43,13 @@ class Difference:
         return self.value != 0 if self.error is None else abs(self.value) > 2 * self.error
 
     def text(self) -> str:
-        """`-0.0210 ± 0.0008`, the error as far as it is known."""
-        return f"{self.value:+.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+        """`-0.0210 ± 0.0008`, the error as far as it is known; that of a loss to itself is none."""
+        return signed(self.value) + ("" if not self.error else f" ± {self.error:.4f}")
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """With a sign, which is + for what is rounded to 0."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def difference(one: SweepCell, other: SweepCell) -> Difference:

@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from megatron_emoe.settings.command_line import is_first_rank
-from megatron_emoe.settings.refusal import NoNumber
+from megatron_emoe.settings.refusal import NoNumber, fail
 from megatron_emoe.tasks.request import PAPER_TASKS, check_asked
 from megatron_emoe.tasks.results import (
     Passage,
@@ -151,12 +151,15 @@ def run_cells(
     tasks: dict[str, Any],
     report: Callable[[str], None] = print,
 ) -> TasksResult:
-    """Evaluate what has no cell yet; --out is rewritten after every cell."""
+    """Evaluate what has no cell yet; --out is rewritten after every cell. SystemExit where that fails (status 1)."""
     todo = missing(result, args.k, list(tasks))
     for k, name in tqdm(todo, desc="k' x task", disable=None):
         cell = evaluate_task(model, name, tasks[name], k, shots=args.num_fewshot, limit=args.limit)
         result = add_cell(result, cell)
-        save(result, args.out)
+        try:
+            save(result, args.out)
+        except OSError as error:
+            fail(f"--out {args.out}: cannot be written ({error.strerror})", status=1)
         report(f"k' = {k}, {name}: {_line(cell)}")
     return result
 

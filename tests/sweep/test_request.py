@@ -11,6 +11,7 @@ import torch
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_emoe.settings.flag_types import per_layer
+from megatron_emoe.settings.refusal import NoNumber
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.curve import SweepData
 from megatron_emoe.sweep.evidence import matrices_path
@@ -136,6 +137,34 @@ def test_a_sweep_measures_what_is_missing_and_no_more(tmp_path):
     assert [cell.router_entropy for cell in cells.values()] == [{"1": 0.5}, None, {"1": 0.5}]
     assert [cell.latency_ms_large for cell in cells.values()] == [None, 2.0, 2.0]
     assert fill(ask(out=out, k=[4], latency=True, evidence=True), result, Pretended(), writes=True) == result
+
+
+class Spoilt(Pretended):
+    """Nothing is measured: the loss is no number, or the disk is full."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def cell(self, k):
+        if k == 4:
+            raise self.error
+        return super().cell(k)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (NoNumber("the loss is nan"), "--k 4: the loss is nan"),
+        (OSError(28, "No space left on device"), "--out OUT: cannot be written (No space left on device)"),
+    ],
+)
+def test_what_goes_wrong_ends_with_status_1_and_keeps_the_finished_cells(tmp_path, capsys, error, told):
+    out = tmp_path / "a.json"
+    with pytest.raises(SystemExit) as left:
+        fill(ask(out=out), make_result({}, schema=2), Spoilt(error), writes=True)
+    assert left.value.code == 1 and capsys.readouterr().err.splitlines()[-1].endswith(told.replace("OUT", str(out)))
+    assert list(sweep.curve(sweep.load(out))) == [2]
 
 
 def test_a_rank_that_does_not_write_writes_nothing(tmp_path):

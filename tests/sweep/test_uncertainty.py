@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_emoe.sweep.summary import answer, ending, sure_k
-from megatron_emoe.sweep.uncertainty import block_losses, difference
+from megatron_emoe.sweep.uncertainty import block_losses, difference, signed
 from tests.sweep_results import make_cell, make_result
 
 
@@ -24,6 +24,7 @@ def test_a_difference_is_paired():
     found = difference(cell(2, 1.0, 2.0, 3.0), cell(4, 1.1, 2.3, 3.2))
     assert found.value == pytest.approx(-0.2) and found.error == pytest.approx(0.1 / 3**0.5)
     assert found.text() == "-0.2000 ± 0.0577" and found.is_sure
+    assert (signed(-0.00004), signed(0.00006), signed(-0.004, 2)) == ("+0.0000", "+0.0001", "+0.00")
     assert not difference(cell(2, 1.0, 2.0, 3.0), cell(4, 1.3, 2.0, 2.9)).is_sure
     unknown = difference(make_cell(2, 1.0), cell(4, 1.0, 1.0))
     assert (unknown.value, unknown.error, unknown.is_sure, unknown.text()) == (0.0, None, False, "+0.0000")
