@@ -33,6 +33,7 @@ def check_elastic(config: BothConfigs) -> None:
     _refuse_captured_router(config)
     _refuse_frozen_k(config)
     _refuse_machinery(config)
+    _refuse_more_places_than_tokens(config)
     _refuse_distillation(config)
     _check_qk_norm(config)
     _refuse_attention_features(config)
@@ -170,6 +171,15 @@ def _refuse_machinery(config: BothConfigs) -> None:
         if config.samples or config.adds_noise:
             cause = f"--emoe-selection {config.emoe_selection}"
         _conflict(cause, "--te-rng-tracker", "recomputation finds its draws through Megatron's own tracker")
+
+
+def _refuse_more_places_than_tokens(config: BothConfigs) -> None:
+    """The core pads an expert to tokens x k x factor / E rows, and has no more than the tokens to pad with."""
+    factor, experts = config.moe_expert_capacity_factor, config.num_moe_experts or 0
+    largest = config.largest_k(config.moe_router_topk)
+    if config.moe_pad_expert_input_to_capacity and factor is not None and largest * factor > experts:
+        rule = f"must be at most {experts / largest:g}, the {experts} experts over the largest k of this run, {largest}"
+        raise ValueError(f"--moe-expert-capacity-factor {factor} with --moe-pad-expert-input-to-capacity: {rule}")
 
 
 def _refuse_distillation(config: BothConfigs) -> None:

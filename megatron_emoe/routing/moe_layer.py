@@ -37,13 +37,15 @@ class ElasticMoELayer(MoELayer):
             # all-gather dispatcher always waits for one.
             dispatcher.config.moe_expert_capacity_factor = math.inf
 
-    def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
+    def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor | None) -> tuple[Tensor, Tensor]:
         """As the core's, after telling the dispatcher how many experts each token has.
 
         Raises:
             ValueError: rows cannot be padded for FP8 at every k; see `_padded_apart`.
         """
         self._tell_dispatcher(self.router.topk)
+        if routing_map is None:  # the replay of a CUDA graph, in which all of this happened: the core takes its results
+            return super().preprocess(hidden_states, probs, routing_map)
         # The flex dispatcher pads what it has received and leaves the map as it is.
         if self.token_dispatcher.config.moe_router_padding_for_quantization and not self._flex():
             routing_map = self._padded_apart(routing_map)

@@ -200,6 +200,27 @@ def test_one_k_is_the_core_s_own_business():
     assert run_ranks(message, 1, {}, 24)[0] == run_ranks(message, 1, COACTIVATION, 24)[0] == ""
 
 
+def replayed(stock: bool) -> list[Tensor]:
+    """A layer's output where routing and preprocessing come from a CUDA graph, and where they run."""
+    from megatron.core.transformer.enums import CudaGraphModule
+
+    start()
+    layer = build_layer(layer_config(stock))
+    pad(layer, "delayed")
+    x = hidden_states(sequence=SEQUENCE, batch=BATCH)
+    eager = layer(x)[0]
+    hidden, probs = layer.preprocess(x, *layer.route(x))
+    layer.config.cuda_graph_impl = "transformer_engine"
+    layer.config.cuda_graph_modules = [CudaGraphModule.moe_router, CudaGraphModule.moe_preprocess]
+    layer.cudagraph_tensor_store.set(hidden_states=hidden, probs=probs)
+    return [layer(x)[0].detach(), eager.detach()]
+
+
+def test_the_replay_of_a_captured_router_is_the_core_s():
+    ours, stock = (run_ranks(replayed, 1, stock)[0] for stock in (False, True))
+    assert torch.equal(stock[0], stock[1]) and torch.equal(ours[0], stock[0]) and torch.equal(ours[1], stock[1])
+
+
 def displaced() -> bool:
     """Whether adding rows to a map that is padded to capacity takes tokens out, which is why both are refused."""
     from megatron.core.transformer.moe.moe_utils import pad_routing_map, permute

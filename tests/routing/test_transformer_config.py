@@ -313,6 +313,28 @@ def test_deepep_s_limit_of_experts_per_token_counts_every_shard_of_them(settings
     refused(settings, sharded, f"{cause} cannot be combined with {FLEX_FLAGS.format('deepep')}: {why}")
 
 
+PLACES = {"moe_expert_capacity_factor": 2.0, "moe_pad_expert_input_to_capacity": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "largest", "most"),
+    [
+        (UNIFORM, 4, None),
+        (UNIFORM | {"emoe_k_max": 5}, 5, "1.6"),
+        ({"emoe_eval_k": [1, 6]}, 6, "1.33333"),
+        ({"moe_router_topk": 8}, 8, "1"),
+    ],
+    ids=str,
+)
+def test_no_expert_has_more_places_than_there_are_tokens(settings, largest, most):
+    message = (
+        f"--moe-expert-capacity-factor 2.0 with --moe-pad-expert-input-to-capacity: must be at most {most}, the 8 "
+        f"experts over the largest k of this run, {largest}"
+    )
+    check_elastic(with_feature(settings, PLACES | {"moe_pad_expert_input_to_capacity": False}))
+    refused(settings, PLACES, message) if most else check_elastic(with_feature(settings, PLACES))
+
+
 def test_padding_for_quantization_and_padding_to_capacity_take_each_other_s_rows():
     both = {
         "moe_router_padding_for_quantization": True,
