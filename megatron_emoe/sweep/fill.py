@@ -106,13 +106,13 @@ def fitted_on(args: Namespace, result: SweepResult, digest: Digest) -> str | Non
     fit = stored_fit(locate(args.load, args.ckpt_step))
     if fit is None or {key: float(a) for key, a in fit.get("tail_scale", {}).items()} != result.tail_scale:
         return None
-    shared = len(set(fit.get("fitted_sequences", ())) & set(digest.sequences))
+    shared = len(set(map(str, fit["fitted_sequences"])) & set(digest.sequences))
     if not shared:
         return None
     return (
         f"warning: --data-path: at least {shared} of the {len(digest.sequences)} sequences are among those that the "
         "tail scale was fitted on, so losses past k look too good; give --max-eval-tokens "
-        f"{fit['tokens_before']} or fewer, or other data"
+        f"{fit.get('tokens_before')} or fewer, or other data"
     )
 
 
@@ -122,7 +122,8 @@ def stored_fit(checkpoint: Path) -> dict[str, Any] | None:
         fit = json.loads((checkpoint / TAIL_SCALE_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return fit if isinstance(fit, dict) else None
+    known = isinstance(fit, dict) and isinstance(fit.get("fitted_sequences"), list)
+    return fit if known else None  # one of an older version does not say what it was fitted on
 
 
 def finish(args: Namespace, result: SweepResult, digest: Digest, writes: bool) -> SweepResult:
