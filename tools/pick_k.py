@@ -32,6 +32,8 @@ from megatron_emoe.sweep.budget import (
 )
 from megatron_emoe.sweep.curve import SweepCell, SweepResult
 from megatron_emoe.sweep.serving import serving_lines, sweep_command, tail_scale_at
+from megatron_emoe.sweep.summary import speeds_count, to_k
+from megatron_emoe.sweep.uncertainty import signed
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -84,7 +86,7 @@ def lines(path: Path, result: SweepResult, limit: Limit, found: Answer) -> list[
     scaled = "" if tail == 1 else f", with tail scale {tail:g}"
     return [
         f"{result.label} ({result.checkpoint}), trained at k = {result.k_train} of {result.num_experts} experts",
-        f"{limit.flag}: {limit.bound()}",
+        f"{limit.flag}: {limit.bound()}{_of_cpu(result, limit)}",
         "",
         *table(result, limit, found),
         "",
@@ -105,6 +107,11 @@ def table(result: SweepResult, limit: Limit, found: Answer) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
 
 
+def _of_cpu(result: SweepResult, limit: Limit) -> str:
+    """A word on a latency that says nothing of a GPU."""
+    return "" if limit.flag != "--max-latency-ms" or speeds_count(result) else " (measured on a CPU)"
+
+
 def _limited(limit: Limit, text: str) -> list[str]:
     """A column for what is limited, where no other column has it."""
     return [text] if limit.flag == "--max-latency-ms" else []
@@ -120,7 +127,7 @@ def _row(result: SweepResult, limit: Limit, k: int | Allocation, loss: float, ce
         str(experts) if layers else "",
         f"{share:.3f}",
         f"{loss:.4f}",
-        f"{loss - sweep.loss_at(result, result.k_train):+.4f}",
+        signed(loss - sweep.loss_at(result, result.k_train)) if cell is None else to_k(result, cell).text(),
         ("predicted" if cell is None else "measured") + ("" if isinstance(k, int) else ", per layer"),
         *_limited(limit, "" if value is None else f"{value:.4g}"),
     ]

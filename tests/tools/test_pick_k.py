@@ -158,3 +158,15 @@ def refuses(capsys, words: list[str], message: str) -> None:
         pick_k.main(words)
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and ": error: " in line and message in line
+
+
+def test_errors_and_a_cpu_are_named(answer):
+    # Differences of the blocks to k: -0.1 and -0.3.
+    blocks = {4: (2.0, 2.2), 6: (1.9, 1.9)}
+    cells = [
+        sweep_results.make_cell(k, sum(of) / 2, block_losses=of, latency_ms_batch1=k / 4, device="cpu")
+        for k, of in blocks.items()
+    ]
+    text = answer(make_result(cells), "--max-latency-ms", "2")
+    assert "--max-latency-ms: at most 2 ms per token, one token alone (measured on a CPU)\n" in text
+    assert rows(text)[0][4] == "-0.2000 ± 0.1000"
