@@ -29,13 +29,13 @@ setup(
         # 0.19 is the first release whose wheel holds megatron.training. NVIDIA's apex is used by it when present, but
         # is no dependency here: the package that the index calls "apex" is another project.
         "megatron-core[training]>=0.19,<0.20",
-        "torch>=2.6,<3",
-        "numpy>=1.26,<3",
+        "torch>=2.8,<3",
+        "numpy>=2.0.2,<3",
         "transformers>=5.15.1,<6",
         "safetensors>=0.4.5,<1",
         "sentencepiece>=0.2,<0.3",
-        "tensorboard>=2.16,<3",
-        "matplotlib>=3.9,<4",
+        "tensorboard>=2.18,<3",
+        "matplotlib>=3.10,<4",
         "tqdm>=4.66,<5",
         "pydantic>=2.7,<3",
         "scipy>=1.13,<2",
