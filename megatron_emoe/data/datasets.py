@@ -26,13 +26,15 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch import Tensor
 
 from megatron_emoe.data.check import check_data
 
-__all__ = ["build_datasets", "check_data", "dataset_config", "get_batch"]
+__all__ = ["build_datasets", "check_data", "dataset_config", "get_batch", "is_padding"]
 
 # What forward_step reads. The five tensors are None on a pipeline stage that needs none of them.
 MODEL_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+FOR_MODEL = ("packed_seq_params", "padding_mask")
 # What a dataset may hand over besides: where packed documents begin (int32, per sample) and how long the longest is.
 PACKING_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
 
@@ -117,30 +119,42 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         attention_mask: bool [micro batch, 1, sequence, sequence], True where attention is barred, or None.
         packed_seq_params: PackedSeqParams where documents are kept apart (--sft, --dataloader-inter-document-masking);
             the tensors above then have the micro batch in one row. None otherwise.
+        padding_mask: with --sft bool, True where a token fills up a sequence, of the shape that this stage's model
+            takes; the routers of every stage leave those tokens out of their losses and counts. None otherwise.
         An entry that this pipeline stage has no use for is None.
     """
     args = get_args()
     has_cu_seqlens = _keeps_documents_apart(args)
     needs_tensors = _needs_tensors(args, vp_stage)
     if not needs_tensors and not has_cu_seqlens:
-        return dict.fromkeys((*MODEL_KEYS, "packed_seq_params"))
-    batch = _read_and_broadcast(args, data_iterator, vp_stage)
+        return dict.fromkeys((*MODEL_KEYS, *FOR_MODEL))
+    batch, padding = _read_and_broadcast(args, data_iterator, vp_stage)
     batch = flatten_batch_for_packed_sequences(batch)
-    packed_seq_params = _packed_seq_params(batch, args.context_parallel_size) if has_cu_seqlens else None
+    for_model = dict.fromkeys(FOR_MODEL)
+    if has_cu_seqlens:
+        for_model["packed_seq_params"] = _packed_seq_params(batch, args)
+    if padding is not None:
+        for_model["padding_mask"] = _padding_here(args, batch, padding, vp_stage)
     if not needs_tensors:
-        return dict.fromkeys(MODEL_KEYS) | {"packed_seq_params": packed_seq_params}
-    batch = get_batch_on_this_cp_rank(
+        return dict.fromkeys(MODEL_KEYS) | for_model
+    batch = _on_this_cp_rank(args, batch)
+    return {key: batch[key] for key in MODEL_KEYS} | for_model
+
+
+def _on_this_cp_rank(args: Namespace, batch: dict[str, Any]) -> dict[str, Any]:
+    return get_batch_on_this_cp_rank(
         batch,
         is_hybrid_cp=False,
         cp_group=parallel_state.get_context_parallel_group(),
         # Documents of a plain corpus have any length, so they cannot be shared out one by one as conversations are.
         use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
     )
-    return {key: batch[key] for key in MODEL_KEYS} | {"packed_seq_params": packed_seq_params}
 
 
-def _read_and_broadcast(args: Namespace, data_iterator: Iterator | None, vp_stage: int | None) -> dict[str, Any]:
-    """The whole micro-batch on every rank of the tensor-parallel group."""
+def _read_and_broadcast(
+    args: Namespace, data_iterator: Iterator | None, vp_stage: int | None
+) -> tuple[dict[str, Any], Tensor | None]:
+    """The whole micro-batch, and where it is padding, on every rank of the tensor-parallel group."""
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
     if tp_rank == 0:
@@ -148,7 +162,8 @@ def _read_and_broadcast(args: Namespace, data_iterator: Iterator | None, vp_stag
         sample, device = next(data_iterator), torch.cuda.current_device()
         batch = dict.fromkeys((*MODEL_KEYS, *PACKING_KEYS))
         batch |= {key: sample[key].to(device, non_blocking=True) for key in batch if sample.get(key) is not None}
-    return get_batch_on_this_tp_rank(
+    padding = _shared_padding(args, batch.get("tokens")) if _marks_padding(args) else None
+    batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=_keeps_documents_apart(args),
         is_hybrid_cp=False,
@@ -164,13 +179,60 @@ def _read_and_broadcast(args: Namespace, data_iterator: Iterator | None, vp_stag
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
     )
+    return batch, padding
 
 
-def _packed_seq_params(batch: dict[str, Any], context_parallel_size: int) -> PackedSeqParams:
+def _marks_padding(args: Namespace) -> bool:
+    """Not where the core's layers take no mask."""
+    return (
+        args.sft and args.cuda_graph_impl == "none" and "quantile_balancing" not in args.moe_router_load_balancing_type
+    )
+
+
+def is_padding(tokens: Tensor, pad: int, eod: int) -> Tensor:
+    """Which tokens fill up a sequence, bool like `tokens` [..., sequence].
+
+    A tokenizer may fill up with the token that ends a document: then the first of several in a row is one.
+    """
+    padding = tokens == pad
+    if pad == eod:
+        padding = padding & torch.nn.functional.pad(padding, (1, 0))[..., :-1]
+    return padding
+
+
+def _shared_padding(args: Namespace, tokens: Tensor | None) -> Tensor:
+    """bool [micro batch, sequence], from the rank that reads the tokens. Every pipeline stage has experts, and only the
+    first is given tokens."""
+    if tokens is None:
+        shape = args.micro_batch_size, args.seq_length
+        padding = torch.empty(shape, dtype=torch.uint8, device=torch.cuda.current_device())
+    else:
+        tokenizer = get_tokenizer()
+        padding = is_padding(tokens, tokenizer.pad, tokenizer.eod).to(torch.uint8)
+    if args.tensor_model_parallel_size > 1:
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.broadcast(padding, parallel_state.get_tensor_model_parallel_src_rank(), group=group)
+    return padding.bool()
+
+
+def _padding_here(args: Namespace, batch: dict[str, Any], padding: Tensor, vp_stage: int | None) -> Tensor:
+    """This rank's part, bool [1, tokens]. With sequence parallelism the first stage's model takes its part itself."""
+    lengths = {key: batch[key] for key in ("cu_seqlens", "cu_seqlens_padded")}
+    # Under the name of tokens the core shares it out as it does those.
+    mine = _on_this_cp_rank(args, {"tokens": padding.reshape(1, -1), "labels": None, **lengths})["tokens"]
+    if args.sequence_parallel and not parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage):
+        shards = args.tensor_model_parallel_size
+        mine = mine.chunk(shards, dim=1)[parallel_state.get_tensor_model_parallel_rank()].contiguous()
+    return mine
+
+
+def _packed_seq_params(batch: dict[str, Any], args: Namespace) -> PackedSeqParams:
     """Where the documents of a flattened micro-batch begin, in the form attention reads."""
     starts, padded = batch["cu_seqlens"][0], batch["cu_seqlens_padded"]
     longest = int(batch["max_seqlen"].item())
-    padded = padded[0] if padded is not None else (starts if context_parallel_size > 1 else None)
+    padded = padded[0] if padded is not None else (starts if args.context_parallel_size > 1 else None)
+    # Losses per sequence need to know where one ends; where ranks share a sequence, the core has no way to tell.
+    shared = args.sequence_parallel or args.context_parallel_size > 1
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=starts,
@@ -179,6 +241,7 @@ def _packed_seq_params(batch: dict[str, Any], context_parallel_size: int) -> Pac
         cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        tokens_per_sample=None if shared else args.seq_length,
     )
 
 

@@ -17,16 +17,16 @@ def token_entropy(*, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
     return torch.logsumexp(x_TE, dim=-1) - (probs_TE * x_TE).sum(dim=-1)
 
 
-def mean_entropy(entropy_T: Tensor, valid_T: Tensor | None = None) -> Tensor:
-    """Mean over tokens, fp32 scalar. valid_T: bool, False for padding, which is left out of the mean."""
+def mean_over_tokens(values_T: Tensor, valid_T: Tensor | None = None) -> Tensor:
+    """Mean of one number per token, fp32 scalar. valid_T: bool, False for padding, which is left out of the mean."""
     if valid_T is None:
-        return entropy_T.mean()
-    return (entropy_T * valid_T).sum() / valid_T.sum().clamp(min=1)
+        return values_T.mean()
+    return (values_T * valid_T).sum() / valid_T.sum().clamp(min=1)
 
 
 def router_entropy(*, logits_TE: Tensor, probs_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
     """Mean entropy H(q) of the router's softmax in nats, fp32 scalar; arguments as above."""
-    return mean_entropy(token_entropy(logits_TE=logits_TE, probs_TE=probs_TE), valid_T)
+    return mean_over_tokens(token_entropy(logits_TE=logits_TE, probs_TE=probs_TE), valid_T)
 
 
 def hierarchical_router_loss(*, entropy: Tensor, num_experts: int) -> Tensor:

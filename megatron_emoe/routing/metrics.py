@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_emoe.routing.losses import mean_over_tokens
 from megatron_emoe.routing.watch import RouterWatch
 
 OPTIONAL = ("importance loss", "load loss")  # logged where a selection has them
@@ -90,8 +91,8 @@ class ElasticMetricsTracker(MoEMetricsTracker):
         if padding_T is not None:
             map_TE = map_TE & ~padding_T.unsqueeze(-1)
         if self.measuring:
-            pool_mean = pool.float().mean() if isinstance(pool, Tensor) else float(pool)
-            self.add_values(layer, {"passes": 1.0, "active k": _mean_k(map_TE, padding_T, k), "pool size": pool_mean})
+            mean_k, mean_pool = _mean_k(map_TE, padding_T, k), _mean_pool(pool, padding_T)
+            self.add_values(layer, {"passes": 1.0, "active k": mean_k, "pool size": mean_pool})
             self._loads[layer] = self._loads.get(layer, 0) + map_TE.sum(dim=0)
         if self.measuring_pairs:
             used_TE = map_TE.float()  # exact: counts stay below 2**24 per step and rank
@@ -208,6 +209,13 @@ def _mean_k(map_TE: Tensor, padding_T: Tensor | None, k: int | None) -> Tensor |
         return float(k)
     tokens = map_TE.shape[0] if padding_T is None else (~padding_T).sum().clamp(min=1)
     return map_TE.sum() / tokens
+
+
+def _mean_pool(pool: Tensor | int, padding_T: Tensor | None) -> Tensor | float:
+    """Mean pool size of the tokens that count; pool: one number, or one for each token [T, 1]."""
+    if not isinstance(pool, Tensor):
+        return float(pool)
+    return mean_over_tokens(pool.view(-1).float(), None if padding_T is None else ~padding_T)
 
 
 def _write(writer, values: dict[str, Tensor], iteration: int, layers: list[int]) -> None:

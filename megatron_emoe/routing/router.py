@@ -19,7 +19,7 @@ from megatron_emoe.routing import kernel as router_kernel
 from megatron_emoe.routing import selection
 from megatron_emoe.routing.active_k import Draw, get_active_k, mix
 from megatron_emoe.routing.kernel import Routed, RoutingRule, Wanted
-from megatron_emoe.routing.losses import hierarchical_router_loss, mean_entropy, token_entropy
+from megatron_emoe.routing.losses import hierarchical_router_loss, mean_over_tokens, token_entropy
 from megatron_emoe.routing.metrics import get_elastic_tracker
 from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
 
@@ -97,7 +97,7 @@ class ElasticRouter(TopKRouter):
             counted_TE = self._counted(routed, routed.balance_TE.detach(), rule, seed)
             probs_TE = self._attach_balance_losses(probs_TE, routed.balance_TE, counted_TE, padding_T, sequence, batch)
         probs_TE, map_TE = self._drop_tokens(probs_TE, map_TE)
-        self._apply_expert_bias(map_TE, padding_mask=None if padding_T is None else padding_T.unsqueeze(-1))
+        self._apply_expert_bias(map_TE, padding_mask=padding_T)
         return probs_TE, map_TE, routed.pool
 
     def _counted(self, routed: Routed, scores_TE: Tensor, rule: RoutingRule, seed: int) -> Tensor:
@@ -227,6 +227,10 @@ class ElasticRouter(TopKRouter):
         probs_TE = self._apply_seq_aux_loss(probs_TE, scores_TE, counted_TE, sequence, batch, with_padding_mask=padded)
         return self._apply_global_aux_loss(probs_TE, scores_TE, counted_TE, with_padding_mask=padded)
 
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """As the core's, which takes [T, 1] here and is given [T] by its own routing."""
+        super()._apply_expert_bias(routing_map, None if padding_mask is None else padding_mask.view(-1, 1))
+
     def _drop_tokens(self, probs_TE: Tensor, map_TE: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.moe_expert_capacity_factor is None:
             return probs_TE, map_TE
@@ -259,7 +263,7 @@ class ElasticRouter(TopKRouter):
         if entropy_T is None:
             entropy_T = self._token_entropy(logits.view(-1, logits.shape[-1]), scores_TE)
         with torch.set_grad_enabled(coeff > 0):
-            entropy = mean_entropy(entropy_T, valid_T)
+            entropy = mean_over_tokens(entropy_T, valid_T)
             loss = hierarchical_router_loss(entropy=entropy, num_experts=logits.shape[-1])
         if tracker.measuring:
             values = {"hierarchical router loss": loss, "router entropy": entropy}

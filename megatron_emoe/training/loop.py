@@ -76,8 +76,12 @@ class ElasticLoop:
         """The same without a word to the owner of k or a record of the batch: for an evaluation at a given k'."""
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = get_batch(data_iterator, vp_stage)
         timers("batch-generator").stop()
+        if model.training and not vp_stage and batch["packed_seq_params"] is not None:
+            # For the log's FLOPs, once per micro-batch on every rank: the core waits for their sum once a step.
+            core_training.update_seqlen_stats_from_cu_seqlens(batch["packed_seq_params"].cu_seqlens_q)
         inputs = {
             "input_ids": batch["tokens"],
             "position_ids": batch["position_ids"],
@@ -85,6 +89,7 @@ class ElasticLoop:
             "labels": batch["labels"],
             "loss_mask": batch["loss_mask"],
             "packed_seq_params": batch["packed_seq_params"],
+            "padding_mask": batch["padding_mask"],
         }
         if not (model.training and self.config.emoe_distill_coeff):
             return model(**inputs), partial(self._checked_loss, batch["loss_mask"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_emoe.data.datasets import is_padding
 from tests.distributed import run_ranks
 
 SEQ, MICRO_BATCH, TOKENS, VOCAB = 32, 2, 1000, 1024
@@ -87,8 +88,8 @@ def one_epoch(prefix: str) -> dict:
     samples = (TOKENS - 1) // SEQ
     datasets, found = batches([samples, 2, None], samples // MICRO_BATCH)
     assert datasets[2] is None
-    assert all(list(batch) == [*KEYS, "packed_seq_params"] for batch in found)
-    assert all(batch["packed_seq_params"] is None for batch in found)
+    assert all(list(batch) == [*KEYS, "packed_seq_params", "padding_mask"] for batch in found)
+    assert all(batch["packed_seq_params"] is batch["padding_mask"] is None for batch in found)
     return {key: torch.cat([batch[key] for batch in found]) for key in KEYS}
 
 
@@ -155,7 +156,8 @@ def test_document_boundaries_and_mock_data(tmp_path):
     params = packed["packed_seq_params"]
     assert params.cu_seqlens_q.tolist() == params.cu_seqlens_kv.tolist() == begins
     assert params.cu_seqlens_q.dtype == torch.int32
-    assert (params.max_seqlen_q, params.qkv_format) == (10, "thd")
+    assert (params.max_seqlen_q, params.qkv_format, params.tokens_per_sample) == (10, "thd", SEQ)
+    assert packed["padding_mask"] is None
     assert packed["attention_mask"] is None
 
     assert classes == ["MockGPTDataset"] * 3
@@ -248,11 +250,18 @@ def test_two_ranks_share_a_batch_as_their_layout_asks(counting):
     assert same(second["multi-token"][1], whole)
 
 
-def conversations(path: str, tokenizer: str) -> dict:
+def conversations(path: str, tokenizer: str, *layout: object) -> dict:
     flags = ["--sft", "--no-create-attention-mask-in-dataloader", "--sft-tokenizer-prompt-format", "default"]
     flags += ["--tokenizer-type", "SFTTokenizer", "--tokenizer-model", tokenizer]
-    start("--train-data-path", path, "--eval-iters", 0, *flags)
+    start("--train-data-path", path, "--eval-iters", 0, *flags, *layout)
     return batches([MICRO_BATCH, None, None], 1)[1][0]
+
+
+def padding_by_layout(path: str, tokenizer: str) -> dict[str, torch.Tensor]:
+    """What each of two ranks knows of the padding, and what it is given of the tokens."""
+    tensor = ["--tensor-model-parallel-size", 2, "--sequence-parallel"]
+    layouts = {"tensor": tensor, "pipeline": ["--pipeline-model-parallel-size", 2]}
+    return {name: conversations(path, tokenizer, *flags)["padding_mask"] for name, flags in layouts.items()}
 
 
 def save_letter_tokenizer(folder: Path) -> None:
@@ -286,6 +295,17 @@ def test_conversations_are_packed_and_kept_apart(tmp_path):
     # The second conversation takes the padding after it; the second sample follows in the same row.
     assert batch["packed_seq_params"].cu_seqlens_q.tolist() == [0, 7, SEQ, SEQ + 7, 2 * SEQ]
     assert batch["position_ids"][0, :9].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    assert batch["padding_mask"].tolist() == [2 * ([False] * 13 + [True] * (SEQ - 13))]
+    for found in run_ranks(padding_by_layout, 2, str(tmp_path / "chat.jsonl"), str(tmp_path / "tokenizer")):
+        assert all(torch.equal(mask, batch["padding_mask"]) for mask in found.values())  # not every stage has tokens
+
+
+def test_what_fills_up_a_sequence():
+    tokens = torch.tensor([[5, 2, 2, 7, 1, 2, 2], [2, 5, 6, 7, 1, 1, 1]])
+    assert is_padding(tokens, pad=2, eod=1).tolist() == (tokens == 2).tolist()
+    # Where the end of a document fills up too, one of them ends it.
+    ends = is_padding(tokens, pad=1, eod=1)
+    assert ends.nonzero().tolist() == [[1, 5], [1, 6]]
 
 
 def a_blend(first: str, second: str) -> tuple:

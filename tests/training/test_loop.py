@@ -233,3 +233,109 @@ def test_flops_follow_a_ramp_and_the_default_or_smaller_schedule():
     smaller = {"emoe_selection": "prefix", "emoe_k_schedule": "default-or-smaller", "emoe_k_min": 1}
     (reported,), fixed = run_ranks(count_flops, 1, smaller | {"moe_router_topk": 3}, [0])[0]
     assert reported == pytest.approx(0.8 * fixed[3] + 0.1 * fixed[2] + 0.1 * fixed[1])
+
+
+LENGTH, USED = 16, 10
+EVERY_LOSS = {
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+    "moe_aux_loss_coeff": [0.1, 0.1],
+    "moe_z_loss_coeff": 0.01,
+    "emoe_hr_loss_coeff": 0.01,
+}
+RECIPE = {"emoe_selection": "prefix", "emoe_k_schedule": "default-or-larger", "emoe_tail_scale": ["0.25"]}
+
+
+def fill_up() -> None:
+    """From now on the end of every sequence is padding, and marked as such."""
+    _change_batches(lambda batch: _filled(batch["tokens"], batch["loss_mask"]))
+
+
+def cut_off() -> None:
+    """From now on the same sequences come without it."""
+    _change_batches(
+        lambda batch: (
+            {name: batch[name][:, :USED].contiguous() for name in ("tokens", "labels", "loss_mask", "position_ids")}
+            | {"attention_mask": batch["attention_mask"][:, :, :USED, :USED]}
+        )
+    )
+
+
+def _filled(tokens: Tensor, loss_mask: Tensor) -> dict[str, Tensor]:
+    padding = torch.arange(LENGTH).expand_as(tokens) >= USED
+    return {"tokens": tokens.masked_fill(padding, 3), "loss_mask": loss_mask * ~padding, "padding_mask": padding}
+
+
+def _change_batches(change: Any) -> None:
+    from megatron_emoe.training import loop
+
+    read = loop.get_batch
+
+    def changed(*place: Any) -> dict[str, Any]:
+        batch = read(*place)
+        return batch | change(batch)
+
+    loop.get_batch = changed
+
+
+def logged_values(run: Run) -> list[dict[str, float]]:
+    """The numbers of each step's line, without times and throughput."""
+    lines = [line.split("|")[1:-1] for line in run.log.splitlines() if "lm loss:" in line]
+    parts = [[part.partition(":") for part in line if "time" not in part and "TFLOP" not in part] for line in lines]
+    return [{name.strip(): float(value) for name, _, value in line} for line in parts]
+
+
+@pytest.mark.parametrize("settings", [SIGMOID | RECIPE, AUX | COACTIVATION], ids=["bias, recipe", "coactivation"])
+def test_padding_counts_in_no_loss_no_load_and_no_bias(settings):
+    words = flags(**EVERY_LOSS | settings | {"train_iters": 3, "lr": 1e-3})
+    ((filled,), (cut,)) = (run_ranks(train, 1, words, False, change) for change in (fill_up, cut_off))
+    assert [route.map_TE.shape[0] for route in (filled.routes[0], cut.routes[0])] == [2 * LENGTH, 2 * USED]
+    steps = list(zip(logged_values(filled), logged_values(cut), strict=True))
+    assert len(steps) == 3
+    for values, wanted in steps:
+        assert values.keys() == wanted.keys() > {"load max", "router entropy", "z_loss", "grad norm"}
+        for name, value in wanted.items():
+            assert values[name] == pytest.approx(value, rel=1e-3), name
+    for name, weight in cut.weights.items():
+        torch.testing.assert_close(filled.weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Nothing(torch.nn.Module):
+    """A model that computes nothing."""
+
+    vp_stage = None
+
+    def forward(self, **inputs: Any) -> Tensor:
+        return torch.zeros(1)
+
+
+def flops_of_packed_documents(starts: list[list[int]]) -> list[float]:
+    """FLOPs of a step as the log counts them: of micro-batches with documents from these places, and of whole ones."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.training import training as core_training
+
+    args = arguments(flags())
+    start()
+    from megatron_emoe.model.layer_spec import elastic_model_config
+    from megatron_emoe.training import loop
+
+    running, model = loop.ElasticLoop(args, elastic_model_config(args).transformer), Nothing()
+    nothing = dict.fromkeys(["tokens", "position_ids", "attention_mask", "labels", "loss_mask", "padding_mask"])
+    for cu_seqlens in starts:
+        packed = PackedSeqParams(cu_seqlens_q=torch.tensor(cu_seqlens, dtype=torch.int32))
+        loop.get_batch = lambda *_, packed=packed: nothing | {"packed_seq_params": packed}
+        for training in (True, False):
+            running.forward(None, model.train(training))
+    tokens, squares = core_training.consume_seqlen_stats_in_iteration()
+    return [
+        core_training.num_floating_point_operations(
+            args, 8, seqlen_squared_sum_in_batch=squares, total_real_tokens_in_batch=tokens
+        ),
+        core_training.num_floating_point_operations(args, 8),
+    ]
+
+
+def test_flops_of_packed_documents_are_those_of_attention_within_them():
+    packed, whole = run_ranks(flops_of_packed_documents, 1, [[0, 4, 16, 32], [0, 32], [0, 16, 17, 32], [0, 5, 32]])[0]
+    squares = sum(length**2 for length in (4, 12, 16, 32, 16, 1, 15, 5, 27))
+    # Forward and backward (3) of multiply-adds (2) of scores and values (2), half of them masked; width 32, 2 layers.
+    assert packed - whole == 3 * 2 * 2 / 2 * 32 * 2 * (squares - 8 * 16**2)
