@@ -217,11 +217,11 @@ def read_spent(file: Path) -> dict[str, Spent]:
     return {one["step"]: Spent(**one) for one in known} if isinstance(known, list) else {}
 
 
-NEXT = """With a model of your own (README.md):
+NEXT = """With a model of your own (README.md says what layout.args is):
 python tools/convert_checkpoint.py import --hf MODEL --out CHECKPOINT
-torchrun --nproc-per-node 8 pretrain_emoe.py @CHECKPOINT/model.args @examples/recipe.args \\
-  --pretrained-checkpoint CHECKPOINT --load OUT --save OUT --data-path DATA_text_document ...
-torchrun --nproc-per-node 8 tools/sweep_k.py --load OUT --k 4 8 16 --data-path HELDOUT --out sweep.json"""
+torchrun --nproc-per-node 8 pretrain_emoe.py @CHECKPOINT/model.args @examples/recipe.args @slurm/train.args \\
+  @layout.args --pretrained-checkpoint CHECKPOINT --load OUT --save OUT --data-path data/text
+torchrun --nproc-per-node 8 tools/sweep_k.py --load OUT --k 4 8 16 --data-path data/text_heldout --out sweep.json"""
 
 
 def main() -> None:

@@ -3,8 +3,13 @@
 A tiny OLMoE with random weights and a tokenizer trained on the Python library's sources -> import -> the two models
 compared at three k' -> a few elastic steps on those sources -> export -> text from transformers at two k'. Every step
 but the first and the last is one command of this repository. Everything lands in demo-convert/, which is made anew.
+
+    python examples/demo_convert.py --only-model FOLDER
+
+makes nothing but a model, with OLMoE's eight active experts, for README.md's commands on a CPU.
 """
 
+import argparse
 import re
 import shlex
 import shutil
@@ -48,7 +53,27 @@ def sources() -> list[Path]:
     return [library / name for name in PACKAGES.split()]
 
 
-def build() -> None:
+SHAPE = {
+    "hidden_size": 96,
+    "intermediate_size": 48,  # of an expert
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_experts": 16,
+    "num_experts_per_tok": K,
+    "max_position_embeddings": 256,
+}
+OLMOE_S_K = {
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 32,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 128,  # as --seq-length in examples/cpu.args
+}
+
+
+def build(folder: Path, shape: dict[str, int]) -> None:
     """A tokenizer of its own and a model with random weights, saved as transformers saves them."""
     files = [file for path in sources() for file in (path.rglob("*.py") if path.is_dir() else [path])]
     inner = Tokenizer(models.BPE())
@@ -57,21 +82,10 @@ def build() -> None:
     learn = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     inner.train([str(file) for file in files], learn)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END)
-    config = OlmoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=48,  # of an expert
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_experts=16,
-        num_experts_per_tok=K,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    OlmoeForCausalLM(config).save_pretrained(HF)
-    tokenizer.save_pretrained(HF)
+    OlmoeForCausalLM(OlmoeConfig(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def steps() -> list[Step]:
@@ -143,11 +157,24 @@ def generate(k: int) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only-model", type=Path, metavar="FOLDER", help="make a model there, and no more")
+    folder = parser.parse_args().only_model
+    if folder is None:
+        demo()
+    elif folder.exists():
+        parser.error(f"--only-model {folder}: is there already")
+    else:
+        build(folder, OLMOE_S_K)
+        print(f"a tiny OLMoE, random weights, k = 8 of 32 experts: {folder}")
+
+
+def demo() -> None:
     start = time.perf_counter()
     shutil.rmtree(OUT, ignore_errors=True)
     for folder in ("logs", "data"):
         (OUT / folder).mkdir(parents=True)
-    build()
+    build(HF, SHAPE)
     print(f"a tiny OLMoE, random weights, k = {K} of 16 experts: {HF}")
     for step in steps():
         run(step)

@@ -56,9 +56,8 @@ def test_the_model_is_an_olmoe_with_a_tokenizer_of_real_text(tmp_path, monkeypat
 
     from megatron_emoe.hf.registry import read_config
 
-    monkeypatch.setattr(demo_convert, "HF", tmp_path / "hf")
     monkeypatch.setattr(demo_convert, "PACKAGES", "argparse.py json")
-    demo_convert.build()
+    demo_convert.build(tmp_path / "hf", demo_convert.SHAPE)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "def main() -> None:\n    return self.parser"
     ids = tokenizer(text)["input_ids"]

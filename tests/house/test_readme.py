@@ -36,7 +36,7 @@ def test_the_map_has_every_wing_and_every_folder():
 
 
 FILE = re.compile(r"(?<![\w./{}$*<-])(?:[\w-]+/)*[\w-]+\.(?:py|sh|md|args|yaml|toml|svg|example)(?![\w(])")
-WRITTEN_BY_PROGRAMS = {"model.args", "CHECKPOINT/model.args", "OUT/model.args", "MODEL.args"}
+WRITTEN_BY_PROGRAMS = {"model.args", "CHECKPOINT/model.args", "OUT/model.args", "layout.args"}
 
 
 def homes(page: Path) -> list[Path]:
@@ -135,6 +135,7 @@ def test_every_flag_in_the_readme_s_words_is_one_of_ours_or_of_megatron():
         "tools/flag_table.py",
         "tools/plan_job.py",
         "tools/eval_tasks.py",
+        "examples/demo_convert.py",
     ]
     known = of_megatron().union(*map(flags_of, programs))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", words)) <= known
