@@ -27,6 +27,7 @@ from megatron_emoe.training import exit_signals
 from megatron_emoe.training.distillation import forward_with_teacher, wants_teacher
 from megatron_emoe.training.evaluation import Evaluator, current_device
 from megatron_emoe.training.gradient_check import check_gradients
+from megatron_emoe.training.rejected import end_without_checkpoint
 
 
 def language_model_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -60,6 +61,7 @@ class ElasticLoop:
         tracker.configure(layers, config.num_moe_experts, folder, config.emoe_router_watch)
         _report_expected_flops(args, config)
         check_gradients(args, config)
+        end_without_checkpoint(args)
 
     def forward_step(self, data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Tensor, partial]:
         """One micro-batch: output of this pipeline stage, and the loss function for the last one."""

@@ -1,12 +1,13 @@
 """A disk that is full, a rank that is lost: the run ends at once, says so, and nothing that was saved is lost."""
 
+import io
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
 
@@ -225,3 +226,22 @@ def test_a_disk_that_is_really_full(tmp_path):
         subprocess.run(["umount", disk], check=True)
     assert_said(said, disk)
     assert_goes_on(tmp_path / "copy", 2)
+
+
+def diverges(words: list[str]) -> tuple[int | str | None, str]:
+    """How a run ends whose loss becomes no number, and what it says."""
+    said = io.StringIO()
+    with redirect_stderr(said):
+        try:
+            train(words)
+        except SystemExit as left:
+            return left.code, said.getvalue()
+    return None, said.getvalue()
+
+
+def test_a_loss_that_is_no_number_ends_a_run_that_saves_nothing_with_one_line():
+    status, said = run_ranks(diverges, 1, flags(lr=1e30))[0]
+    assert status == 16  # the core's: a result that it rejected
+    why = 'a loss or gradient is no number, twice alike (the line "Unexpected result" says which)'
+    assert f"pretrain_emoe.py: error: iteration 3: {why}; nothing is saved without --save\n" in said
+    assert "Traceback" not in said
