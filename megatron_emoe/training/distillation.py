@@ -47,24 +47,37 @@ def forward_with_teacher(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tens
 def teacher_divergence(logits_V: Tensor, teacher_V: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
     """KL(softmax(teacher) || softmax(logits)) over the last dimension, which the ranks of `group` share.
 
-    logits_V, teacher_V: [..., V / ranks], any float. Returns [...], float32, in nats; the gradient reaches the logits
-    alone.
+    logits_V, teacher_V: [..., V / ranks], any float of which the teacher's are overwritten. Returns [...], float32, in
+    nats; the gradient reaches the logits alone.
     """
     return _Divergence.apply(logits_V, teacher_V, group)
 
 
+_CHUNK = 2**24
+"""Numbers that are turned into probabilities at a time: 64 MiB in float32, where whole logits are gigabytes."""
+
+
 class _Divergence(torch.autograd.Function):
-    """The gradient is softmax(logits) - softmax(teacher): autograd would keep three more tensors of that size."""
+    """The gradient is softmax(logits) - softmax(teacher), which takes the teacher's memory: beside the logits of both,
+    nothing of their size is held."""
 
     @staticmethod
     def forward(context: Any, logits_V: Tensor, teacher_V: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-        own_V, teacher_log_V = (_log_softmax(values_V, group) for values_V in (logits_V, teacher_V))
-        probs_V = teacher_log_V.exp()
-        divergence = (probs_V * (teacher_log_V - own_V)).sum(dim=-1)
+        shape, columns = logits_V.shape, logits_V.shape[-1]
+        both = [values_V.reshape(-1, columns) for values_V in (logits_V, teacher_V)]
+        rows = max(1, _CHUNK // columns)
+        norms = _norms([tensor_TV.split(rows) for tensor_TV in both], group)
+        divergences = []
+        for own_CV, teacher_CV, *norm in zip(*(tensor_TV.split(rows) for tensor_TV in both), *norms, strict=True):
+            own_log_CV, teacher_log_CV = _log_softmax(own_CV, norm[0]), _log_softmax(teacher_CV, norm[1])
+            probs_CV = teacher_log_CV.exp()
+            divergences.append((probs_CV * teacher_log_CV.sub_(own_log_CV)).sum(dim=-1))
+            teacher_CV.copy_(own_log_CV.exp_().sub_(probs_CV))
+        divergence = torch.cat(divergences)
         torch.distributed.all_reduce(divergence, group=group)
-        context.save_for_backward(own_V.exp().sub_(probs_V))
+        context.save_for_backward(both[1].view(shape))
         context.dtype = logits_V.dtype
-        return divergence
+        return divergence.view(shape[:-1])
 
     @staticmethod
     def backward(context: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -72,12 +85,25 @@ class _Divergence(torch.autograd.Function):
         return (difference_V * grads[0].unsqueeze(-1)).to(context.dtype), None, None
 
 
-def _log_softmax(values_V: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """log softmax over a dimension that the ranks of `group` share, float32."""
-    values_V = values_V.float()
-    largest = values_V.amax(dim=-1, keepdim=True)
+Norm = tuple[Tensor, Tensor]
+"""Of some rows: the largest of each, and the logarithm of the sum of exp(value - largest), float32 [rows, 1]."""
+
+
+def _norms(tensors: list[tuple[Tensor, ...]], group: torch.distributed.ProcessGroup) -> list[list[Norm]]:
+    """What turns each chunk of each tensor into log-probabilities over a dimension that the ranks of `group` share."""
+    largest = torch.stack([torch.cat([chunk_CV.amax(-1, True).float() for chunk_CV in chunks]) for chunks in tensors])
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-    values_V = values_V - largest
-    total = values_V.exp().sum(dim=-1, keepdim=True)
+    sizes = [len(chunk_CV) for chunk_CV in tensors[0]]
+    split = [each.split(sizes) for each in largest]
+    totals = [
+        torch.cat([(chunk_CV.float() - top).exp_().sum(-1, True) for chunk_CV, top in zip(chunks, tops, strict=True)])
+        for chunks, tops in zip(tensors, split, strict=True)
+    ]
+    total = torch.stack(totals)
     torch.distributed.all_reduce(total, group=group)
-    return values_V.sub_(total.log())
+    return [list(zip(tops, each.log().split(sizes), strict=True)) for tops, each in zip(split, total, strict=True)]
+
+
+def _log_softmax(values_CV: Tensor, norm: Norm) -> Tensor:
+    """Log-probabilities, float32, in memory of their own."""
+    return (values_CV.float() - norm[0]).sub_(norm[1])

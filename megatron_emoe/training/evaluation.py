@@ -27,6 +27,27 @@ Batches = Mapping[int, Sequence[Any]]
 entry."""
 
 
+class OneMask:
+    """Takes the attention masks out of batches that are kept: with one micro-batch's for all, where all are equal.
+
+    A causal mask has sequence x sequence bytes, 16 MiB for every 4096 tokens. Masks differ where --reset-attention-mask
+    (`differ`) keeps documents apart.
+    """
+
+    def __init__(self, differ: bool) -> None:
+        self.differ = differ
+        self._mask: torch.Tensor | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch to keep."""
+        mask = batch.get("attention_mask")
+        if mask is None or self.differ:
+            return batch
+        if self._mask is None or self._mask.shape != mask.shape:
+            self._mask = mask
+        return batch | {"attention_mask": self._mask}
+
+
 @dataclass(frozen=True)
 class HeldOutLoss:
     """loss: mean over the tokens that count, nats. tokens: how many those are, over all ranks. seconds: wall time on

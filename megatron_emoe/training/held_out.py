@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_emoe.data.datasets import build_datasets
 from megatron_emoe.settings.refusal import fail
-from megatron_emoe.training.evaluation import Digest, current_device, data_digest, sequences_to_evaluate
+from megatron_emoe.training.evaluation import Digest, OneMask, current_device, data_digest, sequences_to_evaluate
 
 
 def load_model(args: Namespace, config: Any) -> list[nn.Module]:
@@ -43,10 +43,11 @@ def read_batches(args: Namespace) -> tuple[dict[int, list[Any]], int, Digest]:
     Collective. SystemExit where the data do not fill one global batch.
     """
     datasets, steps = _open(args)
-    batches = {}
+    batches: dict[int, list[Any]] = {}
+    one_mask = OneMask(args.reset_attention_mask)
     for chunk, dataset in datasets.items():
         loader = iter(build_pretraining_data_loader(dataset, 0))
-        batches[chunk] = [next(loader) for _ in range(steps * micro_batches(args))]
+        batches[chunk] = [one_mask(next(loader)) for _ in range(steps * micro_batches(args))]
     return batches, steps, _digest(datasets, steps * args.eval_global_batch_size)
 
 

@@ -25,7 +25,7 @@ from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
 from megatron_emoe.settings.k_schedule import expected_k
 from megatron_emoe.training import exit_signals
 from megatron_emoe.training.distillation import forward_with_teacher, wants_teacher
-from megatron_emoe.training.evaluation import Evaluator, current_device
+from megatron_emoe.training.evaluation import Evaluator, OneMask, current_device
 from megatron_emoe.training.gradient_check import check_gradients
 from megatron_emoe.training.rejected import end_without_checkpoint
 
@@ -53,6 +53,7 @@ class ElasticLoop:
         self.args = args
         self.config = config
         self._recorded: dict[int, list[Any]] = {}
+        self._one_mask = OneMask(args.reset_attention_mask)
         self._source = self._validation_source = 0
         self._exit_duration = args.exit_duration_in_mins
         tracker = get_elastic_tracker()
@@ -163,7 +164,7 @@ class ElasticLoop:
             return None
         self._source = id(data_iterator)
         batch = next(data_iterator)
-        self._recorded.setdefault(chunk, []).append(batch)
+        self._recorded.setdefault(chunk, []).append(self._one_mask(batch))
         return iter([batch])
 
     def validate_at_each_k(self, model: list[torch.nn.Module]) -> None:

@@ -1,10 +1,12 @@
 """Self-distillation: the divergence against torch's own, who teaches whom, and a whole run with and without it."""
 
 import re
+import weakref
 
 import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_emoe.settings.elastic_config import ElasticConfig
 from megatron_emoe.training.distillation import wants_teacher
@@ -22,13 +24,15 @@ def divergence_of_a_shard(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
     """The divergence of two ranks' halves of a vocabulary of 12, and the gradient of its weighted sum."""
     from megatron.core import parallel_state
 
-    from megatron_emoe.training.distillation import teacher_divergence
+    from megatron_emoe.training import distillation
 
+    distillation._CHUNK = 12  # two rows of half a vocabulary at a time
     start(tensor_model_parallel_size=2)
     own, teacher, weights = logits_of_two_models(dtype)
     half = slice(6 * parallel_state.get_tensor_model_parallel_rank(), None)
     own = own[..., half][..., :6].requires_grad_()
-    divergence = teacher_divergence(own, teacher[..., half][..., :6], parallel_state.get_tensor_model_parallel_group())
+    group = parallel_state.get_tensor_model_parallel_group()
+    divergence = distillation.teacher_divergence(own, teacher[..., half][..., :6], group)
     (divergence * weights).sum().backward()
     return divergence.detach(), own.grad
 
@@ -52,6 +56,52 @@ def test_value_and_gradient_over_two_shards_are_those_of_torch_over_the_whole(dt
         torch.testing.assert_close(divergence.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     gradient = torch.cat([grad for _, grad in shards], dim=-1)
     torch.testing.assert_close(gradient, own.grad, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that new tensors hold at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self.held: dict[int, tuple[int, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                place = storage.data_ptr()
+                size, users = self.held.get(place, (storage.nbytes(), 0))
+                self.held[place] = size, users + 1
+                weakref.finalize(tensor, self._let_go, place)
+        self.most = max(self.most, sum(size for size, _ in self.held.values()))
+        return found
+
+    def _let_go(self, place: int) -> None:
+        size, users = self.held.pop(place)
+        if users > 1:
+            self.held[place] = size, users - 1
+
+
+def held_by_the_divergence() -> float:
+    """Memory that the divergence and its gradient take, as a multiple of that of one model's logits."""
+    from megatron.core import parallel_state
+
+    from megatron_emoe.training import distillation
+
+    start()
+    distillation._CHUNK = 1000
+    own, teacher = (torch.randn(4, 100, 200) for _ in range(2))
+    with Held() as held:
+        group = parallel_state.get_tensor_model_parallel_group()
+        distillation.teacher_divergence(own.requires_grad_(), teacher, group).sum().backward()
+    return held.most / own.nbytes
+
+
+def test_beside_logits_and_gradient_nothing_of_their_size_is_held():
+    # The gradient, and the teacher's logits, which are seen where a view of them is made.
+    assert run_ranks(held_by_the_divergence, 1)[0] < 2.5
 
 
 @pytest.mark.parametrize("draw", ["step", "layer"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_emoe.sweep import latency
-from megatron_emoe.training.evaluation import data_digest, sequences_to_evaluate
+from megatron_emoe.training.evaluation import OneMask, data_digest, sequences_to_evaluate
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,25 @@ def test_layouts_with_other_batches_evaluate_the_same(available, batch, sequence
     assert sequences_to_evaluate(available, batch) == sequences
 
 
+def causal(sequences: int, length: int = 4) -> dict[str, torch.Tensor]:
+    """A micro-batch as Megatron's datasets make it, with a mask of its own."""
+    mask = torch.ones(sequences, 1, length, length).tril() < 0.5
+    return {"tokens": torch.arange(sequences * length).view(sequences, length), "attention_mask": mask}
+
+
+def test_batches_that_are_kept_share_one_mask_where_masks_are_equal():
+    read = [causal(2), causal(2), causal(1), causal(1)]
+    one_mask = OneMask(differ=False)
+    kept = [one_mask(batch) for batch in read]
+    assert [len({id(batch["attention_mask"]) for batch in some}) for some in (kept, read)] == [2, 4]
+    for batch, original in zip(kept, read, strict=True):
+        assert torch.equal(batch["attention_mask"], original["attention_mask"])
+        assert batch["tokens"] is original["tokens"]
+    own = OneMask(differ=True)
+    assert all(own(batch) is batch for batch in read)
+    assert one_mask({"tokens": read[0]["tokens"]}).keys() == {"tokens"}  # a run without masks
+
+
 def sample(tokens: list[int], labels: list[int], mask: list[float]) -> dict[str, torch.Tensor]:
     return {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels), "loss_mask": torch.tensor(mask)}
 
@@ -35,7 +54,9 @@ DATA = [sample([1, 2], [2, 3], [1.0, 1.0]), sample([4, 5], [5, 6], [1.0, 0.0])]
 def test_digest_by_hand():
     expected = hashlib.sha256(np.array([1, 2, 2, 3, 4, 5, 5, -100], dtype="<i8").tobytes()).hexdigest()
     assert data_digest(DATA, 2).whole == expected
-    assert data_digest([DATA[0], sample([4, 5], [5, 9], [1.0, 0.0])], 2).whole == expected  # a label that does not count
+    assert (
+        data_digest([DATA[0], sample([4, 5], [5, 9], [1.0, 0.0])], 2).whole == expected
+    )  # a label that does not count
     narrow = [{name: tensor.to(torch.int32) for name, tensor in each.items()} for each in DATA]
     assert data_digest(narrow, 2).whole == expected
 
