@@ -1,4 +1,4 @@
-"""README.md's commands run as they are printed: on a tiny model under the printed name, in host mode.
+"""README.md's commands, and those of docs/checkpoints.md, run as printed: on a tiny model of that name, in host mode.
 
 The working folder stands for a clone: what README.md names is linked into it, `.venv/bin` has the tests' interpreter
 (tests/programs), and a `vllm` that only takes notes. Nothing is scaled: the commands for a CPU are run; of those for a
@@ -23,6 +23,7 @@ README = (REPO / "README.md").read_text()
 TINY = re.search(r"`(python examples/demo_convert\.py --only-model \S+)`", README)
 SECTION = README.split("## Continue-train a model\n")[1].split("## What is where")[0]
 BLOCKS = re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL)
+CONVERSIONS = re.findall(r"```bash\n(.*?)```", (REPO / "docs/checkpoints.md").read_text(), re.DOTALL)
 TEXT = ("json", "logging", "asyncio")
 """Packages of Python's library whose sources are the text to train on."""
 
@@ -65,6 +66,10 @@ def test_the_commands_run_as_they_are_printed(tmp_path):
     assert "iteration       10/      10" in done.stdout and "validation loss at iteration 10" in done.stdout
     assert (folder / "OUT/latest_checkpointed_iteration.txt").read_text() == "10"
     check_results(folder, done.stdout)
+    convert, with_sweep, serve = CONVERSIONS
+    done = run(folder, activate, "rm -r CHECKPOINT EXPORTED", convert, "rm -r EXPORTED", with_sweep, serve)
+    assert "fp32: the same model" in done.stdout and "EXPORTED: Hugging Face model (safetensors)" in done.stdout
+    assert json.loads((folder / "EXPORTED/config.json").read_text())["emoe"]["evaluated_k"] == [4, 6, 8, 12, 16, 24]
 
 
 def checked(train: str) -> str:
