@@ -9,6 +9,7 @@ README = Path(__file__).parent / "README.md"
 INIT = Path(__file__).parent / "megatron_emoe" / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+?)"', INIT.read_text(encoding="utf-8"), re.MULTILINE)
 assert VERSION, f"{INIT} names no version"
+PARQUET = "pyarrow>=15"  # tools/preprocess_data.py reads Parquet and .zst with it; datasets brings it too
 CONVERSATIONS = "datasets>=2.19,<6"  # Megatron's SFTDataset reads its files with it
 # tools/eval_tasks.py; lm-eval's model class for transformers imports accelerate. About 0.3 GB beside datasets.
 TASKS = ["lm-eval>=0.4.13,<0.5", "accelerate>=1,<2"]
@@ -44,6 +45,7 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.4,<3"],
         "eval": TASKS,
         "sft": [CONVERSATIONS],
+        "parquet": [PARQUET],
         "dev": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
@@ -51,6 +53,7 @@ setup(
             "mypy>=1.13,<3",
             "import-linter>=2.6,<3",
             CONVERSATIONS,
+            PARQUET,
             *TASKS,
         ],
     },

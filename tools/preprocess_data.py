@@ -5,12 +5,15 @@
     python tools/preprocess_data.py --input 'part-*.jsonl' --output-prefix data/web --append-eod --holdout 0.01 \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/model
 
-The result is the same for every number of workers. It appears whole at the end; a run that fails leaves nothing.
+Reads JSONL, Parquet and plain text, also as .gz, .bz2, .xz or .zst. What a file is comes from its content; where that
+does not tell, --input-format must. The result is the same for every number of workers. It appears whole at the end; a
+run that fails leaves nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
 import functools
@@ -23,19 +26,24 @@ import warnings
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from megatron_emoe.data.corpus import cut, find_files, group
+from megatron_emoe.data.corpus import cut, group
+from megatron_emoe.data.input_files import FORMATS, InputFile, find_files, look, not_read
+from megatron_emoe.data.result_files import check_prefix, check_results, publish, staging
 from megatron_emoe.settings.command_line import HELP_ALL, CommandLine, command_line
 from megatron_emoe.settings.flag_types import MOST_WORKERS, path_word, whole_to
 from megatron_emoe.settings.refusal import one_line
 
 if TYPE_CHECKING:  # these, and Megatron's tokenizers, take ten seconds to import: not before the flags are checked
-    from megatron_emoe.data.preprocess import Encoder, TokenWriter
+    from megatron_emoe.data.encoder import Encoder
+    from megatron_emoe.data.preprocess import TokenWriter
 
 # Remarks of the libraries on a machine without a GPU, which encoding text does not need.
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
-FOLDER_SUFFIXES = [".txt", ".md", ".py", ".jsonl"]
+FOLDER_SUFFIXES = [".txt", ".md", ".py", ".jsonl", ".ndjson", ".json", ".parquet"]
+MOST_ENTRIES = 2**31 - 1  # SentencePiece counts in 32 bits: entries of a vocabulary, bytes of a line
+TRAINING_BYTES = 10_000_000
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -51,8 +59,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def first_look(argv: list[str]) -> None:
-    """Help, version, and what can be refused before Megatron is imported (ValueError, or the program ends)."""
+def first_look(argv: list[str]) -> list[InputFile]:
+    """Help, version, refusals before Megatron is imported (ValueError, or the program ends); what is to be read."""
     parser = own_flags()
     parser.add_argument(HELP_ALL, action="store_true", help="Print the help of Megatron's other flags of a tokenizer.")
     group = parser.add_argument_group("tokenizer")
@@ -60,16 +68,24 @@ def first_look(argv: list[str]) -> None:
     group.add_argument("--tokenizer-model", type=path_word, metavar="PATH", help="a file, or the folder of a model")
     args, _ = parser.parse_known_args(argv)
     check(args)
-    check_outputs(args, find_files(args.input, args.suffix))
+    paths, skipped = find_files(args.input, args.suffix)
+    check_outputs(args, paths)
+    files = [look(path, tuple(args.json_keys), args.input_format) for path in paths]
+    if all(file.size == 0 for file in files):
+        raise ValueError(f"--input {' '.join(args.input)}: all {len(files)} files are empty")
+    if skipped:
+        print(f"preprocess_data.py: {not_read(skipped)}", file=sys.stderr)
+    return files
 
 
 def own_flags() -> CommandLine:
     """A parser with all flags but the tokenizer's."""
     parser = command_line(__doc__)
     add = parser.add_argument_group("input").add_argument
-    add("--input", nargs="+", type=path_word, required=True, metavar="PATH", help="JSONL, text, folders, globs")
+    add("--input", nargs="+", type=path_word, required=True, metavar="PATH", help="files, folders, globs")
+    add("--input-format", choices=FORMATS, default="auto", help="what the files are (default: their content tells)")
     add("--json-keys", nargs="+", default=["text"], help="keys to take; several make a data set each, <prefix>_<key>")
-    add("--suffix", nargs="+", default=FOLDER_SUFFIXES, help="files of a folder to read (default: %(default)s)")
+    add("--suffix", nargs="+", default=FOLDER_SUFFIXES, help="a folder's files ('' is all; default: %(default)s)")
     add("--errors", choices=["strict", "replace", "ignore"], default="strict", help="for bytes that are not UTF-8")
     add = parser.add_argument_group("output").add_argument
     add("--output-prefix", type=path_word, required=True, help="path of the result without .bin, .idx, .json")
@@ -78,8 +94,9 @@ def own_flags() -> CommandLine:
     add("--holdout", type=float, default=0.0, help="share of documents, by a hash of each, for <prefix>_heldout")
     add("--workers", type=whole_to(MOST_WORKERS), default=CPUS, help="processes (default: %(default)s)")
     add = parser.add_argument_group("tokenizer training").add_argument
-    add("--train-tokenizer", type=int, metavar="VOCAB", help="first train a SentencePiece model, <prefix>.model")
-    add("--train-tokenizer-bytes", type=int, default=10_000_000, help="text to train on (default: %(default)s)")
+    size = whole_to(MOST_ENTRIES)
+    add("--train-tokenizer", type=size, metavar="VOCAB", help="first train a SentencePiece model, <prefix>.model")
+    add("--train-tokenizer-bytes", type=size, help=f"text to train on (default: {TRAINING_BYTES})")
     return parser
 
 
@@ -89,10 +106,10 @@ def main(argv: list[str] | None = None) -> int:
     if HELP_ALL in words:
         parse_args(["--help"])
     try:
-        first_look(words)
+        files = first_look(words)
         args = parse_args(words)
         check_model(args)
-        run(args)
+        run(args, files)
     except KeyboardInterrupt:
         print("preprocess_data.py: interrupted, nothing was written", file=sys.stderr)
         return 130
@@ -112,8 +129,10 @@ def check(args: argparse.Namespace) -> None:
     rules = [
         (not 0 <= args.holdout < 1, f"--holdout {args.holdout}: must be at least 0 and below 1"),
         (len(set(args.json_keys)) < len(args.json_keys), f"--json-keys {' '.join(args.json_keys)}: a key twice"),
-        (os.path.isdir(args.output_prefix), f"--output-prefix {args.output_prefix}: is a folder, give a name in it"),
-        (trains and args.train_tokenizer_bytes < 1, f"--train-tokenizer-bytes {args.train_tokenizer_bytes}: below 1"),
+        (
+            args.train_tokenizer_bytes and not trains,
+            f"--train-tokenizer-bytes {args.train_tokenizer_bytes}: has no effect without --train-tokenizer",
+        ),
         (trains and args.tokenizer_model, f"--train-tokenizer excludes --tokenizer-model {args.tokenizer_model}"),
         (
             trains and args.tokenizer_type not in (None, "SentencePieceTokenizer"),
@@ -124,6 +143,7 @@ def check(args: argparse.Namespace) -> None:
     for broken, message in rules:
         if broken:
             raise ValueError(message)
+    check_prefix(args.output_prefix)
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -135,7 +155,7 @@ def check_model(args: argparse.Namespace) -> None:
         raise ValueError(f"--tokenizer-model {args.tokenizer_model}: no such file")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, files: list[InputFile]) -> None:
     """Read, tokenize and write everything into a folder of its own, then move the results to their place.
 
     Raises:
@@ -143,14 +163,9 @@ def run(args: argparse.Namespace) -> None:
         OSError: the results cannot be written.
     """
     from megatron_emoe.data.files import Sidecar, write_sidecar
-    from megatron_emoe.data.preprocess import publish, staging
 
     started = time.perf_counter()
-    files = find_files(args.input, args.suffix)
-    source_bytes = sum(map(os.path.getsize, files))
-    if source_bytes == 0:
-        raise ValueError(f"--input {' '.join(args.input)}: all {len(files)} files are empty")
-    check_outputs(args, files)
+    source_bytes = sum(file.size for file in files)
     directory, name = os.path.split(os.path.abspath(args.output_prefix))
     with staging(directory) as folder:
         staged = _with_tokenizer(args, files, os.path.join(folder, f"{name}.model"))
@@ -161,12 +176,16 @@ def run(args: argparse.Namespace) -> None:
             writer.close()
             counts = {"documents": writer.documents, "tokens": writer.tokens, "max_token_id": writer.max_token_id}
             write_sidecar(f"{writer.prefix}.json", Sidecar(**about, **counts))
-        publish(folder, directory)
+        stale = publish(folder, directory)
     seconds = time.perf_counter() - started
     for writer in writers.values():
         path = os.path.join(os.path.dirname(args.output_prefix), os.path.basename(writer.prefix))
         print(f"{path}: {writer.documents} documents, {writer.tokens} tokens, ids up to {writer.max_token_id}")
-    print(f"{len(files)} files, {source_bytes / 1e6:.1f} MB in {seconds:.1f} s")
+    for cache in stale:
+        print(f"{cache}: removed, was of the earlier data; remove what a --data-cache-path holds of it too")
+    kinds = collections.Counter(file.kind for file in files if file.size)
+    told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    print(f"{len(files)} files ({told}), {source_bytes / 1e6:.1f} MB in {seconds:.1f} s")
 
 
 def _outputs(args: argparse.Namespace) -> dict[tuple[str, bool], str]:
@@ -178,17 +197,11 @@ def _outputs(args: argparse.Namespace) -> dict[tuple[str, bool], str]:
 
 def check_outputs(args: argparse.Namespace, files: list[str]) -> None:
     """No result takes the place of an input, nor of an earlier result without --overwrite."""
-    paths = [args.output_prefix + name + end for name in _outputs(args).values() for end in (".bin", ".idx", ".json")]
-    paths += [f"{args.output_prefix}.model"] if args.train_tokenizer else []
-    inputs = {os.path.realpath(file) for file in files}
-    for path in filter(os.path.exists, paths):
-        if os.path.realpath(path) in inputs:
-            raise ValueError(f"--output-prefix {args.output_prefix}: {path} is one of the inputs")
-        if not args.overwrite:
-            raise ValueError(f"--output-prefix {args.output_prefix}: {path} exists (--overwrite replaces it)")
+    names = _outputs(args).values()
+    check_results(args.output_prefix, names, bool(args.train_tokenizer), files, args.overwrite)
 
 
-def _with_tokenizer(args: argparse.Namespace, files: list[str], model_path: str) -> argparse.Namespace:
+def _with_tokenizer(args: argparse.Namespace, files: list[InputFile], model_path: str) -> argparse.Namespace:
     """The flags of the tokenizer to encode with: as given, or those of one trained now."""
     if args.train_tokenizer is None:
         return args
@@ -196,7 +209,8 @@ def _with_tokenizer(args: argparse.Namespace, files: list[str], model_path: str)
 
     print(f"training a tokenizer of {args.train_tokenizer} entries ...", file=sys.stderr)
     keys = tuple(args.json_keys)
-    train_tokenizer(files, model_path, args.train_tokenizer, args.train_tokenizer_bytes, keys, args.errors)
+    size = args.train_tokenizer_bytes or TRAINING_BYTES
+    train_tokenizer(files, model_path, args.train_tokenizer, size, keys, args.errors)
     args = copy.copy(args)
     args.tokenizer_type, args.tokenizer_model = "SentencePieceTokenizer", model_path
     return args
@@ -225,7 +239,7 @@ def make_encoder(args: argparse.Namespace) -> Encoder:
     """What one worker process encodes with."""
     from megatron.core.datasets.indexed_dataset import DType
 
-    from megatron_emoe.data.preprocess import Encoder
+    from megatron_emoe.data.encoder import Encoder
 
     tokenizer = load_tokenizer(args)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
@@ -233,7 +247,7 @@ def make_encoder(args: argparse.Namespace) -> Encoder:
 
 
 def _encode(
-    args: argparse.Namespace, files: list[str], source_bytes: int, prefix: str, vocab_size: int
+    args: argparse.Namespace, files: list[InputFile], source_bytes: int, prefix: str, vocab_size: int
 ) -> dict[tuple[str, bool], TokenWriter]:
     """Encode everything into the staged .bin files; each of them has at least one document afterwards."""
     from megatron.core.datasets.indexed_dataset import DType
@@ -243,7 +257,7 @@ def _encode(
 
     dtype = DType.optimal_dtype(vocab_size)
     writers = {output: TokenWriter(prefix + name, dtype) for output, name in _outputs(args).items()}
-    tasks = group(piece for file in files for piece in cut(file))
+    tasks = group(piece for file in files for piece in cut(file, tuple(args.json_keys)))
     results = encode_in_order(functools.partial(make_encoder, args), tasks, args.workers)
     progress = tqdm(total=source_bytes, unit="B", unit_scale=True, desc="encoding", disable=None)
     with progress, contextlib.closing(results):
@@ -261,7 +275,7 @@ def _encode(
 
 
 def _about(
-    args: argparse.Namespace, staged: argparse.Namespace, tokenizer: Any, files: list[str], source_bytes: int
+    args: argparse.Namespace, staged: argparse.Namespace, tokenizer: Any, files: list[InputFile], source_bytes: int
 ) -> dict[str, Any]:
     """What every sidecar of this run says alike; a tokenizer trained here is named by its final path."""
     from megatron_emoe.data.files import tokenizer_digest

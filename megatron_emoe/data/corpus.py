@@ -1,33 +1,38 @@
-"""Raw text on disk: which files an input means, and their documents, read in pieces of bounded size.
+"""Raw text in pieces of bounded size, and the documents in them.
 
-A line of a JSONL file is a document; any other file is one document. Files are cut into pieces at line ends, so that
-work is shared out by bytes and no process holds more than one piece: a text file larger than PIECE_BYTES becomes
-several pieces of one document.
+A line of a JSONL file, or a row of a Parquet file, is a document; any other file is one document. Files are cut into
+pieces at line ends, so that work is shared out by bytes and no process holds more than one piece: a text file larger
+than PIECE_BYTES becomes several pieces of one document, each with some text of its neighbours (joints.py has the use).
 """
 
 import codecs
-import glob
 import hashlib
-import itertools
+import io
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from megatron_emoe.data.input_files import InputFile, open_stream
+
 PIECE_BYTES = 2 << 20
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 MAX_LINE_SEARCH = 64 << 10  # how far past PIECE_BYTES a text file is searched for a line end
 DIGEST_BYTES = 1 << 20  # of a document's beginning, for its digest
+MARGIN_BYTES = 4 << 10  # of a neighbouring piece
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The bytes [begin, end) of a file of `size` bytes; whole lines of a JSONL file."""
+    """Some text of a file: whole lines of JSONL, or a part of a text with what is next to it."""
 
     path: str
-    begin: int
-    end: int
-    size: int
+    kind: str  # of InputFile
+    data: bytes
+    cost: int  # bytes of the file on disk that were read for it
+    line: int  # number of its first line, or row, from 1
+    offset: int  # in the text of the file
+    digest: bytes = b""  # of the whole text
+    before: bytes = b""  # up to MARGIN_BYTES in front of it; nothing where the text begins
+    after: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -36,70 +41,50 @@ class Document:
 
     texts: tuple[str, ...]  # one for each key
     digest: bytes  # SHA-256 of the beginning of the document: the same for all its parts
-    begins: bool
-    ends: bool
     origin: str  # for messages
+    begin: tuple[str, str] | None = None  # text on both sides of the cut where the part begins; None: the document does
+    end: tuple[str, str] | None = None
 
 
-def find_files(inputs: Iterable[str], suffixes: Iterable[str]) -> list[str]:
-    """The files that paths, folders and glob patterns mean, each once, folders in sorted order.
-
-    In folders only names with one of the suffixes count, and names that begin with a dot are passed over.
+def cut(file: InputFile, keys: tuple[str, ...]) -> Iterator[Piece]:
+    """The pieces of a file in order. An empty file has none.
 
     Raises:
-        ValueError: an input means no file at all.
+        ValueError: it cannot be read or unpacked, or a Parquet file lacks one of the columns `keys`.
     """
-    suffixes, found = tuple(suffixes), dict[str, str]()
-    for path in inputs:
-        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        if not matches:
-            raise ValueError(f"--input {path}: no such file or folder")
-        files = [file for match in matches for file in _files_below(match, suffixes)]
-        if not files:
-            raise ValueError(f"--input {path}: no file in it ends in {', '.join(suffixes)} (--suffix)")
-        found |= {os.path.realpath(file): file for file in files}
-    return list(found.values())
+    with open_stream(file, keys) as (stream, at):
+        before, offset, line, paid, margin = b"", 0, 1, 0, min(MARGIN_BYTES, PIECE_BYTES // 2)
+        data, paid_now = _take(stream, file.kind), at()
+        digest = _digest(data.removeprefix(codecs.BOM_UTF8))
+        while data:
+            following, told = _take(stream, file.kind), at()
+            if len(following) < margin and file.kind == "text":  # no piece is too small for a look behind its cut
+                data, following, paid_now = data + following, b"", told
+            cost, paid, paid_now = paid_now - paid, paid_now, told
+            beside = (digest, before, following[:margin]) if file.kind == "text" else ()
+            yield Piece(file.path, file.kind, data, cost, line, offset, *beside)
+            offset, line, before = offset + len(data), line + data.count(b"\n"), data[-margin:]
+            data = following
 
 
-def _files_below(path: str, suffixes: tuple[str, ...]) -> Iterator[str]:
-    if not os.path.isdir(path):
-        yield path
-        return
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            file = os.path.join(folder, name)
-            if name.endswith(suffixes) and not name.startswith(".") and os.path.isfile(file):
-                yield file
+def _take(stream: io.BufferedReader, kind: str) -> bytes:
+    """PIECE_BYTES and the rest of the line; of a text without near line ends as much as ends with a character."""
+    data = stream.read(PIECE_BYTES)
+    if len(data) < PIECE_BYTES or data.endswith(b"\n"):
+        return data
+    if kind != "text":
+        return data + stream.readline()
+    data += (line := stream.readline(MAX_LINE_SEARCH))
+    rest = 0 if line.endswith(b"\n") else sum(1 for _ in _continuation(stream.peek(3)[:3]))
+    return data + stream.read(rest)
 
 
-def cut(path: str) -> Iterator[Piece]:
-    """The pieces of a file in order; each byte is looked at once at most. An empty file has none."""
-    size, begin = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        while begin < size:
-            end = _line_end(file, begin + PIECE_BYTES, size, is_jsonl(path))
-            yield Piece(path, begin, end, size)
-            begin = end
-
-
-def _line_end(file, offset: int, size: int, must_be_line: bool) -> int:
-    """The first offset from `offset` on where a line begins; in text without near line ends, where a character does."""
-    if offset >= size:
-        return size
-    file.seek(offset - 1)
-    line = first = file.readline(MAX_LINE_SEARCH)
-    while must_be_line and line and not line.endswith(b"\n"):
-        line = file.readline(MAX_LINE_SEARCH)
-    if line.endswith(b"\n") or file.tell() == size:
-        return file.tell()
-    inside_character = (0x80 <= byte < 0xC0 for byte in first[1:4])
-    return offset + sum(itertools.takewhile(bool, inside_character))
-
-
-def is_jsonl(path: str) -> bool:
-    """Whether a file holds one JSON object per line, by its name."""
-    return path.endswith(JSONL_SUFFIXES)
+def _continuation(data: bytes) -> Iterator[int]:
+    """The bytes at the beginning of `data` that go on with a character."""
+    for byte in data:
+        if not 0x80 <= byte < 0xC0:
+            return
+        yield byte
 
 
 def group(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:
@@ -107,7 +92,7 @@ def group(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:
     task: list[Piece] = []
     for piece in pieces:
         task.append(piece)
-        if sum(part.end - part.begin for part in task) >= PIECE_BYTES:
+        if sum(len(part.data) for part in task) >= PIECE_BYTES:
             yield tuple(task)
             task = []
     if task:
@@ -118,33 +103,33 @@ def read_documents(piece: Piece, keys: tuple[str, ...], errors: str = "strict") 
     """The documents in a piece, without empty ones.
 
     Args:
-        piece: of a JSONL or a text file.
+        piece: of a JSONL, Parquet or text file.
         keys: the JSON keys to take; a text file is the text of the only one.
         errors: what to do with bytes that are not UTF-8, as in bytes.decode.
 
     Raises:
         ValueError: invalid JSON, a missing key or one that is no string (with the line number), undecodable bytes.
     """
-    with open(piece.path, "rb") as file:
-        file.seek(piece.begin)
-        data = file.read(piece.end - piece.begin)
-    if piece.begin == 0:
-        data = data.removeprefix(codecs.BOM_UTF8)
-    if is_jsonl(piece.path):
+    data = piece.data.removeprefix(codecs.BOM_UTF8) if piece.offset == 0 else piece.data
+    if piece.kind != "text":
         yield from _json_documents(piece, data, keys, errors)
     elif len(keys) > 1:
         raise ValueError(f"--json-keys {' '.join(keys)}: {piece.path} is a text file, it has one text")
     else:
-        text = _decode(data, errors, piece.path, piece.begin)
-        begins, ends = piece.begin == 0, piece.end == piece.size
-        head = data if begins and ends else _head(piece.path)
-        if text or not (begins and ends):
-            yield Document((text,), _digest(head), begins, ends, piece.path)
+        text = _decode(data, errors, piece.path, piece.offset)
+        begin = _beside(piece.before, piece.data, errors) if piece.offset else None
+        end = _beside(piece.data, piece.after, errors) if piece.after else None
+        if text or begin or end:
+            yield Document((text,), piece.digest, piece.path, begin, end)
 
 
-def _head(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(DIGEST_BYTES + len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
+def _beside(before: bytes, after: bytes, errors: str) -> tuple[str, str]:
+    """The text on both sides of a cut, the same for both of its pieces. Bad bytes are for the piece they are in."""
+    margin, errors = min(MARGIN_BYTES, PIECE_BYTES // 2), "replace" if errors == "strict" else errors
+    left = before[-margin:]
+    left = left[sum(1 for _ in _continuation(left[:3])) :]
+    right = codecs.getincrementaldecoder("utf-8")(errors).decode(after[:margin])  # without half a character at its end
+    return left.decode("utf-8", errors), right
 
 
 def _digest(data: bytes) -> bytes:
@@ -162,19 +147,26 @@ def _decode(data: bytes, errors: str, path: str, begin: int) -> str:
 
 
 def _json_documents(piece: Piece, data: bytes, keys: tuple[str, ...], errors: str) -> Iterator[Document]:
-    offset = piece.begin
-    for line in data.split(b"\n"):
+    offset = piece.offset
+    for number, line in enumerate(data.split(b"\n"), piece.line):
         if line.strip():
+            origin = f"{piece.path} {'row' if piece.kind == 'parquet' else 'line'} {number}"
             try:
-                record = json.loads(_decode(line, errors, piece.path, offset))
+                record = _record(_decode(line, errors, piece.path, offset))
                 texts = tuple(_text(record, key, errors) for key in keys)
             except ValueError as error:
-                reason = f"not valid JSON: {error}" if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(f"{piece.path} line {_line_number(piece.path, offset)}: {reason}") from error
+                raise ValueError(f"{origin}: {error}") from error
             if any(texts):
-                origin = f"{piece.path} at byte {offset}"
-                yield Document(texts, _digest(texts[0].encode()), True, True, origin)
+                yield Document(texts, _digest(texts[0].encode()), origin)
         offset += len(line) + 1
+
+
+def _record(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = "too many brackets in each other" if isinstance(error, RecursionError) else error
+        raise ValueError(f"not valid JSON: {reason}; --input-format text takes the file as plain text") from error
 
 
 def _text(record: object, key: str, errors: str) -> str:
@@ -188,9 +180,3 @@ def _text(record: object, key: str, errors: str) -> str:
         return record[key].encode("utf-8", errors).decode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{key!r} has a lone surrogate {error.object[error.start]!r}: --errors replace") from error
-
-
-def _line_number(path: str, offset: int) -> int:
-    """The number of the line that begins at an offset, counted from 1; read again, only for a message."""
-    with open(path, "rb") as file:
-        return 1 + sum(file.read(min(PIECE_BYTES, offset - at)).count(b"\n") for at in range(0, offset, PIECE_BYTES))

@@ -1,34 +1,30 @@
 """Text to token ids: train a tokenizer, encode pieces of a corpus on several processes, write Megatron's data files."""
 
-import contextlib
 import io
 import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any
 
 import numpy as np
 import sentencepiece
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_emoe.data.corpus import Document, Piece, cut, read_documents
+from megatron_emoe.data.corpus import Piece, cut, read_documents
+from megatron_emoe.data.encoder import Encoded, Encoder, Part
+from megatron_emoe.data.input_files import InputFile
 
 TASKS_AHEAD = 4  # for each worker: bounds the results that wait to be written
-HASH_BYTES = 8  # bytes of a document's digest that decide on which side of the holdout it is
 
 
 def train_tokenizer(
-    files: Sequence[str], model_path: str, vocab_size: int, max_bytes: int, keys: tuple[str, ...], errors: str
+    files: Sequence[InputFile], model_path: str, vocab_size: int, max_bytes: int, keys: tuple[str, ...], errors: str
 ) -> None:
     """Train a SentencePiece BPE model that gives back every text it encodes, byte for byte, and write it.
 
@@ -36,7 +32,7 @@ def train_tokenizer(
     and for padding. The same input gives the same model.
 
     Args:
-        files: JSONL or text files.
+        files: what to learn from.
         model_path: where to write the model.
         vocab_size: entries, with 256 bytes and 4 control pieces among them.
         max_bytes: of text to learn from, taken in pieces spread evenly over the input.
@@ -80,73 +76,18 @@ def _training_problem(message: str, lines: int) -> str:
     return f"cannot train on {lines} lines of text ({message})"
 
 
-def _sample_lines(files: Sequence[str], max_bytes: int, keys: tuple[str, ...], errors: str) -> Iterator[str]:
+def _sample_lines(files: Sequence[InputFile], max_bytes: int, keys: tuple[str, ...], errors: str) -> Iterator[str]:
     """Non-empty lines from about max_bytes of the input, in whole pieces spread evenly over it."""
-    total = sum(map(os.path.getsize, files))
+    total = sum(file.size for file in files)
     seen = taken = 0
-    for piece in (piece for file in files for piece in cut(file)):
-        size = piece.end - piece.begin
+    for piece in (piece for file in files for piece in cut(file, keys)):
         if taken * total <= seen * max_bytes:
             for document in read_documents(piece, keys, errors):
                 for line in "\n".join(document.texts).split("\n"):
                     if line:
                         yield line
-            taken += size
-        seen += size
-
-
-@dataclass
-class Part:
-    """Encoded sequences of one output in order: ids in a row, the length of each, and whether it ends a document."""
-
-    ids: list[np.ndarray] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    ends: list[bool] = field(default_factory=list)
-
-
-Encoded = dict[tuple[str, bool], Part]  # by key and whether it is held out
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Encodes pieces of the input with one tokenizer."""
-
-    tokenizer: Any  # Megatron's: tokenize, eod, vocab_size
-    dtype: type[np.integer]
-    keys: tuple[str, ...]
-    errors: str
-    append_eod: bool
-    holdout: float
-
-    def encode(self, task: tuple[Piece, ...]) -> Encoded:
-        """What is in a task. Whole documents are held out, chosen by a hash of their content."""
-        parts: Encoded = {}
-        for piece in task:
-            for document in read_documents(piece, self.keys, self.errors):
-                is_held_out = int.from_bytes(document.digest[:HASH_BYTES]) < self.holdout * 256**HASH_BYTES
-                for key, text in zip(self.keys, document.texts, strict=True):
-                    self._add(parts.setdefault((key, is_held_out), Part()), document, text)
-        return parts
-
-    def _add(self, part: Part, document: Document, text: str) -> None:
-        ids = self._ids(document, text)
-        if not ids and document.begins and document.ends:
-            return
-        if document.ends and self.append_eod:
-            ids = [*ids, self.tokenizer.eod]
-        array = np.asarray(ids, dtype=np.int64)
-        if len(array) and not 0 <= array.min() <= array.max() < self.tokenizer.vocab_size:
-            span = f"token ids {array.min()} to {array.max()}"
-            raise ValueError(f"{document.origin}: {span}, the tokenizer has 0 to {self.tokenizer.vocab_size - 1}")
-        part.ids.append(array.astype(self.dtype))
-        part.lengths.append(len(array))
-        part.ends.append(document.ends)
-
-    def _ids(self, document: Document, text: str) -> list[int]:
-        try:
-            return list(self.tokenizer.tokenize(text)) if text else []
-        except Exception as error:  # every tokenizer library has its own kinds
-            raise ValueError(f"{document.origin}: cannot be tokenized ({type(error).__name__}: {error})") from error
+            taken += len(piece.data)
+        seen += piece.cost
 
 
 def encode_in_order(
@@ -183,7 +124,7 @@ def encode_in_order(
 
 
 def _task_bytes(task: tuple[Piece, ...]) -> int:
-    return sum(piece.end - piece.begin for piece in task)
+    return sum(piece.cost for piece in task)
 
 
 _encoder: Encoder | None = None  # of a worker process, set when it starts
@@ -224,28 +165,3 @@ class TokenWriter:
     def close(self) -> None:
         """Write the index: the data set is complete."""
         self._builder.finalize(f"{self.prefix}.idx")
-
-
-@contextlib.contextmanager
-def staging(directory: str) -> Iterator[str]:
-    """A folder in `directory` for what is not finished; gone afterwards, as is `directory` if made here and empty."""
-    existed = os.path.isdir(directory)
-    os.makedirs(directory, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=".preprocess-", dir=directory)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not existed and not os.listdir(directory):
-            os.rmdir(directory)
-
-
-def publish(folder: str, directory: str) -> None:
-    """Move every staged file to its place, sidecars last: a data set with a sidecar is complete."""
-    names = sorted(os.listdir(folder), key=lambda name: (name.endswith(".json"), name))
-    for name in names:
-        if name.endswith(".json"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(directory, name))
-    for name in names:
-        os.replace(os.path.join(folder, name), os.path.join(directory, name))

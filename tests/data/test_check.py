@@ -166,11 +166,13 @@ def test_the_largest_token_id_is_found_without_a_sidecar(tmp_path):
 
 
 def test_the_tokenizer_must_be_the_one_that_made_the_data(tmp_path, prefix):
+    from megatron_emoe.data.input_files import look
     from megatron_emoe.data.preprocess import train_tokenizer
 
     (tmp_path / "a.txt").write_text("some words to learn from, and some more words\n" * 5)
     for name, size in (("a", 290), ("b", 291)):
-        train_tokenizer([f"{tmp_path}/a.txt"], f"{tmp_path}/{name}.model", size, 10_000, ("text",), "strict")
+        text = look(f"{tmp_path}/a.txt", ("text",))
+        train_tokenizer([text], f"{tmp_path}/{name}.model", size, 10_000, ("text",), "strict")
     digest = tokenizer_digest(f"{tmp_path}/a.model")
     write_sidecar(f"{prefix}.json", sidecar(tokenizer_model="old/a.model", tokenizer_sha256=digest))
     flags = ["--train-data-path", prefix, "--valid-data-path", prefix, "--tokenizer-type", "SentencePieceTokenizer"]

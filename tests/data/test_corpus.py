@@ -4,11 +4,15 @@ import json
 
 import pytest
 
-from megatron_emoe.data import corpus
+from megatron_emoe.data import corpus, input_files
+
+
+def pieces(path, keys=("text",)):
+    return list(corpus.cut(input_files.look(str(path), keys), keys))
 
 
 def documents(path, keys=("text",), errors="strict"):
-    return [document for piece in corpus.cut(str(path)) for document in corpus.read_documents(piece, keys, errors)]
+    return [document for piece in pieces(path, keys) for document in corpus.read_documents(piece, keys, errors)]
 
 
 def write_jsonl(path, records):
@@ -22,11 +26,11 @@ def test_jsonl_is_cut_at_line_ends_and_every_byte_is_in_one_piece(tmp_path, monk
     monkeypatch.setattr(corpus, "MAX_LINE_SEARCH", 5)  # lines are longer than one search
     texts = ["short", "ü" * 30, "", "two\nlines", "x" * 100]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-    pieces = list(corpus.cut(str(path)))
-    assert [piece.begin for piece in pieces] == [0] + [piece.end for piece in pieces[:-1]]
-    assert pieces[-1].end == path.stat().st_size
-    data = path.read_bytes()
-    assert all(data[piece.end - 1 : piece.end] == b"\n" for piece in pieces)
+    cut = pieces(path)
+    assert b"".join(piece.data for piece in cut) == path.read_bytes()
+    assert all(piece.data.endswith(b"\n") for piece in cut)
+    assert [piece.offset for piece in cut] == [sum(len(p.data) for p in cut[:i]) for i in range(len(cut))]
+    assert sum(piece.cost for piece in cut) == path.stat().st_size
     assert [document.texts[0] for document in documents(path)] == [text for text in texts if text]
 
 
@@ -38,15 +42,17 @@ def test_text_without_line_ends_is_cut_between_characters(tmp_path, monkeypatch)
     parts = documents(tmp_path / "a.txt")
     assert len(parts) > 10
     assert "".join(part.texts[0] for part in parts) == text
-    assert [part.begins for part in parts] == [True] + [False] * (len(parts) - 1)
-    assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert [part.begin is None for part in parts] == [True] + [False] * (len(parts) - 1)
+    assert [part.end is None for part in parts] == [False] * (len(parts) - 1) + [True]
     assert len({part.digest for part in parts}) == 1
 
 
 def test_a_large_text_is_cut_after_the_line_that_reaches_the_size(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PIECE_BYTES", 10)
-    (tmp_path / "a.txt").write_text("0123456\n89\nabcdefghijk\nend", encoding="utf-8")
-    assert [part.texts[0] for part in documents(tmp_path / "a.txt")] == ["0123456\n89\n", "abcdefghijk\n", "end"]
+    (tmp_path / "a.txt").write_text("0123456\n89\nabcdefghijk\nthe end", encoding="utf-8")
+    assert [part.texts[0] for part in documents(tmp_path / "a.txt")] == ["0123456\n89\n", "abcdefghijk\n", "the end"]
+    (tmp_path / "a.txt").write_text("0123456789\nabcdefghijk\nend", encoding="utf-8")
+    assert [part.texts[0] for part in documents(tmp_path / "a.txt")] == ["0123456789\n", "abcdefghijk\nend"]
 
 
 def test_the_digest_is_of_the_content_wherever_it_comes_from(tmp_path):
@@ -63,15 +69,16 @@ def test_folders_are_read_in_order_by_suffix_without_hidden_files(tmp_path):
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
-    found = corpus.find_files([str(tmp_path / "in")], [".py", ".jsonl"])
+    found, skipped = input_files.find_files([str(tmp_path / "in")], [".py", ".jsonl"])
     names = [file.removeprefix(f"{tmp_path}/in/") for file in found]
     assert names == ["a.py", "z.jsonl", "b/1.py", "b/2.py"]
+    assert skipped == [f"{tmp_path}/in/b/3.txt"]
 
 
 def test_patterns_and_files_named_twice(tmp_path):
     for name in ("p2.txt", "p1.txt", "q.txt"):
         (tmp_path / name).write_text("x")
-    found = corpus.find_files([f"{tmp_path}/p*.txt", f"{tmp_path}/p1.txt"], [])
+    found, _ = input_files.find_files([f"{tmp_path}/p*.txt", f"{tmp_path}/p1.txt"], [])
     assert found == [f"{tmp_path}/p1.txt", f"{tmp_path}/p2.txt"]
 
 
@@ -114,13 +121,13 @@ def test_bytes_that_are_not_utf8(tmp_path):
 
 def test_inputs_that_mean_no_file(tmp_path):
     with pytest.raises(ValueError, match=r"--input .*/none\.txt: no such file or folder"):
-        corpus.find_files([f"{tmp_path}/none.txt"], [".txt"])
+        input_files.find_files([f"{tmp_path}/none.txt"], [".txt"])
     with pytest.raises(ValueError, match=r"--input .*: no file in it ends in \.md, \.py \(--suffix\)"):
-        corpus.find_files([str(tmp_path)], [".md", ".py"])
+        input_files.find_files([str(tmp_path)], [".md", ".py"])
 
 
 def test_small_pieces_are_grouped_and_none_is_lost(monkeypatch):
     monkeypatch.setattr(corpus, "PIECE_BYTES", 10)
-    pieces = [corpus.Piece("f", 0, size, size) for size in (4, 4, 4, 25, 3, 3)]
-    groups = list(corpus.group(pieces))
-    assert [[piece.end for piece in task] for task in groups] == [[4, 4, 4], [25], [3, 3]]
+    some = [corpus.Piece("f", "text", bytes(size), size, 1, 0) for size in (4, 4, 4, 25, 3, 3)]
+    groups = list(corpus.group(some))
+    assert [[piece.cost for piece in task] for task in groups] == [[4, 4, 4], [25], [3, 3]]

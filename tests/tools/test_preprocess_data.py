@@ -13,12 +13,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_emoe.data import corpus, preprocess
+from megatron_emoe.data.encoder import Encoder
 from megatron_emoe.data.files import read_sidecar, read_token_files, tokenizer_digest
+from megatron_emoe.data.input_files import look
 from tests.distributed import wait_until
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
@@ -51,7 +56,7 @@ def words(tmp_path_factory) -> Path:
 def model(words) -> str:
     """A SentencePiece model of 400 entries."""
     path = str(words.parent / "words.model")
-    preprocess.train_tokenizer([str(words)], path, 400, 1_000_000, ("text",), "strict")
+    preprocess.train_tokenizer([look(str(words), ("text",))], path, 400, 1_000_000, ("text",), "strict")
     return path
 
 
@@ -200,14 +205,17 @@ def test_ids_written_as_text(tmp_path):
 
 def test_the_same_input_trains_the_same_tokenizer(tmp_path, words, model):
     again = str(tmp_path / "again.model")
-    preprocess.train_tokenizer([str(words)], again, 400, 1_000_000, ("text",), "strict")
+    preprocess.train_tokenizer([look(str(words), ("text",))], again, 400, 1_000_000, ("text",), "strict")
     assert Path(again).read_bytes() == Path(model).read_bytes()
 
 
 def test_the_tokenizer_sample_is_spread_over_the_input_and_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PIECE_BYTES", 100)
     (tmp_path / "a.txt").write_text("".join(f"line{i:05d}\n" for i in range(10_000)))  # 100 KB in 1000 pieces
-    numbers = [int(line[4:]) for line in preprocess._sample_lines([f"{tmp_path}/a.txt"], 10_000, ("text",), "strict")]
+    numbers = [
+        int(line[4:])
+        for line in preprocess._sample_lines([look(f"{tmp_path}/a.txt", ("text",))], 10_000, ("text",), "strict")
+    ]
     assert 900 <= len(numbers) <= 1100  # a tenth
     per_tenth = [sum(start <= number < start + 1000 for number in numbers) for start in range(0, 10_000, 1000)]
     assert all(90 <= count <= 110 for count in per_tenth)
@@ -226,6 +234,40 @@ BAD_FLAGS = {
     "many workers": (["--workers", "2000"], "--workers 2000: must be at most 1024"),
     "key twice": (["--json-keys", "text", "text"], "--json-keys text text: a key twice"),
     "output is a folder": (["--output-prefix", "{tmp}"], "--output-prefix {tmp}: is a folder, give a name in it"),
+    "output has no name": (
+        ["--output-prefix", "{tmp}/new/"],
+        "--output-prefix {tmp}/new/: is a folder, give a name in",
+    ),
+    "output below a file": (
+        ["--output-prefix", "{tmp}/one.txt/a/b"],
+        "--output-prefix {tmp}/one.txt/a/b: {tmp}/one.txt is no folder",
+    ),
+    "output below a link to nothing": (
+        ["--output-prefix", "{tmp}/dangling/b"],
+        "--output-prefix {tmp}/dangling/b: {tmp}/dangling is no folder",
+    ),
+    "output that cannot be written": (["--output-prefix", "/proc/new/d"], "new/d: /proc cannot be written to ("),
+    "output where a folder is": (
+        ["--output-prefix", "{tmp}/taken", "--overwrite"],
+        "--output-prefix {tmp}/taken: {tmp}/taken.bin is a folder",
+    ),
+    "bytes for no training": (
+        ["--train-tokenizer-bytes", "1000"],
+        "--train-tokenizer-bytes 1000: has no effect without --train-tokenizer",
+    ),
+    "no bytes": (
+        ["--train-tokenizer", "300", "--train-tokenizer-bytes", "0"],
+        "--train-tokenizer-bytes 0: must be a whole number of at least 1",
+    ),
+    "too many bytes": (
+        ["--train-tokenizer", "300", "--train-tokenizer-bytes", "100000000000000000000"],
+        "--train-tokenizer-bytes 100000000000000000000: must be at most 2147483647",
+    ),
+    "binary": (["--input", "{tmp}/noise.jsonl"], "--input {tmp}/noise.jsonl: is binary (byte 0 is 0)"),
+    "another format": (
+        ["--input", "{tmp}/one.txt", "--input-format", "parquet"],
+        "one.txt: cannot be read as Parquet (",
+    ),
     "no such model": (["--tokenizer-model", "{tmp}/no.model"], "--tokenizer-model {tmp}/no.model: no such file"),
     "broken model": (["--tokenizer-model", "{tmp}/bad.jsonl"], "bad.jsonl: cannot be loaded ("),
     "no tokenizer": (["--tokenizer-type", "NullTokenizer"], "--tokenizer-type NullTokenizer --tokenizer-model"),
@@ -235,7 +277,7 @@ BAD_FLAGS = {
     ),
     "no ids": (
         ["--tokenizer-type", "NullTokenizer", "--vocab-size", "10"],
-        "at byte 0: cannot be tokenized (ValueError",
+        "line 1: cannot be tokenized (ValueError",
     ),
     "both tokenizers": (["--train-tokenizer", "300"], "--train-tokenizer excludes --tokenizer-model"),
     "another kind": (
@@ -261,6 +303,9 @@ def test_bad_input_is_one_message_and_leaves_nothing(case, tmp_path, words, mode
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "ids.txt").write_text("3 12 4")
     (tmp_path / "one.txt").write_text("a single document")
+    (tmp_path / "noise.jsonl").write_bytes(bytes(range(256)) * 8)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "taken.bin").mkdir()
     before = sorted(os.listdir(tmp_path))
     flags, message = BAD_FLAGS[case]
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
@@ -289,6 +334,40 @@ def test_an_earlier_result_is_kept_unless_told(tmp_path, words, model, capsys):
     assert decoded(tmp_path / "d") == ["a single document"]
     assert run("--input", words, *flags, "--overwrite") == 0
     assert decoded(tmp_path / "d") == texts_of(words)
+
+
+def test_an_overwrite_takes_the_cache_of_the_earlier_data_along(tmp_path, words, model, capsys):
+    """Megatron names a cache by the data's path and the run's settings: it would read new data by old indices."""
+    flags = ["--input", words, "--output-prefix", tmp_path / "d", *sp(model)]
+    assert run(*flags) == 0
+    indices = tmp_path / "d" / "cache" / "GPTDataset_indices"
+    build = functools.partial(gpt_dataset, tmp_path / "d")
+    build()
+    assert os.listdir(indices)
+    for name in ("d.bin", "d.idx", "d.json"):
+        os.rename(tmp_path / name, tmp_path / f"kept.{name}")
+    assert run(*flags) == 2
+    assert f"{tmp_path}/d/cache is of earlier data (--overwrite removes it)" in capsys.readouterr().err
+    for name in ("d.bin", "d.idx", "d.json"):
+        os.rename(tmp_path / f"kept.{name}", tmp_path / name)
+    (tmp_path / "one.txt").write_text("a single document " * 20)
+    assert run("--input", tmp_path / "one.txt", *flags[2:]) == 2
+    assert f"{tmp_path}/d.bin exists (--overwrite replaces it)" in capsys.readouterr().err
+    assert run("--input", tmp_path / "one.txt", *flags[2:], "--overwrite") == 0
+    assert f"{tmp_path}/d/cache: removed, was of the earlier data" in capsys.readouterr().out
+    _, tokenizer, _ = load(tmp_path / "d")
+    ids = tokenizer.tokenize("a single document " * 20)
+    assert build()[0]["tokens"].tolist() in [ids[at : at + 8] for at in range(len(ids))]
+
+
+def gpt_dataset(prefix: Path) -> GPTDataset:
+    """Megatron's training set of samples of 8 tokens over a prefix."""
+    dataset, tokenizer, _ = load(prefix)
+    resets = dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), False)
+    config = GPTDatasetConfig(
+        random_seed=1, sequence_length=8, blend=([str(prefix)], None), split="1,0,0", tokenizer=tokenizer, **resets
+    )
+    return GPTDataset(dataset, str(prefix), np.arange(len(dataset), dtype=np.int32), 1, Split.train, config)
 
 
 def test_a_failing_overwrite_keeps_the_earlier_result(tmp_path, words, model):
@@ -325,12 +404,12 @@ def test_a_disk_that_is_full_is_one_message_and_leaves_nothing(tmp_path, words, 
 
 
 def test_a_worker_that_dies_is_reported():
-    tasks = [(corpus.Piece("unused", 0, 1, 1),)] * 3
+    tasks = [(corpus.Piece("unused", "text", b"1", 1, 1, 0),)] * 3
     with pytest.raises(ValueError, match=r"--workers 2: a worker died, perhaps for lack of memory: try fewer"):
         list(preprocess.encode_in_order(functools.partial(os._exit, 9), tasks, 2))
 
 
-def slow_encode(folder: Path, self: preprocess.Encoder, task: tuple) -> dict:
+def slow_encode(folder: Path, self: Encoder, task: tuple) -> dict:
     (folder / f"{os.getpid()}.worker").touch()
     time.sleep(0.5)
     return {}
@@ -340,7 +419,7 @@ def slow_encode(folder: Path, self: preprocess.Encoder, task: tuple) -> dict:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing_and_no_process(tmp_path, words, model, monkeypatch, capfd, signum):
     monkeypatch.setattr(corpus, "PIECE_BYTES", 10)  # 200 tasks: a minute of work
-    monkeypatch.setattr(preprocess.Encoder, "encode", functools.partialmethod(functools.partial(slow_encode, tmp_path)))
+    monkeypatch.setattr(Encoder, "encode", functools.partialmethod(functools.partial(slow_encode, tmp_path)))
     flags = ["--input", str(words), "--output-prefix", str(tmp_path / "new" / "d"), *sp(model), "--workers", "2"]
 
     def as_a_program() -> None:
