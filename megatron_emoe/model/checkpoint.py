@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_emoe.model.going_on import check_going_on
 from megatron_emoe.model.recovery import Recovery, damage, newest_whole, plan
 from megatron_emoe.model.stored_model import check_shape
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, flag
@@ -121,6 +122,8 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
         )
     if not (starts_anew(args) or args.no_load_optim or stored.no_save_optim or checkpoint.name == "release"):
         check_layout(args, stored, f"{source} {folder}")
+    if not starts_anew(args) and checkpoint.name != "release":
+        check_going_on(args, stored, f"{source} {folder}", report)
     for change in changes:
         report(f"elastic setting changed: {change}")
 

@@ -56,7 +56,13 @@ def namespace(**changes) -> Namespace:
         "no_save_optim": False,
         "use_distributed_optimizer": True,
         "dist_ckpt_optim_fully_reshardable": False,
+        "use_checkpoint_opt_param_scheduler": False,
+        "override_opt_param_scheduler": False,
+        "global_batch_size": 8,
+        "train_iters": 4,
     } | dict.fromkeys(checkpoint.LAYOUT_FLAGS, 1)
+    run |= dict.fromkeys(("train_samples", "lr_decay_style", "lr_decay_iters", "lr_warmup_fraction", "lr"))
+    run |= dict.fromkeys(("start_weight_decay", "end_weight_decay", "weight_decay_incr_style", "lr_warmup_iters"), 0)
     return Namespace(**MODEL | run | ElasticConfig().settings() | changes)
 
 
@@ -262,7 +268,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(("old", "new", "refused"), LAYOUTS)
 def test_a_layout_that_cannot_take_the_optimizer_state_is_refused(stored, old, new, refused):
     folder, args = stored(namespace(**old)), namespace(**new)
-    args.load = folder
+    args.load, args.use_distributed_optimizer = folder, old.get("use_distributed_optimizer", True)
     if refused is None:
         assert check(args) == []
         return
