@@ -18,6 +18,7 @@ from megatron_emoe.settings import flag_files
 _LAYOUT = {flag: own[2:].replace("-", "_") for flag, own in OF_THE_LAYOUT.items() if own not in CHOICES}
 """Flag of Megatron's -> what it is called in a plan (search.Wanted): those that are numbers."""
 
+_PRECISIONS = {"--fp8-format": "fp8", "--bf16": "bf16"}
 _LENGTH = {"--train-iters": "steps", "--train-samples": "samples"}
 
 
@@ -25,12 +26,13 @@ _LENGTH = {"--train-iters": "steps", "--train-samples": "samples"}
 class Given:
     """layout: what the flags fix, by its name in a plan. steps: of the run; samples: its sequences, where those are
     given instead. Neither: its length is not among the flags. elastic: the elastic flags among them, with their values.
-    """
+    precision: bf16 or fp8, where the flags say so."""
 
     layout: dict[str, int]
     steps: int | None = None
     samples: int | None = None
     elastic: tuple[str, ...] = ()
+    precision: str | None = None
 
     def tokens(self, global_batch: int, seq: int) -> float | None:
         """Tokens of the whole run; None where its length is not given."""
@@ -60,7 +62,9 @@ def read_given(file: str) -> Given:
         if values.get(name, 1) < 1:
             raise ValueError(f"{flag} {values[name]}: must be at least 1")
     length = {name: values.pop(name, None) for name in _LENGTH.values()}
-    return Given(values, **length, elastic=tuple(_elastic(words)))
+    names = {word.partition("=")[0] for word in words}
+    precision = next((kind for flag, kind in _PRECISIONS.items() if flag in names), None)
+    return Given(values, **length, elastic=tuple(_elastic(words)), precision=precision)
 
 
 def _elastic(words: Sequence[str]) -> Iterator[str]:

@@ -89,9 +89,9 @@ def _busiest(plan: Plan) -> int:
 def _time(plan: Plan, tokens: float) -> list[str]:
     machine = plan.machine
     return [
-        f"FLOPs at E[k] (forward and backward): {plan.flops_per_token / 1e9:.2f} G per token, "
-        f"{plan.flops_per_step / 1e15:.2f} P per step of {plan.tokens_per_step:,} tokens",
-        f"{tokens:.4g} tokens: {plan.steps(tokens):,} steps, {plan.hours(tokens):.1f} hours at "
+        f"FLOPs at E[k] (forward and backward): {plan.flops_per_token / 1e9:.4g} G per token, "
+        f"{plan.flops_per_step / 1e15:.4g} P per step of {plan.tokens_per_step:,} tokens",
+        f"{tokens:.4g} tokens: {plan.steps(tokens):,} steps, {plan.hours(tokens):.3g} hours at "
         f"an MFU of {machine.mfu:g} of {machine.tflops:g} TFLOP/s (--mfu, --gpu-tflops: stated, not predicted)",
     ]
 

@@ -122,14 +122,19 @@ def words_of_a_tiny_model() -> list[str]:
 
 def test_the_flags_of_a_run_give_its_length_layout_and_elastic_settings(tmp_path):
     run = tmp_path / "training.args"
-    run.write_text(f"@{REPO}/slurm/train.args --micro-batch-size 2 --emoe-k-max 12 --lr 1 --seq-length 2048")
+    run.write_text(f"@{REPO}/slurm/train.args --micro-batch-size 2 --emoe-k-max 12 --lr 1 --seq-length 2048 --bf16")
     job = ["--model", "olmoe-7b", "--gpus", 8, "--recipe", RECIPE, "--training", run]
-    what = found(*job)
+    what = found(*job, "--precision", "fp8")
+    assert what["layout"]["fp8"] and "--fp8-format" in what["flags"]
     assert (what["steps"], what["layout"]["micro_batch"], what["layout"]["seq"]) == (5000, 2, 2048)  # as in train.args
     assert what["k"] == {"expected": 0.5 * 8 + 0.5 * 10.5, "largest": 12}
     assert what["tokens_per_step"] == 256 * 2048
-    run.write_text("--train-samples 100 --train-samples 300 --global-batch-size 3")
-    assert read_given(str(run)) == Given({"global_batch": 3}, samples=300)
+    run.write_text("--train-samples 100 --train-samples 300 --global-batch-size 3 --bf16 --emoe-k-weights 1 2 --lr 1")
+    given = Given({"global_batch": 3}, samples=300, elastic=("--emoe-k-weights", "1", "2"), precision="bf16")
+    assert read_given(str(run)) == given
+    assert given.tokens(3, 100) == 30_000
+    run.write_text("--bf16 --fp8-format=hybrid")
+    assert read_given(str(run)) == Given({}, precision="fp8")
     run.write_text("--train-iters 0")
     refused = plan(*job)
     assert refused == Answer(2, "", "plan_job.py: error: --train-iters 0: must be at least 1\n")
