@@ -55,6 +55,7 @@ class ElasticLoop:
         self._recorded: dict[int, list[Any]] = {}
         self._one_mask = OneMask(args.reset_attention_mask)
         self._source = self._validation_source = 0
+        self._validated: int | None = None
         self._exit_duration = args.exit_duration_in_mins
         tracker = get_elastic_tracker()
         layers = config.num_layers + (config.mtp_num_layers or 0)
@@ -168,9 +169,14 @@ class ElasticLoop:
         return iter([batch])
 
     def validate_at_each_k(self, model: list[torch.nn.Module]) -> None:
-        """Validation loss at each --emoe-eval-k on the batches just evaluated; the loop's `non_loss_data_func`."""
+        """Validation loss at each --emoe-eval-k on the batches just evaluated; the loop's `non_loss_data_func`.
+
+        Once for an iteration: where the last one is evaluated anyway, Megatron does it once more, on other batches.
+        """
         recorded, self._recorded = self._recorded, {}
-        split = self._evaluated_split()
+        split, iteration = self._evaluated_split(), self._iteration()
+        if split == "valid" and self._validated == iteration:
+            return
         evaluator = Evaluator(self.args, self.forward)
         steps = self.args.eval_iters
         losses = {}
@@ -178,6 +184,7 @@ class ElasticLoop:
             if not self._asked_to_end():
                 losses[k] = evaluator.loss_at_k(model, recorded, k, steps).loss
         if losses:
+            self._validated = iteration if split == "valid" else self._validated
             self._log_losses(split, losses)
 
     def _evaluated_split(self) -> str:
