@@ -20,7 +20,8 @@ from pathlib import Path
 
 from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.flag_types import MOST_WORKERS, a_path, whole_to
-from megatron_emoe.settings.paths import check_folder, check_hf_folder
+from megatron_emoe.settings.hf_folder import hf_folder
+from megatron_emoe.settings.paths import check_folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -145,7 +146,9 @@ def _choose_device(chosen: argparse.Namespace) -> None:
 def _check(chosen: argparse.Namespace) -> None:
     """ValueError for what is plainly not there, before anything is imported."""
     if getattr(chosen, "hf", None) is not None:
-        check_hf_folder(chosen.hf)
+        chosen.hf = hf_folder("--hf", chosen.hf)
+    if getattr(chosen, "hf_config", None) is not None:
+        chosen.hf_config = hf_folder("--hf-config", chosen.hf_config)
     if getattr(chosen, "megatron", None) is not None:
         check_folder("--megatron", chosen.megatron)
     if chosen.verb == "inspect" and not chosen.folder.is_dir():

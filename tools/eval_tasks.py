@@ -18,7 +18,7 @@ from typing import Any
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.command_line import command_line
-from megatron_emoe.settings.paths import check_hf_folder
+from megatron_emoe.settings.hf_folder import hf_folder
 from megatron_emoe.settings.refusal import NoNumber, fail
 from megatron_emoe.tasks.request import add_arguments, add_hf_arguments, check_asked
 from megatron_emoe.training.first_look import look_at_evaluation
@@ -62,7 +62,7 @@ def look_at_hf(words: list[str]) -> argparse.Namespace:
         demand_lm_eval()
     args = parser.parse_args(words)
     check_asked(args)
-    check_hf_folder(args.load)
+    args.load = hf_folder("--load", args.load)
     return args
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -23,6 +22,7 @@ from megatron_emoe.hf.registry import architecture_of, read_config
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder, write_shard
 from megatron_emoe.hf.torch_dist import COMMON_STATE, TorchDistWriter, without_checksums
 from megatron_emoe.settings.flag_files import flag_file, flag_words
+from megatron_emoe.settings.hf_folder import read_config_json
 from megatron_emoe.training.arguments import stored_form
 
 FLAG_FILE = "model.args"
@@ -75,7 +75,7 @@ def import_model(
 
 def said_of_balancing(hf: Path, key: str, balancing: Flags) -> Iterator[str]:
     """What a person has to know of load balancing where config.json itself does not name its weight, or it is 0."""
-    named = key in json.loads((hf / "config.json").read_text())
+    named = key in read_config_json(hf)
     if not balancing:
         yield (
             f"config.json: {key} is {'0' if named else 'not there'}, so these flags balance no experts: to train with "
@@ -224,7 +224,8 @@ def _write_companions(
     if carried:
         write_shard({name: tensor.clone() for name, tensor in carried.items()}, kept / CARRIED)
     tokenizer = tokenizer_flags(kept, out / HF_FOLDER)
-    (folder / FLAG_FILE).write_text(flag_file(flags, tokenizer, balancing))
+    beside = {"tokenizer_model": f"./{HF_FOLDER}"} if "tokenizer_model" in tokenizer else {}  # goes where the folder goes
+    (folder / FLAG_FILE).write_text(flag_file(flags, tokenizer | beside, balancing))
     return tokenizer
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from megatron_emoe.hf.architecture import Architecture
+from megatron_emoe.hf.config_file import completed
 from megatron_emoe.hf.deepseek_v2 import DeepseekV2
 from megatron_emoe.hf.ernie4_5_moe import Ernie45Moe
 from megatron_emoe.hf.olmoe import Olmoe
 from megatron_emoe.hf.qwen2_moe import Qwen2Moe
+from megatron_emoe.settings.hf_folder import CONFIG, read_config_json
 
 
 def architectures() -> dict[str, Architecture]:
@@ -29,23 +30,19 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 def read_config(folder: Path) -> PretrainedConfig:
     """The configuration in `folder`/config.json, completed by transformers. Code in the folder is never run.
 
+    num_experts_per_tok is the k of training, also of an export that is served with another k (its block "emoe").
+
     Raises:
         ValueError: path and reason; also for an architecture that is not supported.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; {folder} is no Hugging Face model")
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    raw, path = read_config_json(folder), folder / CONFIG
     known = architectures()
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type not in known:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in known:
         raise ValueError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(known)}")
+    config = completed(raw, path)
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         known[model_type].check(config)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return config

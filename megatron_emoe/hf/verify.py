@@ -183,9 +183,10 @@ def text_tokens(hf: Path, text: Path, *, sequences: int = SEQUENCES, length: int
     Raises:
         ValueError: no tokenizer, no such file, or too short a text.
     """
+    read_config(hf)
     try:
         ids = AutoTokenizer.from_pretrained(str(hf), trust_remote_code=False)(text.read_text())["input_ids"]
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library of fast tokenizers raises no other class
         raise ValueError(f"--text {text}: cannot be read, or {hf} has no tokenizer ({error})") from error
     if len(ids) < sequences * length:
         raise ValueError(f"--text {text}: {len(ids)} tokens, {sequences} x {length} are needed")
@@ -220,6 +221,7 @@ def load_hf(folder: Path, dtype: torch.dtype, *, eager: bool = True) -> PreTrain
     with silent_transformers():
         model, loading = AutoModelForCausalLM.from_pretrained(
             str(folder),
+            config=read_config(folder),
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,

@@ -25,10 +25,3 @@ def check_out(path: str | Path, name: str = "--out") -> None:
         tempfile.TemporaryFile(dir=Path(path).parent).close()
     except OSError as error:
         raise ValueError(f"{name} {path}: cannot be written ({error.strerror})") from error
-
-
-def check_hf_folder(folder: str | Path) -> None:
-    """A Hugging Face model is in `folder`, as far as its config.json tells."""
-    config = Path(folder) / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{config}: no such file; {folder} is no Hugging Face model")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_emoe.settings import flag_files
+from megatron_emoe.settings.hf_folder import read_config_json
 from megatron_emoe.settings.tail_scale import TailScale, tail_scale_words
 from megatron_emoe.sweep.allocation import Allocation
 from megatron_emoe.sweep.budget import name
@@ -122,10 +123,10 @@ def hf_key(*folders: Path) -> str | None:
     """The name of k in the config.json of the first folder that has one with k in it; None if none has."""
     for folder in folders:
         try:
-            config = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError):
+            config = read_config_json(folder)
+        except ValueError:
             continue
-        if found := [key for key in reversed(K_KEYS) if isinstance(config, dict) and key in config]:
+        if found := [key for key in reversed(K_KEYS) if key in config]:
             return found[0]
     return None
 

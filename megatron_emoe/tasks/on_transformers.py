@@ -96,7 +96,7 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> PreTrainedMode
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     with silent_transformers():
         model, loading = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=wanted, trust_remote_code=False, output_loading_info=True
+            str(folder), config=read_config(folder), dtype=wanted, trust_remote_code=False, output_loading_info=True
         )
     lost = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if lost:

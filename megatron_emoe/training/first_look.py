@@ -22,7 +22,8 @@ from megatron_emoe.settings.elastic_config import ElasticConfig, elastic_setting
 from megatron_emoe.settings.elastic_rules import read_tail_scale, validate_elastic
 from megatron_emoe.settings.field_flags import add_elastic_flags
 from megatron_emoe.settings.flag_types import path_word
-from megatron_emoe.settings.paths import check_folder, check_hf_folder, same_folder
+from megatron_emoe.settings.hf_folder import hf_folder
+from megatron_emoe.settings.paths import check_folder, same_folder
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.megatron_flags import refuse_unserved
 
@@ -119,7 +120,7 @@ def check_source(args: Namespace) -> None:
     if hf is not None and args.load is not None:
         raise ValueError(f"--hf {hf} excludes --load {args.load}: one model at a time")
     if hf is not None:
-        check_hf_folder(hf)
+        args.hf = str(hf_folder("--hf", hf))
     elif args.load is None:
         raise ValueError("--load is not given: which checkpoint?")
     else:
