@@ -10,6 +10,7 @@ import json
 import os
 import struct
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ TOKEN_DTYPES: dict[int, type[np.integer]] = {
     8: np.uint16,
 }
 SCAN_TOKENS = 1 << 20  # tokens read at each end of a .bin without a sidecar
+SCAN_ENTRIES = 1 << 20  # sequences and documents of an index that are looked at one by one, from its beginning
 # The files of a Hugging Face tokenizer folder that decide which id a piece of text gets.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 
@@ -90,7 +92,23 @@ def read_token_files(prefix: str) -> TokenFiles:
         raise ValueError(
             f"{prefix}.bin has {token_bytes} bytes, {index_path} describes {indexed}: one of them is half-written"
         )
+    _check_entries(index_path, dtype().itemsize, sequences, document_ends)
     return TokenFiles(prefix, dtype, sequences, document_ends - 1, token_bytes // dtype().itemsize)
+
+
+def _check_entries(path: str, token_bytes: int, sequences: int, document_ends: int) -> None:
+    """ValueError unless the first SCAN_ENTRIES sequences follow each other, and so do the documents."""
+
+    def entries(kind: type[np.integer], offset: int, count: int) -> np.ndarray:
+        return np.fromfile(path, kind, min(count, SCAN_ENTRIES), offset=INDEX_HEADER.size + offset)
+
+    lengths, starts = entries(np.int32, 0, sequences), entries(np.int64, 4 * sequences, sequences)
+    expected = np.cumsum(lengths[:-1], dtype=np.int64) * token_bytes
+    if lengths.min() < 0 or starts[0] != 0 or not np.array_equal(starts[1:], expected):
+        raise ValueError(f"{path} is damaged: its sequences do not follow each other")
+    ends = entries(np.int64, 12 * sequences, document_ends)
+    if ends[0] != 0 or ends.max() > sequences or (np.diff(ends) < 0).any():
+        raise ValueError(f"{path} is damaged: its documents do not follow each other")
 
 
 def _require_files(prefix: str) -> None:
@@ -136,9 +154,20 @@ def read_sidecar(prefix: str) -> Sidecar | None:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        return Sidecar(**{field.name: content[field.name] for field in fields(Sidecar)})
-    except (ValueError, KeyError, TypeError) as error:
+        told = {field.name: content[field.name] for field in fields(Sidecar)}
+        for field in fields(Sidecar):
+            _check_told(field.name, told[field.name], field.type)
+        return Sidecar(**told)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not the sidecar of a data set ({type(error).__name__}: {error})") from error
+
+
+def _check_told(name: str, value: object, kind: Any) -> None:
+    """ValueError for a value of another type than its field, or a number below 0."""
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{name} is {value!r:.40}, must be of {getattr(kind, '__name__', kind)}")
+    if kind is int and isinstance(value, int) and value < 0:
+        raise ValueError(f"{name} is {value}, must be at least 0")
 
 
 def write_sidecar(path: str, sidecar: Sidecar) -> None:

@@ -106,6 +106,30 @@ DAMAGE = {
     "version": (lambda p: poke(f"{p}.idx", 9, struct.pack("<Q", 2)), "is not an index of token ids (magic b'MMIDIDX"),
     "dtype": (lambda p: poke(f"{p}.idx", 17, b"\x07"), "d.idx is not an index of token ids"),
     "other document ends": (lambda p: poke(f"{p}.idx", 234, struct.pack("<q", 9)), "one of them is half-written"),
+    "a length below 0": (
+        lambda p: poke(f"{p}.idx", 38, struct.pack("<i", -5)),
+        "d.idx is damaged: its sequences do not",
+    ),
+    "a start elsewhere": (
+        lambda p: poke(f"{p}.idx", 90, struct.pack("<q", 2)),
+        "d.idx is damaged: its sequences do not",
+    ),
+    "a document elsewhere": (
+        lambda p: poke(f"{p}.idx", 170, struct.pack("<q", 77)),
+        "d.idx is damaged: its documents do not follow each other",
+    ),
+    "nested sidecar": (
+        lambda p: Path(f"{p}.json").write_text("[" * 200_000),
+        "d.json is not the sidecar of a data set (RecursionError",
+    ),
+    "a word in a sidecar": (
+        lambda p: write_sidecar(f"{p}.json", sidecar(max_token_id="many")),
+        "d.json is not the sidecar of a data set (ValueError: max_token_id is 'many', must be of int)",
+    ),
+    "a sidecar's count below 0": (
+        lambda p: write_sidecar(f"{p}.json", sidecar(max_token_id=-1)),
+        "(ValueError: max_token_id is -1, must be at least 0)",
+    ),
     "sidecar of other data": (
         lambda p: write_sidecar(f"{p}.json", sidecar(tokens=551)),
         "d.json tells of 10 documents and 551 tokens, the data has 10 and 550",
@@ -206,7 +230,7 @@ def test_the_tokenizer_must_be_the_one_that_made_the_data(tmp_path, prefix):
             "every prefix has a weight before it, or none has",
         ),
         (["--data-path", "1", "{p}", "{p}", "--split", "9,1"], "every prefix has a weight before it, or none has"),
-        (["--data-path", "-1", "{p}", "--split", "9,1"], "weights are >= 0 and at least one is > 0"),
+        (["--data-path", "-1", "{p}", "--split", "9,1"], "every weight must be a number above 0"),
         (["--data-path", "{p}", "--split", "a,b"], "--split a,b: must be up to three numbers >= 0, not all 0"),
         (["--data-path", "{p}", "--split", "0,0,0"], "--split 0,0,0: must be up to three numbers >= 0, not all 0"),
         (["--data-path", "{p}", "--split", "1,1,1,1"], "--split 1,1,1,1: must be up to three numbers >= 0, not all 0"),
