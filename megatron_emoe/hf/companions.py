@@ -10,7 +10,8 @@ import os
 import shutil
 from pathlib import Path
 
-HF_FOLDER = "hf"
+from megatron_emoe.settings.companion_folder import HF_FOLDER
+
 CARRIED = "carried.safetensors"
 _KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "NOTICE*")
 _WEIGHTS = (".safetensors.index.json", ".bin.index.json")

@@ -15,12 +15,13 @@ from transformers import PretrainedConfig
 
 from megatron_emoe.hf.active_experts import trained_k
 from megatron_emoe.hf.architecture import Architecture, Flags
-from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
+from megatron_emoe.hf.companions import CARRIED, copy_companions
 from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, state_of
 from megatron_emoe.hf.pieces import Group, Layout, Piece
 from megatron_emoe.hf.registry import architecture_of, read_config
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder, write_shard
 from megatron_emoe.hf.torch_dist import COMMON_STATE, TorchDistWriter, without_checksums
+from megatron_emoe.settings.companion_folder import HF_FOLDER, has_tokenizer
 from megatron_emoe.settings.flag_files import flag_file, flag_words
 from megatron_emoe.settings.hf_folder import read_config_json
 from megatron_emoe.training.arguments import stored_form
@@ -224,13 +225,13 @@ def _write_companions(
     if carried:
         write_shard({name: tensor.clone() for name, tensor in carried.items()}, kept / CARRIED)
     tokenizer = tokenizer_flags(kept, out / HF_FOLDER)
-    beside = {"tokenizer_model": f"./{HF_FOLDER}"} if "tokenizer_model" in tokenizer else {}  # goes where the folder goes
+    beside = {"tokenizer_model": f"./{HF_FOLDER}"} if "tokenizer_model" in tokenizer else {}  # the folder may be moved
     (folder / FLAG_FILE).write_text(flag_file(flags, tokenizer | beside, balancing))
     return tokenizer
 
 
 def tokenizer_flags(folder: Path, name: Path) -> Flags:
     """Flags of the tokenizer in `folder`, which will be called `name`; none where it has no tokenizer."""
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(folder):
         return {"tokenizer_type": "NullTokenizer"}
     return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(name.resolve())}

@@ -2,8 +2,9 @@
 
 A file is read like a shell reads words: white space separates, quotes hold together, a # that begins a word begins a
 comment, a backslash at the end of a line continues it. A file may name another with @OTHER, relative to its own
-folder. Where a flag comes twice the later one wins, so what follows @FILE on the command line overrides it. A value
-that begins with @ is written --flag=@value.
+folder. A path in a file that begins with ./ or ../ is relative to its folder, too: one that holds both can be moved. On
+the command line, and without the dot, a path is relative to the working folder. Where a flag comes twice the later one
+wins, so what follows @FILE on the command line overrides it. A value that begins with @ is written --flag=@value.
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _GAP = re.compile(r"(?:\s|\\\n|(?<![^\s])#[^\n]*)*")
+_BESIDE = re.compile(r"(--[\w-]+=)?(\.\.?/.*)", re.DOTALL)
 _WORD = re.compile(r"""(?:[^\s"'\\]|\\[^\n]|"(?:[^"\\]|\\.)*"|'[^']*')+""", re.DOTALL)
 
 
@@ -59,7 +61,7 @@ def flag_file(*parts: Mapping[str, Any]) -> str:
 def _expand(word: str, folder: Path, open_files: tuple[Path, ...]) -> Iterator[str]:
     """The words that `word` stands for. folder: what a relative path is relative to; open_files: who names whom."""
     if not word.startswith("@"):
-        yield word
+        yield _from_folder(word, folder) if open_files else word
         return
     file = folder / word[1:]
     if file.resolve() in open_files:
@@ -67,6 +69,12 @@ def _expand(word: str, folder: Path, open_files: tuple[Path, ...]) -> Iterator[s
         raise ValueError(f"{word}: a flag file must not name itself ({chain})")
     for inner in _words(word, file):
         yield from _expand(inner, file.parent, (*open_files, file.resolve()))
+
+
+def _from_folder(word: str, folder: Path) -> str:
+    """A word of a file in `folder`: a path that is relative to it becomes absolute, whoever reads it from wherever."""
+    found = _BESIDE.fullmatch(word)
+    return word if found is None else (found[1] or "") + os.path.abspath(folder / found[2])
 
 
 def _words(word: str, file: Path) -> Iterator[str]:

@@ -32,6 +32,7 @@ from megatron_emoe.model.stored_model import check_given, model_flags
 from megatron_emoe.routing.transformer_config import elastic_config_from_args
 from megatron_emoe.routing.watch import check_marker
 from megatron_emoe.settings.command_line import in_own_words, is_first_rank, say
+from megatron_emoe.settings.companion_folder import tokenizer_now
 from megatron_emoe.settings.elastic_config import elastic_settings, flag
 from megatron_emoe.settings.field_flags import add_elastic_flags
 from megatron_emoe.settings.in_force import settings_in_force
@@ -183,6 +184,7 @@ def _evaluated(args: Namespace, hf_arguments: HfArguments | None) -> Namespace:
         checkpoint = locate(args.load, args.ckpt_step)
         stored = stored_args(checkpoint)
         stored.emoe_tail_scale = fitted_tail_scale(checkpoint) or getattr(stored, "emoe_tail_scale", None)
+        stored.tokenizer_model = tokenizer_now(getattr(stored, "tokenizer_model", None), Path(args.load))
         return stored
     stored, args.hf_settings = hf_arguments(Path(hf))
     return stored

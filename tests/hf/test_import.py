@@ -214,3 +214,22 @@ def test_where_the_configuration_does_not_say_how_it_is_said(changes, copy, tmp_
     ((said, words),) = run_ranks(import_and_say, 1, hf, tmp_path / "out")
     assert said[-1].startswith(f"config.json: {expected}")
     assert ("--moe-aux-loss-coeff" in words) == (changes["router_aux_loss_coef"] is None)
+
+
+def import_and_move(folder: Path) -> tuple[list[str], str]:
+    """The flags of an import that was renamed, another in its old place, and the tokenizer of an evaluation."""
+    from argparse import Namespace
+
+    from megatron_emoe.training.arguments import _evaluated
+
+    hf = hf_models.save("olmoe", folder / "hf", tokenizer=True)
+    import_model(hf, folder / "out", report=str)
+    (folder / "out").rename(folder / "renamed")
+    shutil.copytree(folder / "renamed/hf", folder / "out/hf")
+    evaluated = _evaluated(Namespace(load=str(folder / "renamed"), ckpt_step=None, hf=None), None)
+    return expand([f"@{folder}/renamed/{FLAG_FILE}"]), evaluated.tokenizer_model
+
+
+def test_an_import_that_was_renamed_has_its_own_tokenizer(tmp_path):
+    ((words, tokenizer),) = run_ranks(import_and_move, 1, tmp_path)
+    assert words[words.index("--tokenizer-model") + 1] == tokenizer == str(tmp_path / "renamed/hf")

@@ -60,6 +60,16 @@ def test_the_same_file_may_be_named_twice(write):
     assert expand([word, word]) == ["--seed", "1", "--seed", "1"]
 
 
+def test_a_path_with_a_dot_is_relative_to_its_file(write, tmp_path, monkeypatch):
+    text = "--tokenizer-model ./hf --data-path 0.3 ../data/a 0.7 data/b --save=./out --load /c/./d"
+    write(f"{text} --title '. /x' --lr .5", "model/deep.args")
+    words = "--tokenizer-model {0}/model/hf --data-path 0.3 {0}/data/a 0.7 data/b --save={0}/model/out --load /c/./d"
+    expected = [*words.format(tmp_path).split(), "--title", ". /x", "--lr", ".5"]
+    assert expand([write("@model/deep.args")]) == expected
+    monkeypatch.chdir(tmp_path)  # absolute even so: Megatron stores it, and another run reads it from elsewhere
+    assert expand(["@model/deep.args", "--save", "./out"]) == [*expected, "--save", "./out"]
+
+
 def test_a_path_is_relative_to_the_working_folder(write, tmp_path, monkeypatch):
     write("--seed 1")
     monkeypatch.chdir(tmp_path)
