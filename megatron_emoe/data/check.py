@@ -104,8 +104,8 @@ def _source(flag: str, values: list[str], split: Split | None) -> Source:
     prefixes, weights = get_blend_from_list(values)
     if weights is None and any(_is_number(value) and not os.path.exists(f"{value}.idx") for value in values):
         raise ValueError(f"{flag} {' '.join(values)}: every prefix has a weight before it, or none has")
-    if weights is not None and (min(weights) < 0 or sum(weights) <= 0 or not np.all(np.isfinite(weights))):
-        raise ValueError(f"{flag} {' '.join(values)}: weights are >= 0 and at least one is > 0")
+    if weights is not None and (min(weights) <= 0 or not np.all(np.isfinite(weights))):
+        raise ValueError(f"{flag} {' '.join(values)}: every weight must be a number above 0")
     return Source(flag, prefixes, weights, split)
 
 

@@ -130,7 +130,8 @@ def layout_flags(args: Namespace, layout: Layout) -> list[str]:
     words += ["--micro-batch-size", layout.micro_batch, "--global-batch-size", layout.global_batch]
     words += ["--seq-length", layout.seq, "--use-distributed-optimizer", *RECOMPUTE[layout.recompute]]
     if layout.fp8:
-        words += ["--fp8-format", "hybrid"]
+        # Not delayed scaling, Megatron's default: its scales are pickles, which a later start may not load.
+        words += ["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"]
     words += layout.kept.flags
     return [str(word) for word in words]
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -40,6 +41,7 @@ from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.batch_schedule import check_batch_schedule, settle_ramp
 from megatron_emoe.training.first_look import check_source
 from megatron_emoe.training.ranks import settle_ranks
+from megatron_emoe.training.start_rules import check_start, settle_accumulation
 from megatron_emoe.training.training_rules import check_elastic_training
 
 
@@ -136,7 +138,10 @@ def _refuse_several_validation_sets(args: Namespace) -> None:
 def _broken_rule(error: Exception) -> str:
     """What an assertion of the core without a message demands: its line of source."""
     rule = traceback.extract_tb(error.__traceback__)[-1]
-    return f"Megatron demands: {rule.line} ({os.path.basename(rule.filename)}, line {rule.lineno})"
+    where = f"({os.path.basename(rule.filename)}, line {rule.lineno})"
+    if missing := re.fullmatch(r"assert args\.(\w+) is not None,?", rule.line or ""):
+        return f"{flag(missing[1])} is not given, and Megatron demands it here {where}"
+    return f"Megatron demands: {rule.line} {where}"
 
 
 def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> None:
@@ -153,7 +158,10 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
     if args.lr is not None and args.lr_warmup_init > args.lr:
         raise ValueError(f"--lr-warmup-init {args.lr_warmup_init}: must not exceed --lr {args.lr}")
     settle_ramp(args)
+    check_start(args)
+    settle_ranks(args)
     validate_args(args)
+    settle_accumulation(args)
     check_batch_schedule(args, begins=args.load is None or args.finetune or not has_checkpoint(args.load))
     check_marker(args.save)
     check_load(args, report=say)

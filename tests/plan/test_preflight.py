@@ -85,12 +85,18 @@ def test_what_would_lose_work_when_the_job_is_requeued_is_refused(change, told, 
 # Of GPUs alone: host mode has no context parallelism.
 ON_GPUS = {"nodes": 1, "processes": 4, "gpus": 4, "bf16": True, "no_rope_fusion": True, "expert_model_parallel_size": 8}
 IMPOSSIBLE = [
-    ({"nodes": 3, "tensor_model_parallel_size": 2}, "world size (3) is not divisible by total_model_size"),
-    ({"nodes": 4, "expert_model_parallel_size": 3}, "experts should be a multiple of expert model parallel"),
-    ({"nodes": 2, "expert_model_parallel_size": 8}, "must divide the world size 2"),
+    (
+        {"nodes": 3, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "needs a multiple of 2 ranks, here are 3",
+    ),
+    (
+        {"nodes": 4, "expert_model_parallel_size": 3},
+        "--expert-model-parallel-size 3: needs a multiple of 3 ranks, here are 4",
+    ),
+    ({"nodes": 2, "expert_model_parallel_size": 8}, "needs a multiple of 8 ranks, here are 2"),
     ({"nodes": 2, "processes": 8, "gpus": 4}, "8 processes on a node: at most one for each of its 4 GPUs"),
     ({"nodes": 3}, "global_batch_size (8) must be divisible by"),
-    (ON_GPUS | {"context_parallel_size": 2}, "must divide the world size 4"),
+    (ON_GPUS | {"context_parallel_size": 2}, "needs a multiple of 8 ranks, here are 4"),
     ({"moe_layer_freq": "[1]"}, "--moe-layer-freq [1]: 1 entries; must be one for each of 2 layers"),
     ({"moe_layer_freq": "[1,1,1]"}, "--moe-layer-freq [1, 1, 1]: 3 entries"),
     ({"hidden_size": 0}, "--hidden-size 0: must be at least 1"),

@@ -172,7 +172,7 @@ def test_a_rule_of_the_core_is_one_line_too(error_of):
     message = "max_position_embeddings (16) must be greater than or equal to seq_length (32)."
     assert error_of(seq_length=32) == message
     line = error_of(save_interval=None)
-    assert re.fullmatch(r"Megatron demands: assert args\.save_interval is not None \(arguments\.py, line \d+\)", line)
+    assert re.fullmatch(r"--save-interval is not given, and Megatron demands it here \(arguments\.py, line \d+\)", line)
 
 
 def test_data_is_checked(error_of):
