@@ -17,6 +17,7 @@
 #   PYTHON        the interpreter (.venv/bin/python), with Transformer Engine
 #
 # Not run on a GPU yet (docs/gpu.md).
+[ -n "${BASH_VERSION:-}" ] || { echo "continue_olmoe_1gpu.sh: error: run it with bash, not sh" >&2; exit 2; }
 set -euo pipefail
 
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -17,6 +17,7 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --output=%x-%j.out
 
+[ -n "${BASH_VERSION:-}" ] || { echo "emoe_14b.sh: error: run it with bash, not sh" >&2; exit 2; }
 EMOE_MODEL=qwen1.5-moe-14b
 EMOE_MODEL_ARGS=qwen1_5_moe_a2_7b.args
 

@@ -17,6 +17,7 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --output=%x-%j.out
 
+[ -n "${BASH_VERSION:-}" ] || { echo "emoe_16b.sh: error: run it with bash, not sh" >&2; exit 2; }
 EMOE_MODEL=deepseek-v2-lite-16b
 EMOE_MODEL_ARGS=deepseek_v2_lite.args
 

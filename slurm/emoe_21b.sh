@@ -17,6 +17,7 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --output=%x-%j.out
 
+[ -n "${BASH_VERSION:-}" ] || { echo "emoe_21b.sh: error: run it with bash, not sh" >&2; exit 2; }
 EMOE_MODEL=ernie-4.5-21b
 EMOE_MODEL_ARGS=ernie4_5_21b_a3b.args
 

@@ -17,6 +17,7 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --output=%x-%j.out
 
+[ -n "${BASH_VERSION:-}" ] || { echo "emoe_7b.sh: error: run it with bash, not sh" >&2; exit 2; }
 EMOE_MODEL=olmoe-7b
 EMOE_MODEL_ARGS=olmoe_1b_7b.args
 

@@ -17,6 +17,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A-%a.out
+[ -n "${BASH_VERSION:-}" ] || { echo "sweep.sh: error: run it with bash, not sh" >&2; exit 2; }
 set -euo pipefail
 
 EMOE_MODEL=sweep

@@ -291,3 +291,12 @@ def test_the_parts_of_a_sweep_are_joined_in_order_of_k(tmp_path):
     mixed = [*tool, parts[0], tmp_path / "other.json", "--out", tmp_path / "mixed.json"]
     wrong = subprocess.run(mixed, env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and "checkpoint" in wrong.stderr and not (tmp_path / "mixed.json").exists()
+
+
+@pytest.mark.parametrize(
+    "script", [*(f"slurm/{name}" for name in MODELS), "slurm/sweep.sh", "examples/continue_olmoe_1gpu.sh"]
+)
+def test_another_shell_is_told_to_be_bash(script):
+    done = subprocess.run(["sh", script, "--dry-run"], cwd=REPO, capture_output=True, text=True)
+    said = f"{Path(script).name}: error: run it with bash, not sh\n"
+    assert (done.returncode, done.stderr) == (2, said) or os.path.realpath("/bin/sh").endswith("bash")
