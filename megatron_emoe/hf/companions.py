@@ -6,23 +6,61 @@ finds it; nothing in here needs torch.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from megatron_emoe.settings.companion_folder import HF_FOLDER
 
 CARRIED = "carried.safetensors"
-_KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "NOTICE*")
+_KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py", "LICENSE*", "NOTICE*")
 _WEIGHTS = (".safetensors.index.json", ".bin.index.json")
 
 
+def companions(source: Path) -> list[Path]:
+    """Every file of a model's folder but its weights: configuration, tokenizer, code (of which nothing is run here).
+
+    Raises:
+        ValueError: a link to a file that is not there, as in a snapshot that was cleaned up or is not whole.
+    """
+    found = [path for pattern in _KEPT for path in source.glob(pattern) if not path.name.endswith(_WEIGHTS)]
+    for path in found:
+        if path.is_symlink() and not path.exists():
+            raise ValueError(
+                f"{path}: is a link to {os.readlink(path)}, and there is no such file; fetch the model anew"
+            )
+    return [path for path in found if path.is_file()]
+
+
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy everything but weights and code from one folder to another, which exists."""
-    for pattern in _KEPT:
-        for path in source.glob(pattern):
-            if not path.name.endswith(_WEIGHTS):
-                shutil.copyfile(path, target / path.name)
+    """Copy them to another folder, which exists. ValueError as there."""
+    for path in companions(source):
+        shutil.copyfile(path, target / path.name)
+    for path in target.glob("*.json"):
+        _drop_lost_code(path)
+
+
+def _drop_lost_code(path: Path) -> None:
+    """Leave out of "auto_map" the classes whose file is not beside it: transformers would look for them, and fail."""
+    if b'"auto_map"' not in path.read_bytes():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        named = dict(content["auto_map"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return  # whatever it is, it names no code
+    kept = {name: classes for name, classes in named.items() if _is_there(classes, path.parent)}
+    if kept != named:
+        rest = {key: value for key, value in content.items() if key != "auto_map"}
+        path.write_text(json.dumps(rest | ({"auto_map": kept} if kept else {}), indent=2) + "\n")
+
+
+def _is_there(classes: Any, folder: Path) -> bool:
+    """Whether module.Class, or each of a list of them, is in the folder; what is org/name--module.Class is on the hub."""
+    each = [name for name in (classes if isinstance(classes, list) else [classes]) if name is not None]
+    return all("--" in str(name) or (folder / f"{str(name).split('.')[0]}.py").is_file() for name in each)
 
 
 def keep_companions(load: str | None, save: str | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 WORKERS = 2  # one reads while the other writes; each has a group of tensors in memory
 _JOURNAL = "journal.jsonl"
@@ -35,14 +35,12 @@ class OutputFolder:
         """Open the folder, and publish it at the end of the block.
 
         inputs: what the result depends on, as JSON values. A ValueError in the block removes what was begun, as it will
-        not get better; after any other interruption it is there for the next attempt.
+        not get better; after any other interruption, and where the disk failed, it is there for the next attempt.
 
         Raises:
-            ValueError: `out` is in use, not a folder, not empty, or its parent is missing.
+            ValueError: `out` is in use, not a folder, not empty, its parent is missing, or it cannot be written.
         """
-        self._check()
-        self.path.mkdir(exist_ok=True)
-        with (self.path / _JOURNAL).open("a+") as journal:
+        with self._open() as journal:
             self._lock(journal)
             self._take_up(journal, json.loads(json.dumps(inputs)))
             try:
@@ -51,6 +49,21 @@ class OutputFolder:
             except ValueError:
                 shutil.rmtree(self.path)
                 raise
+            except OSError as error:
+                what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+                raise ValueError(f"{self.out}: not made ({what}); the same command goes on where it stopped") from error
+
+    def _open(self) -> TextIO:
+        """The journal; nothing is left where it cannot be written."""
+        found = os.path.lexists(self.path)
+        try:
+            self._check()
+            self.path.mkdir(exist_ok=True)
+            return (self.path / _JOURNAL).open("a+")
+        except OSError as error:
+            if not found and os.path.isdir(self.path):  # False for a name that is too long, too
+                self.path.rmdir()
+            raise ValueError(f"{self.out}: cannot be written ({error.strerror})") from error
 
     def check_space(self, needed: int) -> None:
         """Raises ValueError where the disk has less than `needed` bytes for the whole, finished parts included."""
@@ -74,11 +87,11 @@ class OutputFolder:
     def _check(self) -> None:
         if not self.out.parent.is_dir():
             raise ValueError(f"{self.out}: the folder {self.out.parent} does not exist")
-        if self.out.exists() and not self.out.is_dir():
+        if os.path.lexists(self.out) and not self.out.is_dir():
             raise ValueError(f"{self.out}: exists, and is not a folder")
         if self.out.is_dir() and any(self.out.iterdir()):
             raise ValueError(f"{self.out}: is not empty; nothing is overwritten")
-        if self.path.exists() and not (self.path / _JOURNAL).is_file():
+        if os.path.exists(self.path) and not (self.path / _JOURNAL).is_file():
             raise ValueError(f"{self.path}: is in the way, and was not begun by this program; remove it")
 
     def _lock(self, journal: Any) -> None:

@@ -165,8 +165,11 @@ def _check_index(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, 
 
 
 def write_shard(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one safetensors file and bring it to the disk."""
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    """Write one safetensors file and bring it to the disk (OSError)."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # of a disk that is full, say
+        raise OSError(f"{path}: {error}") from error
     with path.open("rb+") as written:
         os.fsync(written.fileno())
 

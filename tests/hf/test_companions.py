@@ -1,6 +1,11 @@
 """What goes along with a checkpoint from import to training to export."""
 
-from megatron_emoe.hf.companions import copy_companions, keep_companions
+import json
+import re
+
+import pytest
+
+from megatron_emoe.hf.companions import companions, copy_companions, keep_companions
 
 
 def imported(folder):
@@ -32,13 +37,48 @@ def test_a_run_that_continues_in_its_own_folder_keeps_it(tmp_path):
     assert [path.name for path in save.iterdir()] == ["hf"]
 
 
-def test_weights_and_code_stay_behind(tmp_path):
+def test_weights_stay_behind(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()
-    kept = {"config.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE", "README.md"}
-    left = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json", "modeling_x.py"}
+    kept = {
+        "config.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "LICENSE",
+        "README.md",
+        "modeling_x.py",
+    }
+    left = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
     for name in kept | left:
         (source / name).write_text(name)
     copy_companions(source, target)
     assert {path.name for path in target.iterdir()} == kept
+
+
+def test_auto_map_names_the_code_that_is_there(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    there = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "org/x--modeling_x.XModel"}
+    lost = {"AutoModelForCausalLM": "modeling_x.XForCausalLM", "AutoTokenizer": ["tokenization_x.X", None]}
+    (source / "configuration_x.py").write_text("class XConfig: ...")
+    (source / "config.json").write_text(json.dumps({"k": 2, "auto_map": there | lost}))
+    (source / "tokenizer_config.json").write_text(json.dumps({"auto_map": lost, "vocab_size": 3}))
+    (source / "words.json").write_text('["auto_map"]')
+    copy_companions(source, target)
+    assert json.loads((target / "config.json").read_text()) == {"k": 2, "auto_map": there}
+    assert json.loads((target / "tokenizer_config.json").read_text()) == {"vocab_size": 3}
+    assert (target / "words.json").read_text() == '["auto_map"]'
+    assert (target / "configuration_x.py").is_file()
+
+
+def test_a_link_to_nothing_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("../blobs/a1")
+    message = f"{tmp_path}/tokenizer.json: is a link to ../blobs/a1, and there is no such file; fetch the model anew"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        companions(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "folder.json").mkdir()
+    assert companions(tmp_path) == []

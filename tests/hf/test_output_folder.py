@@ -1,5 +1,6 @@
 """An output folder is whole or not there; an interrupted one is taken up again."""
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -81,6 +82,32 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
 def refused(out: Path, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"), OutputFolder(out).making(INPUTS):
         pass
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    refused(tmp_path / "link", f"{tmp_path}/link: exists, and is not a folder")
+    long = "x" * 250  # and .unfinished: longer than a name may be
+    refused(tmp_path / long, f"{tmp_path}/{long}: cannot be written (File name too long)")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_journal_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_folder, "_JOURNAL", "x" * 300)
+    refused(tmp_path / "out", f"{tmp_path}/out: cannot be written (File name too long)")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_is_one_line_and_the_work_goes_on(tmp_path):
+    full = f"{tmp_path}/out: not made (No space left on device); the same command goes on where it stopped"
+    with (
+        pytest.raises(ValueError, match=f"^{re.escape(full)}$"),
+        OutputFolder(tmp_path / "out").making(INPUTS) as folder,
+    ):
+        folder.finished("one", 3)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with OutputFolder(tmp_path / "out").making(INPUTS) as folder:
+        assert folder.done == {"one": 3}
 
 
 def test_what_is_in_the_way_is_refused_and_kept(tmp_path):
