@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from megatron_emoe.hf.comparison import gate_of, selection_scores
 from megatron_emoe.hf.registry import architectures
-from megatron_emoe.settings.tail_scale import TailScale
+from megatron_emoe.settings.tail_scale import TailScale, given_tail_scale, parse_tail_scale
 
 _tails: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 
@@ -36,16 +36,18 @@ def trained_k(config: PreTrainedConfig) -> int:
 
 
 def set_active_experts(
-    model: PreTrainedModel, k: int | Sequence[int], tail_scale: Mapping[int, float] | None = None
+    model: PreTrainedModel, k: int | Sequence[int], tail_scale: float | Mapping[int, float] | None = None
 ) -> None:
     """From now on `model` activates k' = `k` experts per token: one number, or one per MoE layer in layer order.
 
-    tail_scale: a(k') at some k' (linear between them; the key 0 alone: one number for all). Where k' is above the k of
-    training (`trained_k`), the weights of the ranks above that k are multiplied by a(k') before they are renormalised,
-    as --emoe-tail-scale does in Megatron. None: plain top-k'.
+    tail_scale: one number, or a(k') at some k' (linear between them). Where k' is above the k of training
+    (`trained_k`), the weights of the ranks above that k are multiplied by a(k') before they are renormalised, as
+    --emoe-tail-scale does in Megatron. None: the scale that an export has in the block "emoe" of its config.json, or
+    plain top-k' where there is none; 1: plain top-k'.
 
     Raises:
-        ValueError: a model of another architecture, a k' out of range, or a list of the wrong length.
+        ValueError: a model of another architecture, a k' out of range, a list of the wrong length, or a tail scale that
+            is negative or not finite.
     """
     if model.config.model_type not in architectures():
         raise ValueError(
@@ -53,7 +55,7 @@ def set_active_experts(
         )
     gates = [gate for layer in model.model.layers if (gate := gate_of(layer)) is not None]
     ks = _one_per_gate(k, gates)
-    tail = TailScale(tuple(sorted(tail_scale.items()))) if tail_scale else None
+    tail = _own_tail(model.config) if tail_scale is None else given_tail_scale(tail_scale)
     model_k = trained_k(model.config)
     for gate, layer_k in zip(gates, ks, strict=True):
         gate.top_k = layer_k
@@ -62,6 +64,11 @@ def set_active_experts(
         scale = 1.0 if tail is None or layer_k <= model_k else tail.at(layer_k)
         if scale != 1.0:
             _tails[gate] = gate.register_forward_hook(_tail_hook(model_k, scale))
+
+
+def _own_tail(config: PreTrainedConfig) -> TailScale | None:
+    words = (getattr(config, "emoe", None) or {}).get("tail_scale")
+    return parse_tail_scale(words) if words else None
 
 
 def _one_per_gate(k: int | Sequence[int], gates: list[nn.Module]) -> list[int]:

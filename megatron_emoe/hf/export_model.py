@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from megatron_emoe.hf.architecture import Architecture
 from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
+from megatron_emoe.hf.config_file import with_floats
 from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, state_of
 from megatron_emoe.hf.pieces import Group, Layout
 from megatron_emoe.hf.registry import architecture_of, read_config
@@ -25,6 +26,8 @@ from megatron_emoe.model.checkpoint import fitted_tail_scale, iteration_of, loca
 from megatron_emoe.model.stored_model import SHAPE_FLAGS, shape_value
 from megatron_emoe.settings.elastic_config import flag
 from megatron_emoe.settings.flag_files import flag_words
+from megatron_emoe.settings.hf_folder import read_config_json
+from megatron_emoe.settings.tail_scale import parse_tail_scale
 from megatron_emoe.training.arguments import stored_form
 
 # What decides, beside the shape of the weights, what the model computes. A config.json must say the same.
@@ -86,7 +89,7 @@ def export_model(
         copy_companions(companions, folder.path)
         _write_config(folder.path, reader, {architecture.k_key: k, "emoe": settings})
     report(f"{out}: {config.model_type}, {architecture.k_key} {k}")
-    for line in serving_lines(out, architecture, settings, config.num_experts):
+    for line in serving_lines(out, architecture, settings, config.num_experts, k):
         report(line)
 
 
@@ -222,19 +225,43 @@ def _write_shards(
 def _write_config(folder: Path, reader: TorchDistReader, changes: Mapping[str, Any]) -> None:
     """config.json as it was, with k, the elastic settings, and the type of the weights."""
     path = folder / "config.json"
-    raw = json.loads(path.read_text())
+    raw = with_floats(read_config_json(folder))
     key = "torch_dtype" if "torch_dtype" in raw else "dtype"
     dtype = reader.tensors["embedding.word_embeddings.weight"].properties.dtype
     raw[key] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(raw | dict(changes), indent=2) + "\n")
 
 
-def serving_lines(out: Path, architecture: Architecture, settings: Mapping[str, Any], num_experts: int) -> list[str]:
-    """How to serve the model with another k'."""
+def serving_lines(
+    out: Path, architecture: Architecture, settings: Mapping[str, Any], num_experts: int, k: int
+) -> list[str]:
+    """How to serve the model with another k'. k: what config.json says; settings: the block "emoe".
+
+    No stock engine has a tail scale: where one belongs to a k', the line is that of this package.
+    """
+    said = []
+    if (tail := _tail_at(settings, k)) != 1:
+        said.append(f"as it stands, {out} is served without the tail scale {tail:g} that belongs to its k' = {k}")
     k = settings["pool_k"] or settings["k_max"] or min(2 * settings["k_train"], num_experts)
+    if (tail := _tail_at(settings, k)) != 1:
+        return [
+            *said,
+            f"to serve it at another k', here k' = {k}, to which the tail scale {tail:g} belongs: vLLM and "
+            "transformers as they are have none, and would compute something else; transformers with this package:",
+            f'  model = AutoModelForCausalLM.from_pretrained("{out}")',
+            f"  megatron_emoe.set_active_experts(model, {k})",
+        ]
     override = json.dumps({architecture.k_key: k})
     return [
+        *said,
         "to serve it at another k', here k' = " + str(k) + ":",
         f"  vllm serve {out} --hf-overrides '{override}'",
         f'  AutoModelForCausalLM.from_pretrained("{out}", {architecture.k_key}={k})',
     ]
+
+
+def _tail_at(settings: Mapping[str, Any], k: int) -> float:
+    """a(k') by the block "emoe"; 1 where nothing is scaled."""
+    if k <= settings["k_train"] or not settings["tail_scale"]:
+        return 1.0
+    return parse_tail_scale(settings["tail_scale"]).at(k)

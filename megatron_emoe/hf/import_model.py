@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from megatron_emoe.hf.active_experts import trained_k
 from megatron_emoe.hf.architecture import Architecture, Flags
 from megatron_emoe.hf.companions import CARRIED, copy_companions
 from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, state_of
@@ -63,13 +62,16 @@ def import_model(
         balancing = architecture.balancing(config)
         tokenizer = _write_companions(folder.path, hf, out, source.read(carried), flags, balancing)
         words = flag_words({**flags, **tokenizer})
-        _write_release(folder, source, groups, architecture.layout(config), words, workers)
+        _write_release(folder, source, groups, architecture.layout(config), _stored(config, words), workers)
         if verify is not None:
             verify(hf, folder.path / "release")
         (folder.path / "latest_checkpointed_iteration.txt").write_text("release")
     report(f"{out}: {sum(map(_parameters, groups)):,} parameters, {config.model_type}")
     report(f"flags of this model, for pretrain_emoe.py @{out / FLAG_FILE}:")
     report((out / FLAG_FILE).read_text().rstrip())
+    tail = (getattr(config, "emoe", None) or {}).get("tail_scale")
+    if tail:
+        report(f"tail scale {' '.join(tail)}: of config.json's block emoe; evaluations of {out} use it")
     for line in said_of_balancing(hf, architecture.balancing_key, balancing):
         report(line)
 
@@ -126,12 +128,15 @@ def arguments_of(hf: Path) -> tuple[Namespace, dict[str, Any] | None]:
     """
     config = read_config(hf)
     flags = model_flags(architecture_of(config), config, SafetensorsFolder(hf))
-    settings = getattr(config, "emoe", None)
-    stored = stored_form(flag_words({**flags, **tokenizer_flags(hf, hf)}))
-    stored.moe_router_topk = trained_k(config)
-    if settings and settings.get("tail_scale"):
-        stored.emoe_tail_scale = list(settings["tail_scale"])
-    return stored, settings
+    return _stored(config, flag_words({**flags, **tokenizer_flags(hf, hf)})), getattr(config, "emoe", None)
+
+
+def _stored(config: PretrainedConfig, words: list[str]) -> Namespace:
+    """The arguments to store for these flags, with the tail scale that an export left in config.json."""
+    stored = stored_form(words)
+    if tail := (getattr(config, "emoe", None) or {}).get("tail_scale"):
+        stored.emoe_tail_scale = list(tail)
+    return stored
 
 
 def _parameters(group: Group) -> int:
@@ -149,7 +154,7 @@ def _write_release(
     source: SafetensorsFolder,
     groups: list[Group],
     layout: Layout,
-    words: list[str],
+    args: Namespace,
     workers: int,
 ) -> None:
     release = folder.path / "release"
@@ -169,7 +174,7 @@ def _write_release(
         todo = [(n, group) for n, group in enumerate(groups) if group.name not in folder.done]
         with without_checksums():
             in_parallel(convert, todo, workers)
-    common = {"args": stored_form(words), "checkpoint_version": 3.0, "iteration": 0, **_CONTENT}
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": 0, **_CONTENT}
     writer.declare_object(COMMON_STATE)
     results = [result for group in groups for result in folder.done[group.name]]
     writer.finish(results + writer.write(len(groups), [], {COMMON_STATE: common}))

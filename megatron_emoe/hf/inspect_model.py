@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ElasticConfig, flag
+from megatron_emoe.settings.hf_folder import read_config_json
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +54,10 @@ class Tensors:
 class Inspection:
     """What a checkpoint is. active: parameters by number of active experts, at k, 2k and 3k (at most all experts).
 
-    emoe: a Hugging Face folder's "emoe" block. The fields after it are a Megatron folder's: iteration ("release" after
-    an import), elastic settings and model features that differ from the defaults, ranks by kind of parallelism, bytes
-    of optimizer state, and whether hf/ is there, which an export needs.
+    k: of training. emoe: a Hugging Face folder's "emoe" block; k_served: the k in its config.json. The fields after
+    them are a Megatron folder's: iteration ("release" after an import), elastic settings and model features that differ
+    from the defaults, ranks by kind of parallelism, bytes of optimizer state, and whether hf/ is there, which an export
+    needs.
     """
 
     folder: str
@@ -71,6 +73,7 @@ class Inspection:
     dtypes: dict[str, int]
     bytes: int
     emoe: dict[str, Any] | None = None
+    k_served: int | None = None
     iteration: int | str | None = None
     elastic: dict[str, Any] = field(default_factory=dict)
     features: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +92,8 @@ class Inspection:
         return "\n".join([f"{self.folder}: {self.kind}", *(f"  {name:{width}}  {value}" for name, value in facts)])
 
     def _model_facts(self) -> list[tuple[str, str]]:
-        shape = f"{self.layers} layers, hidden size {self.hidden_size}, {self.experts} experts, k = {self.k}"
+        served = f" ({self.k_served} in config.json)" if self.k_served not in (None, self.k) else ""
+        shape = f"{self.layers} layers, hidden size {self.hidden_size}, {self.experts} experts, k = {self.k}{served}"
         facts = [
             ("architecture", self.architecture or "not recorded (no hf/ folder)"),
             ("shape", shape),
@@ -150,7 +154,10 @@ def _inspect_hf(folder: Path) -> Inspection:
     k, experts = config.num_experts_per_tok, config.num_experts
     model = (config.model_type, config.num_hidden_layers, config.hidden_size, experts, k)
     return Inspection(
-        str(folder), "Hugging Face model (safetensors)", *model, **_sizes(tensors, k, experts), emoe=_emoe(config)
+        *(str(folder), "Hugging Face model (safetensors)", *model),
+        **_sizes(tensors, k, experts),
+        emoe=_emoe(config),
+        k_served=read_config_json(folder).get(architecture.k_key, k),
     )
 
 

@@ -143,7 +143,11 @@ def _run_hf(model: PreTrainedModel, hidden_BSD: Tensor, k: int | None) -> Trace:
 
 def _run_megatron(model: nn.Module, hidden_BSD: Tensor, k: int | None) -> Trace:
     model.set_input_tensor(hidden_BSD.transpose(0, 1).contiguous())
-    with tracing_megatron(model.decoder.layers, hidden_BSD.shape[0]) as trace, get_active_k().evaluating(k):
+    with (
+        tracing_megatron(model.decoder.layers, hidden_BSD.shape[0]) as trace,
+        get_active_k().evaluating(k),
+        get_active_k().scaling_tail(1.0),  # transformers by its own rules has no tail scale
+    ):
         model(None, None, None)
     return trace
 

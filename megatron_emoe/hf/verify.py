@@ -267,7 +267,11 @@ def _run_megatron(
         positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
         answers = []
         for k in ks:
-            with tracing_megatron(layers, tokens_BS.shape[0]) as trace, get_active_k().evaluating(k):
+            with (
+                tracing_megatron(layers, tokens_BS.shape[0]) as trace,
+                get_active_k().evaluating(k),
+                get_active_k().scaling_tail(1.0),  # transformers by its own rules has no tail scale
+            ):
                 logits_BSV = model(tokens_BS, positions_BS, None)
             answers.append(Answer(logits_BSV[..., :vocab_size].float().cpu(), trace))
     return answers

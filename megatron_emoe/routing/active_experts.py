@@ -5,7 +5,7 @@ pretrain_emoe.py and the tools say both themselves (training/loop.py, training/e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 
@@ -18,18 +18,21 @@ from megatron_emoe.routing.router import ElasticRouter
 
 @contextmanager
 def active_experts(
-    model: nn.Module | Sequence[nn.Module], k: int | Sequence[int], tail_scale: float | None = None
+    model: nn.Module | Sequence[nn.Module],
+    k: int | Sequence[int],
+    tail_scale: float | Mapping[int, float] | None = None,
 ) -> Iterator[None]:
     """Inside, evaluation of `model` uses k' = `k` experts per token; afterwards what was used before.
 
     model: of elastic layers and in evaluation mode, or the list of its pipeline chunks on this rank. k: one number, or
     one for each MoE layer in layer order, which needs all layers on this rank. tail_scale: a, the factor of the weights
-    of the experts past the model's own k; None: what the configuration's emoe_tail_scale gives at k'. The k' is the
-    process's: a second model that is evaluated inside uses it, too.
+    of the experts past the model's own k, one number or a by k' (linear between); None: what the configuration's
+    emoe_tail_scale gives at k'. The k' is the process's: a second model that is evaluated inside uses it, too.
 
     Raises:
-        ValueError: a k' that the model cannot run, a list of another length than it has MoE layers, a model without
-            elastic layers or in training mode, where k is the schedule's.
+        ValueError: a k' that the model cannot run, a tail scale that is negative or not finite, a list of another
+            length than it has MoE layers, a model without elastic layers, or one in training mode, where k is the
+            schedule's.
     """
     routers = _routers([model] if isinstance(model, nn.Module) else model)
     ks = _one_per_router(k, routers)

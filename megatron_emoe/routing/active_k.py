@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_emoe.settings.elastic_config import ElasticConfig
 from megatron_emoe.settings.k_schedule import k_probabilities, ramp
+from megatron_emoe.settings.tail_scale import TailScale, given_tail_scale
 
 _MASK64 = (1 << 64) - 1
 _K, _POOL, _EXPERTS = 1, 2, 3
@@ -110,7 +111,7 @@ class ActiveK:
 
     def __init__(self) -> None:
         self._override: int | Mapping[int, int] | None = None
-        self._tail: float | None = None
+        self._tail: TailScale | None = None
 
     def begin_microbatch(self, iteration: int, microbatch: int) -> None:
         """Call before each training forward pass.
@@ -140,10 +141,10 @@ class ActiveK:
             self._override = previous
 
     @contextmanager
-    def scaling_tail(self, scale: float) -> Iterator[None]:
-        """Evaluation inside multiplies the weights past the model's own k by `scale`, whatever --emoe-tail-scale
-        says."""
-        previous, self._tail = self._tail, scale
+    def scaling_tail(self, scale: float | Mapping[int, float]) -> Iterator[None]:
+        """Evaluation inside multiplies the weights past the model's own k by `scale`, one number or a by k', whatever
+        --emoe-tail-scale says."""
+        previous, self._tail = self._tail, given_tail_scale(scale)
         try:
             yield
         finally:
@@ -157,7 +158,7 @@ class ActiveK:
         asked = override.get(layer) if isinstance(override, Mapping) else override
         k = asked or model_k
         fixed = self._tail if k > model_k and not training else None
-        tail = elastic.tail_scale_at(k, model_k) if fixed is None else fixed
+        tail = elastic.tail_scale_at(k, model_k) if fixed is None else fixed.at(k)
         return Draw(k, k, k, 0, tail, asked is not None)
 
 

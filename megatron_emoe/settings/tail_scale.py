@@ -38,6 +38,19 @@ class TailScale:
         return first + (last - first) * (k - low) / (high - low)
 
 
+def given_tail_scale(given: float | Mapping[int, float]) -> TailScale:
+    """One number for every k', or a by k' (`{0: a}`: one number, too; `{}`: 1, plain top-k').
+
+    Raises:
+        ValueError: a k' below 0, or a factor that is negative or not finite.
+    """
+    table = dict(given) if isinstance(given, Mapping) else {0: given}
+    for k, scale in table.items():
+        if k < 0 or (k == 0 and len(table) > 1) or not 0 <= scale < math.inf:
+            raise ValueError(f"tail_scale {given}: must be one number, or numbers by k', finite and at least 0")
+    return TailScale(tuple(sorted(table.items())) or ((0, 1.0),))
+
+
 def parse_tail_scale(words: Sequence[str]) -> TailScale:
     """`["0.25"]`, or `["6:0.25", "8:0.1"]` for k' = 6 and k' = 8.
 

@@ -49,7 +49,7 @@ def held_out_command(result: SweepResult, k: int | Allocation) -> str:
     flags = _own_flags(result, "--out", "--k", "--k-per-layer", "--layer-sensitivity")
     flags += ["--k" if isinstance(k, int) else "--k-per-layer", name(k)]
     if result.tail_scale and not _names(flags, "--emoe-tail-scale"):
-        flags += ["--emoe-tail-scale", *_tail_words(result.tail_scale)]
+        flags += ["--emoe-tail-scale", *tail_words(result.tail_scale)]
     return _command(result, [*flags, "--out", f"k{name(k).replace(',', '-')}.json"])
 
 
@@ -104,7 +104,8 @@ def _measured(result: SweepResult) -> list[int]:
     return sorted(ks) or [result.k_train]
 
 
-def _tail_words(tail_scale: Mapping[str, float]) -> list[str]:
+def tail_words(tail_scale: Mapping[str, float]) -> list[str]:
+    """The words of --emoe-tail-scale for what a sweep file has."""
     table = {int(key): scale for key, scale in tail_scale.items()}
     return [f"{table[0]:g}"] if set(table) == {0} else tail_scale_words(table)
 

@@ -65,12 +65,15 @@ def outputs_with_tails() -> dict[Any, torch.Tensor]:
             outputs[k, tail] = layer(hidden_states())[0]
     with torch.no_grad(), active_experts(layer, 4):
         outputs["again"] = layer(hidden_states())[0]
+    with torch.no_grad(), active_experts(layer, 4, tail_scale={3: 0.75, 5: 0.25}):
+        outputs["between"] = layer(hidden_states())[0]
     return outputs
 
 
 def test_a_tail_scale_that_is_given_wins_over_the_model_s_own():
     outputs = run_ranks(outputs_with_tails, 1)[0]
     assert torch.equal(outputs[4, None], outputs[4, 0.5]) and torch.equal(outputs["again"], outputs[4, None])
+    assert torch.equal(outputs["between"], outputs[4, 0.5])
     torch.testing.assert_close(outputs[4, 0.0], outputs[2, None])  # experts that weigh nothing: plain top-k
     # Not renormalised, the output is linear in the scale: at 1/2 it lies half way between 0 and 1.
     torch.testing.assert_close(outputs[4, 0.5], (outputs[4, 0.0] + outputs[4, 1.0]) / 2)
