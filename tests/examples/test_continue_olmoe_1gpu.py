@@ -51,7 +51,7 @@ def checked(folder: Path, words: list[str]) -> dict[str, str]:
     [
         ("bf16", "141", "", {"exp_avg_dtype": "torch.bfloat16", "main_grads_dtype": "torch.float32", "fp8": "None"}),
         ("bf16", "80", "bf16-grads", {"main_grads_dtype": "torch.bfloat16", "recompute_granularity": "full"}),
-        ("fp8", "80", "fp8", {"exp_avg_dtype": "torch.uint8", "fp8": "hybrid", "fp8_recipe": "delayed"}),
+        ("fp8", "80", "fp8", {"exp_avg_dtype": "torch.uint8", "fp8": "hybrid", "fp8_recipe": "tensorwise"}),
     ],
 )
 def test_megatron_takes_the_printed_flags(precision, memory, state, expected, tmp_path):

@@ -216,10 +216,13 @@ def test_flags_are_checked_at_the_job_s_size_before_submission(site):
     job = {"EMOE_GPUS_PER_NODE": "0", "EMOE_PROCS_PER_NODE": "1", "EMOE_RECIPE": "", "EMOE_TRAIN_FLAGS": ""}
     (site.folder / "tiny.args").write_text("\n".join(flags(save_interval=2)))
     job |= {"EMOE_MODEL_FLAGS": f"@{site.folder}/tiny.args", "EMOE_BASE": "none", "EMOE_DATA": "none"}
-    site.settings |= job | {"EMOE_CHECK_PYTHON": programs.python(), "EMOE_LAYOUT": "--tensor-model-parallel-size 2"}
+    site.settings |= job | {
+        "EMOE_CHECK_PYTHON": programs.python(),
+        "EMOE_LAYOUT": "--tensor-model-parallel-size 2 --sequence-parallel",
+    }
     done = site.run("emoe_21b.sh", "--nodes=3")
     assert done.returncode == 2 and site.submitted() is None
-    assert "check_job.py: error: world size (3) is not divisible by total_model_size" in done.stderr
+    assert "check_job.py: error: --tensor-model-parallel-size 2: needs a multiple of 2 ranks, here are 3" in done.stderr
 
 
 def test_the_script_finds_the_repository_from_slurm_s_copy(site, tmp_path):
