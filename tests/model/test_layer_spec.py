@@ -132,7 +132,7 @@ def test_every_flag_reaches_every_built_layer(kind, line):
         "attention": {"qk_layernorm": "emoe_qk_norm" in line},
         "multi-latent": {"multi_latent_attention": True},
         "multi-token": {"mtp_num_layers": 1},
-    }[kind]
+    }[kind] | {"eval_iters": 1, "moe_aux_loss_coeff": 1e-2}  # what some of the settings are about
     layers = run_ranks(build, 1, line | more)[0]
     assert len(layers) == (3 if kind == "multi-token" else 2)
     config = "ElasticMLATransformerConfig" if kind == "multi-latent" else "ElasticTransformerConfig"
