@@ -12,13 +12,12 @@ import importlib.util
 import logging
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.command_line import command_line
-from megatron_emoe.settings.hf_folder import hf_folder
+from megatron_emoe.settings.hf_folder import hf_folder, model_name
 from megatron_emoe.settings.refusal import NoNumber, fail
 from megatron_emoe.tasks.request import add_arguments, add_hf_arguments, check_asked
 from megatron_emoe.training.first_look import look_at_evaluation
@@ -37,7 +36,7 @@ def header(args: argparse.Namespace, **model: Any) -> Any:
     from megatron_emoe.tasks.run import versions
 
     return TasksResult(
-        label=args.label or Path(args.load).resolve().name,
+        label=args.label or model_name(args.load),
         checkpoint=str(args.load),
         versions=versions(),
         command=flag_files.own_command(),

@@ -28,6 +28,13 @@ def hf_folder(name: str, given: str | Path) -> Path:
     return folder
 
 
+def model_name(folder: str | Path) -> str:
+    """What a model is called in tables: its folder, or its name on the hub without the organisation."""
+    path = Path(folder).resolve()
+    *_, repository, snapshots, _ = ("", "", "", *path.parts)
+    return repository.split("--")[-1] if snapshots == "snapshots" and "--" in repository else path.name
+
+
 def _from_hub(name: str, model: str) -> Path:
     from huggingface_hub import snapshot_download
 

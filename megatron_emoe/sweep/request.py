@@ -16,6 +16,7 @@ from megatron_emoe.model.flops import moe_layer_numbers
 from megatron_emoe.settings.command_line import installed, say
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, flag
 from megatron_emoe.settings.flag_files import own_command
+from megatron_emoe.settings.hf_folder import model_name
 from megatron_emoe.settings.paths import check_out
 from megatron_emoe.settings.result_file import check_label
 from megatron_emoe.settings.tail_scale import parse_tail_scale
@@ -58,7 +59,7 @@ def check_sweep(args: Namespace) -> SweepResult:
     model = _hugging_face(args) if args.hf else _megatron(args)
     header = SweepResult(
         schema=3,
-        label=args.label or Path(model["checkpoint"]).resolve().name or "model",
+        label=args.label or model_name(model["checkpoint"]) or "model",
         **model,
         num_experts=args.num_experts,
         num_moe_layers=layers,
