@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.flag_types import MOST_WORKERS, a_path, whole_to
 from megatron_emoe.settings.hf_folder import hf_folder
-from megatron_emoe.settings.paths import check_folder
+from megatron_emoe.settings.paths import check_folder, check_out
 
 
 def parser() -> argparse.ArgumentParser:
@@ -151,6 +151,8 @@ def _check(chosen: argparse.Namespace) -> None:
         chosen.hf_config = hf_folder("--hf-config", chosen.hf_config)
     if getattr(chosen, "megatron", None) is not None:
         check_folder("--megatron", chosen.megatron)
+    if chosen.verb == "verify" and chosen.json is not None:
+        check_out(chosen.json, "--json")
     if chosen.verb == "inspect" and not chosen.folder.is_dir():
         raise ValueError(f"{chosen.folder}: no such folder")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def export_model(
     companions = _companions(megatron, hf_config)
     config = read_config(companions)
     architecture = architecture_of(config)
-    _check_same_model(architecture, config, args, companions)
+    check_same_model(architecture, config, args, companions)
     k = args.moe_router_topk if k is None else k
     if not 1 <= k <= config.num_experts:
         raise ValueError(f"--k {k}: must lie in [1, {config.num_experts}], the number of experts")
@@ -115,12 +115,18 @@ def _companions(megatron: Path, hf_config: Path | None) -> Path:
     return folder
 
 
-def _check_same_model(architecture: Architecture, config: PretrainedConfig, args: Namespace, companions: Path) -> None:
-    """ValueError for the first flag in which the checkpoint is another model than config.json says."""
+def check_same_model(
+    architecture: Architecture,
+    config: PretrainedConfig,
+    args: Namespace,
+    companions: Path,
+    names: Sequence[str] = (*SHAPE_FLAGS, *_COMPUTES),
+) -> None:
+    """ValueError for the first flag of `names` in which the checkpoint is another model than config.json says."""
     if config.dtype is None:
         config.dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     expected = stored_form(flag_words(architecture.flags(config)))
-    for name in (*SHAPE_FLAGS, *_COMPUTES):
+    for name in names:
         stored, asked = _value(args, name), _value(expected, name)
         if stored != asked:
             raise ValueError(

@@ -35,7 +35,7 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from megatron_emoe.hf.comparison import (
     Answer,
@@ -47,11 +47,13 @@ from megatron_emoe.hf.comparison import (
     tracing_hf,
     tracing_megatron,
 )
+from megatron_emoe.hf.export_model import check_same_model
 from megatron_emoe.hf.one_process import evaluating, silent_transformers
-from megatron_emoe.hf.registry import read_config
+from megatron_emoe.hf.registry import architecture_of, read_config
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder
-from megatron_emoe.model.checkpoint import locate
+from megatron_emoe.model.checkpoint import locate, stored_args
 from megatron_emoe.model.layer_spec import elastic_model_config
+from megatron_emoe.model.stored_model import SHAPE_FLAGS
 from megatron_emoe.routing.active_k import get_active_k
 from megatron_emoe.training.evaluation import current_device
 from megatron_emoe.training.held_out import load_model
@@ -148,7 +150,7 @@ def verify(
     """
     config = read_config(hf)
     SafetensorsFolder(hf)
-    locate(str(checkpoint), source="checkpoint")
+    _check_shapes(config, stored_args(locate(str(checkpoint), source="checkpoint"), "checkpoint"), hf)
     each_its_own, ks = not ks, list(dict.fromkeys(ks or [config.num_experts_per_tok]))
     tokens = random_tokens(config.vocab_size) if tokens is None else tokens
     _check(ks, config.num_experts, tokens, config.vocab_size)
@@ -162,6 +164,16 @@ def verify(
     result = VerifyReport(str(hf), str(checkpoint), "bf16" if bf16 else "fp32", rows)
     report(result.table())
     return result
+
+
+def _check_shapes(config: PretrainedConfig, stored: Namespace, hf: Path) -> None:
+    """ValueError for two models of other shapes. What else they may differ in is measured."""
+    check_same_model(architecture_of(config), config, stored, hf, SHAPE_FLAGS)
+    rows = stored.padded_vocab_size
+    if rows is not None and rows < config.vocab_size:
+        raise ValueError(
+            f"--padded-vocab-size {rows}: the checkpoint has it, {hf / 'config.json'} means {config.vocab_size}"
+        )
 
 
 def _check(ks: Sequence[int], num_experts: int, tokens: Tensor, vocab_size: int) -> None:

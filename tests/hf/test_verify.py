@@ -123,6 +123,7 @@ def refusals(folder: Path) -> list[str]:
 
     hf = hf_models.save("olmoe", folder / "hf")
     other = hf_models.save("olmoe", folder / "other", num_hidden_layers=3)
+    larger = hf_models.save("olmoe", folder / "larger", vocab_size=160)
     import_model(hf, folder / "out", report=lambda line: None)
     (folder / "text").write_text("w7 w8 w9")
     lacking = hf_models.save("olmoe", folder / "lacking")
@@ -133,6 +134,8 @@ def refusals(folder: Path) -> list[str]:
         lambda: verify(hf, folder / "out", ks=[2, 9]),
         lambda: verify(hf, folder / "out", tokens=torch.tensor([[0, 128]])),
         lambda: verify(hf, folder / "hf"),
+        lambda: verify(other, folder / "out"),
+        lambda: verify(larger, folder / "out"),
         lambda: verify(folder / "nowhere", folder / "out"),
         lambda: text_tokens(hf, folder / "text"),
         lambda: check_layers(other, folder / "out" / "release"),
@@ -156,6 +159,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     assert messages[0] == "--k 9: must lie in [1, 8], the number of experts"
     assert messages[1] == "tokens 0 to 128: the model has 0 to 127"
     assert messages[2].startswith("checkpoint F/hf: no checkpoint in it")
+    assert messages.pop(3) == "--num-layers 2: the checkpoint was trained with it, F/other/config.json means 3"
+    assert messages.pop(3) == "--padded-vocab-size 128: the checkpoint has it, F/larger/config.json means 160"
     assert messages[3] == "F/nowhere/config.json: no such file; F/nowhere is no Hugging Face model"
     assert messages[4].startswith("--text F/text: ")
     assert messages[5] == "F/out/release: 2 layers, F/other has 3"

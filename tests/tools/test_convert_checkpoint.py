@@ -33,6 +33,7 @@ def session(folder: Path) -> dict[str, Answer]:
         "text": call(*_verify(hf, folder / "megatron"), "--text", _text(folder), "--bf16"),
         "wrong": call(*_verify(hf, folder / "quick")),
         "k": call(*_verify(hf, folder / "megatron"), "--k", "9"),
+        "json out": call(*_verify(hf, folder / "megatron"), "--json", str(folder / "no/a.json")),
         "inspect": call("inspect", str(folder / "megatron")),
         "json": call("inspect", str(hf), "--json"),
         "export": call("export", "--megatron", str(folder / "megatron"), "--out", str(folder / "back"), "--k", "3"),
@@ -92,6 +93,10 @@ def test_models_that_differ_end_with_status_1(answers):
             "convert_checkpoint.py import: error: FOLDER/config.json: no such file; FOLDER is no Hugging Face model",
         ),
         ("k", "convert_checkpoint.py verify: error: --k 9: must lie in [1, 8], the number of experts"),
+        (
+            "json out",
+            "convert_checkpoint.py verify: error: --json FOLDER/no/a.json: the folder FOLDER/no does not exist",
+        ),
         ("nothing", "convert_checkpoint.py export: error: --megatron FOLDER/empty: no such folder"),
     ],
 )
