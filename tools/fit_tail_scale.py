@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.settings.flag_files import own_command
-from megatron_emoe.settings.flag_types import path_word
+from megatron_emoe.settings.flag_types import path_word, whole
 from megatron_emoe.settings.paths import check_out
 from megatron_emoe.settings.refusal import NoNumber, fail
 from megatron_emoe.training.first_look import look_at_evaluation
@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--k", type=int, nargs="+", required=True, help="The k' to fit, each above --moe-router-topk.")
     group.add_argument(
         "--max-eval-tokens",
-        type=int,
+        type=whole,
         default=2_000_000,
         help="Held-out tokens to use at most (default: 2,000,000): the second half is fitted on, the first judged. "
         "Twice the default of tools/sweep_k.py, which then reads none that was fitted on, if the data hold as many.",
