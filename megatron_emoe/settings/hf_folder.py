@@ -18,13 +18,12 @@ def hf_folder(name: str, given: str | Path) -> Path:
     snapshot of the model org/name, which it fetches if need be. Its environment (HF_HUB_OFFLINE, HF_HOME) counts.
 
     Raises:
-        ValueError: no such folder, none of that name on the hub, or a folder without config.json.
+        ValueError: no such folder, none of that name on the hub, or a config.json that is missing or no JSON object.
     """
     folder = Path(given)
     if not folder.exists() and _HUB_NAME.fullmatch(str(given)) and not folder.parent.is_file():
         folder = _from_hub(name, str(given))
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder / CONFIG}: no such file; {folder} is no Hugging Face model")
+    read_config_json(folder)
     return folder
 
 
