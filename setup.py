@@ -9,7 +9,7 @@ README = Path(__file__).parent / "README.md"
 INIT = Path(__file__).parent / "megatron_emoe" / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+?)"', INIT.read_text(encoding="utf-8"), re.MULTILINE)
 assert VERSION, f"{INIT} names no version"
-PARQUET = "pyarrow>=15"  # tools/preprocess_data.py reads Parquet and .zst with it; datasets brings it too
+PARQUET = "pyarrow>=21,<27"  # tools/preprocess_data.py reads Parquet and .zst with it; datasets brings it too
 CONVERSATIONS = "datasets>=2.19,<6"  # Megatron's SFTDataset reads its files with it
 # tools/eval_tasks.py; lm-eval's model class for transformers imports accelerate. About 0.3 GB beside datasets.
 TASKS = ["lm-eval>=0.4.13,<0.5", "accelerate>=1,<2"]

@@ -158,7 +158,7 @@ def test_installs_torch_then_the_package_and_a_second_call_does_nothing(repo):
     first = run_setup(repo)
     assert first.returncode == 0, first.stdout
     torch, package = pip_calls(repo)
-    assert " torch>=2.6,<3" in torch and "--index-url" not in torch
+    assert " torch>=2.8,<3" in torch and "--index-url" not in torch
     assert package.endswith("-e .[dev]")
     second = run_setup(repo)
     assert (second.returncode, second.stdout) == (0, "")
@@ -184,7 +184,7 @@ def test_another_torch_index_rebuilds_and_reaches_pip(repo):
     (repo / ".venv" / "old").touch()
     result = run_setup(repo, EMOE_TORCH_INDEX="https://wheels.example/cpu")
     assert result.returncode == 0, result.stdout
-    assert pip_calls(repo)[2].endswith("torch>=2.6,<3 --index-url https://wheels.example/cpu")
+    assert pip_calls(repo)[2].endswith("torch>=2.8,<3 --index-url https://wheels.example/cpu")
     assert not (repo / ".venv" / "old").exists()
     assert run_setup(repo).stdout == ""  # a later call without the variable keeps what there is
 
@@ -205,7 +205,7 @@ def test_a_failed_install_is_reported_and_never_taken_for_a_finished_one(repo):
     assert result.returncode == 1
     assert "ERROR: no such wheel" in result.stdout
     assert "is ignored" not in result.stdout
-    assert "pip could not install torch>=2.6,<3 (exit status 7" in result.stdout
+    assert "pip could not install torch>=2.8,<3 (exit status 7" in result.stdout
     (repo / ".venv" / "half").touch()
     again = run_setup(repo)
     assert again.returncode == 0
@@ -266,7 +266,7 @@ def test_uv_installs_where_it_is_there_and_pip_is_not_asked(repo):
     result = run_setup(repo)
     assert result.returncode == 0, result.stdout
     into = "pip install -q --python .venv/bin/python --index-strategy unsafe-best-match"
-    assert log.read_text().splitlines() == [f"{into} torch>=2.6,<3", f"{into} -e .[dev]"]
+    assert log.read_text().splitlines() == [f"{into} torch>=2.8,<3", f"{into} -e .[dev]"]
     assert pip_calls(repo) == [] and run_setup(repo).stdout == ""
 
 
@@ -315,7 +315,7 @@ def test_where_uv_fails_pip_tries(repo):
     result = run_setup(repo, UV_BEHAVIOUR="echo no such wheel >&2; exit 2")
     assert result.returncode == 0, result.stdout
     assert (
-        "no such wheel\nset-up: uv could not install torch>=2.6,<3 (its message is above): pip tries" in result.stdout
+        "no such wheel\nset-up: uv could not install torch>=2.8,<3 (its message is above): pip tries" in result.stdout
     )
     assert len(pip_calls(repo)) == 2  # uv is not asked for the second part
 
@@ -324,7 +324,7 @@ def test_another_torch_index_reaches_uv_for_torch_alone(repo):
     log = with_uv(repo)
     run_setup(repo, EMOE_TORCH_INDEX="https://wheels.example/cpu")
     torch, package = log.read_text().splitlines()
-    assert torch.endswith("torch>=2.6,<3 --default-index https://wheels.example/cpu")
+    assert torch.endswith("torch>=2.8,<3 --default-index https://wheels.example/cpu")
     assert "wheels.example" not in package
 
 
