@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_emoe.model.going_on import check_going_on
 from megatron_emoe.model.recovery import Recovery, damage, newest_whole, plan
+from megatron_emoe.model.stored_files import looks_at_sizes
 from megatron_emoe.model.stored_model import check_shape
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, flag
 from megatron_emoe.settings.paths import same_folder
@@ -61,8 +62,9 @@ def iteration_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("iter_")) if checkpoint.name.startswith("iter_") else 0
 
 
-def stored_args(checkpoint: Path, source: str = "--load") -> Namespace:
-    """The arguments a torch_dist checkpoint was saved with. source: the flag that names it, for messages.
+def stored_args(checkpoint: Path, source: str = "--load", *, is_whole: bool = False) -> Namespace:
+    """The arguments a torch_dist checkpoint was saved with. source: the flag that names it, for messages. is_whole: its
+    files were looked at.
 
     Raises:
         ValueError: the checkpoint is not torch_dist, or is damaged.
@@ -74,7 +76,7 @@ def stored_args(checkpoint: Path, source: str = "--load") -> Namespace:
     except (Exception, CheckpointException) as error:  # a class for each kind of damage; torch's is no Exception
         reason = (str(error) or type(error).__name__).strip().splitlines()[-1]  # above it, torch's has the traceback
         raise ValueError(f"{source} {checkpoint}: not a readable torch_dist checkpoint ({reason})") from error
-    if what := damage(checkpoint):
+    if not is_whole and (what := damage(checkpoint)):
         raise ValueError(f"{source} {checkpoint}: damaged ({what})")
     return stored
 
@@ -104,15 +106,21 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
     Raises:
         ValueError: with flag, stored and given value.
     """
+    _seen.clear()
     found = _source(args)
     _keep_other_runs(args)
-    if found is None or found[0] != "--load":
-        recovery_of(args)  # it may refuse a folder that holds damaged checkpoints alone: this run would start over
+    recovery = recovery_of(args)  # which may refuse a folder of damaged checkpoints alone: this run would start over
     if found is None:
         return
     source, folder, _ = found
     checkpoint = _located(args, found)
-    stored = stored_args(checkpoint, source)
+    try:
+        looked_at = source == "--load" and recovery is not None and checkpoint.name != "release"
+        stored = stored_args(checkpoint, source, is_whole=looked_at)
+    except ValueError:
+        if looks_at_sizes() or recovery is None:
+            raise
+        return  # the first rank of this machine says so, or goes on from another
     check_shape(args, stored, f"{source} {folder}")
     changes = elastic_changes(args, stored)
     if changes and not starts_anew(args):
@@ -157,8 +165,15 @@ def recovery_of(args: Namespace) -> Recovery | None:
         ValueError: no checkpoint in it is whole.
         OSError: the folder cannot be read now.
     """
-    goes_on = _restarts(args) and args.ckpt_step is None and args.ckpt_format == "torch_dist"
-    return plan(Path(args.load)) if goes_on else None  # whatever is there by now: every rank has to come to the same
+    if not _restarts(args) or args.ckpt_step is not None or args.ckpt_format != "torch_dist":
+        return None
+    if args.load not in _seen:
+        _seen[args.load] = plan(Path(args.load))  # whatever is there by now: every rank has to come to the same
+    return _seen[args.load]
+
+
+_seen: dict[str, Recovery] = {}
+"""Folders that this process has looked at since the last check_load: each rank looks once at a start."""
 
 
 def _located(args: Namespace, found: tuple[str, str, int | None]) -> Path:

@@ -181,7 +181,7 @@ class ElasticGPTModelBuilder(GPTModelBuilder):
         """
         recovery, self._model_config.recovery = self._model_config.recovery, None
         if recovery is not None:
-            carry_out_together(recovery, self._model_config.checkpoint)
+            self._model_config.checkpoint = carry_out_together(recovery, self._model_config.checkpoint)
         with _elastic_mtp():
             model = super().build_model(*args, **kwargs)
         if self._model_config.checkpoint is not None:

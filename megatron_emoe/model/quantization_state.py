@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_emoe.model.stored_files import contents
 
 
 def take_what_is_there(model: nn.Module, checkpoint: Path, new_weights: tuple[str, ...] = ()) -> None:
@@ -23,7 +24,7 @@ def take_what_is_there(model: nn.Module, checkpoint: Path, new_weights: tuple[st
     What is there is loaded, so a continued FP8 run keeps its scales; weights are as required as ever, but those whose
     names end in one of `new_weights`. After the model is loaded it saves all its state as the core does.
     """
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
+    stored = contents(checkpoint).keys
     whole = model.sharded_state_dict
 
     def asked_for(*args: Any, **kwargs: Any) -> dict[str, Any]:

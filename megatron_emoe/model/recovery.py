@@ -2,8 +2,8 @@
 
 Megatron writes a checkpoint's tensors, then its .metadata, then the name of its iteration into the tracker file. A
 run that is killed on the way leaves a folder that no tracker names; a disk that fails may damage one that is named.
-Every rank comes to the same choice by reading alone, before any process group exists; folders are touched by one rank
-when training has begun, and so all have chosen.
+The first rank of every machine comes to the same choice by reading alone, before any process group exists; folders are
+touched by one rank when training has begun, and so all have chosen.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import os
 import re
 import shutil
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_emoe.model.stored_files import contents, first_bad_file, looks_at_sizes
 from megatron_emoe.settings.atomic_file import write_atomically
 
 _FOLDER = re.compile(r"iter_(\d{7,})")
@@ -77,7 +77,8 @@ def _reading(path: Path) -> Iterator[None]:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a torch_dist checkpoint, from its .metadata and the sizes of its files; None: nothing.
 
-    Every file must hold the bytes that .metadata says are in it. Flipped bits are not seen here: set_aside_flipped.
+    Every file must hold the bytes that .metadata says are in it: the first rank of each machine looks, for the others
+    it is enough that the file is there. Flipped bits are not seen here: set_aside_flipped.
 
     Raises:
         OSError: it cannot be read now; a path that does not exist is damage.
@@ -85,7 +86,7 @@ def damage(checkpoint: Path) -> str | None:
     """
     with _reading(checkpoint):
         try:
-            needed = _sizes(checkpoint)
+            contents(checkpoint)
         except FileNotFoundError:
             return ".metadata is missing"
         except OSError:
@@ -95,23 +96,7 @@ def damage(checkpoint: Path) -> str | None:
             raise ValueError(f"{checkpoint / '.metadata'}: cannot be read ({error}): {rule}") from error
         except (Exception, CheckpointException) as error:  # of unpickling damaged bytes: any
             return f".metadata cannot be read ({type(error).__name__})"
-        return next((what for name in sorted(needed) if (what := _too_small(checkpoint / name, needed[name]))), None)
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes that each file of the checkpoint holds at least."""
-    needed: dict[str, int] = defaultdict(int)
-    for stored in (FileSystemReader(checkpoint).read_metadata().storage_data or {}).values():
-        needed[stored.relative_path] = max(needed[stored.relative_path], stored.offset + stored.length)
-    return needed | {"metadata.json": 1}
-
-
-def _too_small(path: Path, size: int) -> str | None:
-    try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    return f"{path.name} has {found} bytes, of {size}" if found < size else None
+        return first_bad_file(checkpoint)
 
 
 def plan(folder: Path) -> Recovery:
@@ -198,23 +183,26 @@ def carry_out(recovery: Recovery, say: Callable[[str], None] = print) -> None:
         say(line)
 
 
-def carry_out_together(recovery: Recovery, chosen: Path | None) -> None:
-    """The same on the first rank while the others wait. chosen: the checkpoint that this rank will load. Collective.
+def carry_out_together(recovery: Recovery, chosen: Path | None) -> Path | None:
+    """The same on the first rank while the others wait; returns what all will load. chosen: what this rank would: one
+    that has not looked at sizes follows the first. Collective.
 
     Raises:
-        RuntimeError: on every rank, before anything is touched, where the ranks have chosen different checkpoints.
+        RuntimeError: on every rank, before anything is touched, where machines have chosen different checkpoints.
     """
-    seen: list[Path | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(seen, chosen)
-    other = next((rank for rank, path in enumerate(seen) if path != seen[0]), None)
+    seen: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(seen, (chosen, looks_at_sizes()))
+    first, _ = seen[0]
+    other = next((rank for rank, (path, looked) in enumerate(seen) if looked and path != first), None)
     if other is not None:
         raise RuntimeError(
-            f"--load {recovery.folder}: rank 0 goes on from {seen[0]}, rank {other} from {seen[other]}: they do not "
+            f"--load {recovery.folder}: rank 0 goes on from {first}, rank {other} from {seen[other][0]}: they do not "
             "see the same files; start again when the file system shows every node the same"
         )
     if torch.distributed.get_rank() == 0:
         carry_out(recovery)
     torch.distributed.barrier()
+    return first
 
 
 def set_aside_flipped(folder: Path, error: BaseException, say: Callable[[str], None] = print) -> None:

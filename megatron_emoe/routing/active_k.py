@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.training import checkpointing
 
 from megatron_emoe.settings.elastic_config import ElasticConfig
 from megatron_emoe.settings.k_schedule import k_probabilities, ramp
@@ -23,6 +25,7 @@ from megatron_emoe.settings.tail_scale import TailScale, given_tail_scale
 _MASK64 = (1 << 64) - 1
 _K, _POOL, _EXPERTS = 1, 2, 3
 _MARKER = "emoe-place"
+_random_states = checkpointing.get_rng_state  # the core's own
 
 
 def mix(*values: int) -> int:
@@ -160,6 +163,22 @@ class ActiveK:
         fixed = self._tail if k > model_k and not training else None
         tail = elastic.tail_scale_at(k, model_k) if fixed is None else fixed.at(k)
         return Draw(k, k, k, 0, tail, asked is not None)
+
+
+def keep_place_out_of_checkpoints() -> None:
+    """Have Megatron save its random states without the place, which is none: Megatron-Core with the random states of
+    CUDA graphs would not load it."""
+
+    def without_place(*args: Any, **kwargs: Any) -> Any:
+        states = get_cuda_rng_tracker().states_
+        marker = states.pop(_MARKER, None)
+        try:
+            return _random_states(*args, **kwargs)
+        finally:
+            if marker is not None:
+                states[_MARKER] = marker
+
+    checkpointing.get_rng_state = without_place
 
 
 _OWNER = ActiveK()

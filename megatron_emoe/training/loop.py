@@ -19,7 +19,7 @@ from megatron.training.utils import print_rank_last
 from torch import Tensor
 
 from megatron_emoe.data.datasets import get_batch
-from megatron_emoe.routing.active_k import get_active_k
+from megatron_emoe.routing.active_k import get_active_k, keep_place_out_of_checkpoints
 from megatron_emoe.routing.metrics import get_elastic_tracker
 from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
 from megatron_emoe.settings.k_schedule import expected_k
@@ -64,6 +64,7 @@ class ElasticLoop:
         _report_expected_flops(args, config)
         check_gradients(args, config)
         end_without_checkpoint(args)
+        keep_place_out_of_checkpoints()
 
     def forward_step(self, data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Tensor, partial]:
         """One micro-batch: output of this pipeline stage, and the loss function for the last one."""

@@ -213,7 +213,7 @@ def stored(monkeypatch, tmp_path):
 
     def make(args: Namespace, name: str = "run") -> str:
         folder = folder_of_checkpoints(tmp_path / name, "40", "iter_0000040")
-        monkeypatch.setattr(checkpoint, "stored_args", lambda path, source="--load": args)
+        monkeypatch.setattr(checkpoint, "stored_args", lambda *_, **known: args)
         monkeypatch.setattr(recovery, "damage", lambda path: None)
         return str(folder)
 

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_emoe.model.recovery import Recovery, carry_out, carry_out_together, damage, plan, write_tracker
 from tests.distributed import run_ranks
-from tests.tiny import flags, train
+from tests.tiny import arguments, flags, train
 
 RUN = {"expert_model_parallel_size": 2, "train_iters": 6, "save_interval": 2, "global_batch_size": 4}
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -284,7 +285,30 @@ def test_ranks_that_see_the_folder_at_different_times_start_all_the_same(tmp_pat
     assert len(run_ranks(train, 2, words, False, see_folder_late, timeout=100)[0].losses) == 2
 
 
+def reads_at_a_start(words: list[str]) -> tuple[int, list[str]]:
+    """How often this rank opens the .metadata, and the files of the checkpoint whose size it asks for."""
+    from megatron_emoe.model import stored_files
+    from megatron_emoe.model.layer_spec import elastic_model_config
+
+    opened, sizes, size_of = [], [], stored_files._too_small
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    stored_files._too_small = lambda path, size: sizes.append(path.name) or size_of(path, size)
+    elastic_model_config(arguments(words))
+    return sum(name.endswith("/.metadata") for name in opened), sizes
+
+
+@pytest.mark.slow
+def test_a_start_reads_the_metadata_once_and_asks_each_size_on_one_rank_of_a_machine(finished):
+    """Once by us, and once by the core for the stored arguments; four times and three rounds in all ranks before."""
+    save = finished[0]
+    (opens, sizes), (opens_1, sizes_1) = run_ranks(reads_at_a_start, 2, flags(**RUN | {"save": save, "load": save}))
+    assert opens == opens_1 == 2
+    files = [path.name for path in checkpoint(save, 6).glob("*.distcp")]
+    assert sorted(sizes) == sorted([*files, "metadata.json"]) and sizes_1 == []
+
+
 def choose(folder: Path, chosen: list[Path]) -> None:
+    os.environ["LOCAL_RANK"] = "0"  # two machines of one rank each
     carry_out_together(Recovery(folder, 4, (), (folder / "iter_0000006",)), chosen[torch.distributed.get_rank()])
 
 

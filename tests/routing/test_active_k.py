@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from argparse import Namespace
 from collections import Counter
 
 import pytest
@@ -286,15 +287,33 @@ def places_under_recompute() -> tuple[list, list, dict]:
         outputs.append(checkpoint(layer, False, x))
     for output in outputs:
         output.sum().backward()
+    stored = stored_states()
     place = get_active_k().place(1)
     seen.append((place.iteration, place.microbatch))  # the loop's own place is as it left it
-    return seen, x.grad.tolist(), ks_of(ElasticConfig(**UNIFORM, emoe_k_draw="layer"))
+    return seen, x.grad.tolist(), ks_of(ElasticConfig(**UNIFORM, emoe_k_draw="layer")), stored
+
+
+def stored_states() -> tuple[list[str], list[str]]:
+    """Names of the random states that the core's checkpoint would hold: as the core has it, then as ours."""
+    from megatron.training import checkpointing
+
+    from megatron_emoe.routing.active_k import keep_place_out_of_checkpoints
+
+    checkpointing.get_args = lambda: Namespace(data_parallel_random_init=False)
+    everyone = torch.distributed.group.WORLD
+    names = []
+    for prepare in (lambda: None, keep_place_out_of_checkpoints):
+        prepare()
+        (state,) = checkpointing.get_rng_state("torch", everyone, everyone, everyone, everyone)
+        names.append(sorted(state["rng_tracker_states"]))
+    return names[0], names[1]
 
 
 def test_recomputation_stands_where_the_first_pass_stood():
-    ((seen, gradient, ks),) = run_ranks(places_under_recompute, 1)
+    ((seen, gradient, ks, (core_s, stored)),) = run_ranks(places_under_recompute, 1)
     forward = [(4, 0), (4, 1), (4, 2)]
     # d(sum of x * (1 + m))/dx over m = 0, 1, 2 is 1 + 2 + 3 = 6; a wrong micro-batch in the recomputed pass changes it.
     assert seen == [*forward, *forward, (4, 2)]
     assert gradient == [6.0, 6.0]
     assert ks == ks_of(ElasticConfig(**UNIFORM, emoe_k_draw="layer"))  # another process, with other random states
+    assert "emoe-place" in core_s and stored == [name for name in core_s if name != "emoe-place"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed import run_ranks, torchrun
@@ -110,6 +111,18 @@ def test_a_stopped_and_resumed_run_with_the_plain_optimizer_repeats_the_tail_bit
         pairs = zip(first.routes + second.routes, one.routes, strict=True)
         assert all(torch.equal(mine.map_TE, theirs.map_TE) for mine, theirs in pairs)
     assert_same_checkpoint(whole_folder, folder, 4)
+    stored = random_states(folder / "iter_0000004")  # of this package's own, none, which stock Megatron would not load
+    assert "model-parallel-rng" in stored and not any("emoe" in name for name in stored)
+
+
+def random_states(checkpoint: Path) -> list[str]:
+    """Names of the random states of the devices in a checkpoint of one pipeline stage."""
+    state: dict[str, Any] = {"rng_state/shard_0.0_1.1": None}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+    stored = state["rng_state/shard_0.0_1.1"]
+    while isinstance(stored, list):  # of data-parallel ranks, in a list of the writer
+        (stored,) = stored
+    return list(stored["rng_tracker_states"])
 
 
 def load(changes: dict[str, Any]) -> tuple[int | str | None, str]:
