@@ -10,7 +10,7 @@ import sys
 
 from megatron_emoe.plan.job import Job, check_given
 from megatron_emoe.settings import flag_files
-from megatron_emoe.settings.command_line import command_line
+from megatron_emoe.settings.command_line import SAID, command_line
 from megatron_emoe.settings.flag_types import a_path, whole
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.first_look import check_training_words
@@ -42,6 +42,8 @@ def main() -> None:
         check(job, flags)
     except ValueError as error:
         fail(error)
+    for line in SAID:  # of the run's start: what is switched off, what changes
+        print(line)
     print(f"checked: {job.nodes} nodes x {job.processes} processes, checkpoints in {job.save}")
 
 

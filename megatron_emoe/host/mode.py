@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_emoe.host import device as host_device
+from megatron_emoe.host import engine
 from megatron_emoe.host import flags as host_flags
 from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.command_line import say
@@ -65,12 +66,16 @@ def setup(argv: list[str]) -> list[str]:
 
 
 def start() -> None:
-    """setup() for this program's own command line, with the words that @FILE stands for.
+    """setup() for this program's own command line, with the words that @FILE stands for. On a GPU without Transformer
+    Engine, engine.settle() for it.
 
     What is refused ends the program with status 2 and one message.
     """
     try:
         sys.argv[1:] = setup(flag_files.expand(sys.argv[1:]))
+        if not is_on() and not {"-h", "--help"} & set(sys.argv):
+            sys.argv[1:] = engine.settle(sys.argv[1:])
+            _use_adam_of_the_gpu()
     except ValueError as error:
         fail(error)
 
@@ -100,6 +105,12 @@ def skip_dataset_helper_build() -> None:
         megatron.core.datasets.utils.compile_helpers = host_device.nothing
 
 
+def _use_adam_of_the_gpu() -> None:
+    from megatron_emoe.host import adam
+
+    adam.use_torch_adam_on_a_gpu()
+
+
 def _cuda_is_present() -> bool:
     import torch
 
@@ -123,6 +134,8 @@ def _adapt_core() -> None:
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.training import initialize
 
+    from megatron_emoe.host import adam as host_adam
+
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.cuda.set_rng_state(new_state)
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_to_numpy
@@ -132,7 +145,7 @@ def _adapt_core() -> None:
     _allow_no_cuda(initialize.initialize_megatron)
     _recompute_without_engine(random)
     _replace_norm()
-    _replace_adam()
+    host_adam.use_torch_adam(fused=True)
 
 
 def _splits_to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -179,47 +192,3 @@ def _replace_norm() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = build_and_mark
-
-
-def _replace_adam() -> None:
-    """The distributed optimizer looks for Adam's step where Apex and Transformer Engine keep it: in the group.
-
-    torch's Adam keeps one step per parameter. The core asks for it before the first step, when a checkpoint is loaded,
-    and finds none; and it gives all parameters one and the same tensor, which each of them then advances.
-    """
-    import torch
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-    from torch.optim.adam import adam
-
-    class HostAdam(torch.optim.Optimizer):
-        """torch's Adam with the state layout of the fused Adams: `step` in the group, two moments per parameter."""
-
-        def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True, capturable=False):
-            super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-            self.decoupled = adam_w_mode
-
-        @torch.no_grad()
-        def step(self, closure: None = None) -> None:
-            for group in self.param_groups:
-                if group["params"]:
-                    group["step"] = group.get("step", 0) + 1
-                    self._step_group(group, [p for p in group["params"] if p.grad is not None])
-
-        def _step_group(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-            for state, p in [(self.state[p], p) for p in params]:
-                if not state:
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            moments = [[self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq")]
-            steps = [torch.tensor(group["step"] - 1.0) for _ in params]
-            hyper = {key: group[key] for key in ("lr", "weight_decay", "eps")}
-            hyper["beta1"], hyper["beta2"] = group["betas"]
-            switches = {"fused": True, "amsgrad": False, "maximize": False, "decoupled_weight_decay": self.decoupled}
-            adam(params, [p.grad for p in params], *moments, [], steps, **hyper, **switches)
-
-    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = HostAdam, False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
-    # The default checkpoint layout copies into shards that are views of fp32 weights; only this loader lacks no_grad.
-    sharded = distrib_optimizer.DistributedOptimizer
-    load = sharded.load_parameter_state_from_dp_reshardable
-    sharded.load_parameter_state_from_dp_reshardable = torch.no_grad()(load)

@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 
+from megatron_emoe.host import engine
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.model.flops import moe_layer_numbers
 from megatron_emoe.plan.job import Job, check_writable, existing
@@ -61,7 +62,7 @@ def _on_device(job: Job, words: list[str]) -> list[str]:
     """A machine for submitting need not have the GPUs that the flags are for; host mode would refuse them there."""
     if job.gpus and "--host-mode" not in words:
         host_mode.skip_dataset_helper_build()
-        return words
+        return engine.settle(words)
     return host_mode.setup(words)
 
 

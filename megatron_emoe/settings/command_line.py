@@ -66,9 +66,14 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+SAID: list[str] = []
+"""The lines of say() so far: a program that hides what is printed can still show them."""
+
+
 def say(message: str) -> None:
     """Print a line from the first rank."""
     if is_first_rank():
+        SAID.append(message)
         print(message, flush=True)
 
 

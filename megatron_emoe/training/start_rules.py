@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron.core.tensor_parallel import layers
 
+from megatron_emoe.host import mode as host_mode
 from megatron_emoe.settings.command_line import say
 from megatron_emoe.settings.elastic_config import flag
 
@@ -28,6 +29,9 @@ def check_start(args: Namespace) -> None:
         raise ValueError(
             f"--tensor-model-parallel-size {tensor}: a model with experts needs --sequence-parallel with it"
         )
+    if tensor > 1 and args.transformer_impl == "local" and args.normalization == "RMSNorm" and not host_mode.is_on():
+        rule = "local layers have no --sequence-parallel with RMSNorm; it needs Transformer Engine"
+        raise ValueError(f"--tensor-model-parallel-size {tensor}: {rule}")
     if args.padded_vocab_size and args.padded_vocab_size % tensor:
         raise ValueError(
             f"--tensor-model-parallel-size {tensor}: must divide --padded-vocab-size {args.padded_vocab_size}"

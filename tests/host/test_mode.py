@@ -267,14 +267,19 @@ def test_functions_compiled_before_host_mode_run_as_they_are():
     assert "negated [-1.0, -1.0]" in output.stdout, output.stderr[-2000:]
 
 
-def adam_steps(decoupled: bool) -> tuple[list, list]:
+def adam_steps(decoupled: bool, fused: bool) -> tuple[list, list]:
     """Five steps of the optimizer that the core builds, and of torch's own, on the same gradients."""
     from megatron.core import optimizer
 
+    from megatron_emoe.host import adam
+
+    if not fused:
+        optimizer.USING_PYTORCH_OPTIMIZER = True  # as on a GPU where neither Apex nor Transformer Engine is
+        adam.use_torch_adam_on_a_gpu()
     kwargs = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
     own = torch.optim.AdamW if decoupled else torch.optim.Adam
     weights = []
-    for build in (functools.partial(optimizer.Adam, adam_w_mode=decoupled), functools.partial(own, fused=True)):
+    for build in (functools.partial(optimizer.Adam, adam_w_mode=decoupled), functools.partial(own, fused=fused)):
         generator = torch.Generator().manual_seed(3)
         parameters = [torch.nn.Parameter(torch.randn(4, generator=generator)) for _ in range(2)]
         built = build([{"params": [p]} for p in parameters] + [{"params": []}], **kwargs)
@@ -287,9 +292,9 @@ def adam_steps(decoupled: bool) -> tuple[list, list]:
     return tuple(weights)
 
 
-@pytest.mark.parametrize("decoupled", [True, False])
-def test_adam_is_torchs_adam(decoupled):
-    host, own = run_ranks(adam_steps, 1, decoupled)[0]
+@pytest.mark.parametrize(("decoupled", "fused"), [(True, True), (False, True), (True, False)])
+def test_adam_is_torchs_adam(decoupled, fused):
+    host, own = run_ranks(adam_steps, 1, decoupled, fused)[0]
     assert host == own
 
 

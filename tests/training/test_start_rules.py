@@ -105,3 +105,15 @@ def test_data_in_a_folder_that_cannot_be_written_need_a_cache(tmp_path, monkeypa
         start_rules._check_cache(args)
     args.data_cache_path = "elsewhere"
     start_rules._check_cache(args)
+
+
+def test_local_layers_on_a_gpu_have_no_sequence_parallelism(monkeypatch):
+    args = Namespace(
+        save=None, tensorboard_dir=None, data_cache_path=None, data_path=None, mock_data=True, skip_train=True
+    )
+    vars(args).update(ckpt_format="torch_dist", load=None, num_experts=8, sequence_parallel=True, padded_vocab_size=96)
+    vars(args).update(tensor_model_parallel_size=2, transformer_impl="local", normalization="RMSNorm")
+    with pytest.raises(ValueError, match="^--tensor-model-parallel-size 2: local layers have no --sequence-parallel"):
+        start_rules.check_start(args)
+    monkeypatch.setattr(start_rules.host_mode, "is_on", lambda: True)  # whose norms do
+    start_rules.check_start(args)
