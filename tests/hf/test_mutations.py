@@ -28,7 +28,7 @@ FAULTY = 1  # the layer with a fault in its table; layer 0 of DeepSeek and ERNIE
 class Mutation:
     """A fault. first_layer: the first one it shows in, None for embedding and head. pieces: changes the table of that
     layer, or of embedding and head. flags: values to set; None leaves a flag out. model: options of the tiny model.
-    part: where it shows if not in a layer. refused: why the core cannot load it."""
+    part: where it shows if not in a layer. refused: why the core cannot load it, or verify says before."""
 
     model_type: str
     first_layer: int | None = 0
@@ -114,15 +114,22 @@ MUTATIONS = {
     "yarn without its factor": Mutation("deepseek_v2", 0, flags={"rotary_scaling_factor": 1.0}),
     "yarn without mscale": Mutation("deepseek_v2", 0, flags={"mscale": 1.0, "mscale_all_dim": 1.0}),
     "sigmoid for softmax": Mutation("ernie4_5_moe", 1, flags={"moe_router_score_function": "sigmoid"}),
-    "no selection bias": Mutation("ernie4_5_moe", 1, flags={"moe_router_enable_expert_bias": None}, model=SCORE_BIAS),
+    "no selection bias": Mutation(
+        *("ernie4_5_moe", 1),
+        flags={"moe_router_enable_expert_bias": None},
+        model=SCORE_BIAS,
+        refused="--moe-router-enable-expert-bias False: the checkpoint",
+    ),
     "ERNIE not renormalised": Mutation("ernie4_5_moe", 1, flags={"moe_router_pre_softmax": True}),
     "softmax after the choice": Mutation("olmoe", 0, flags={"moe_router_pre_softmax": None}),
     "another scaling factor": Mutation("deepseek_v2", 1, flags={"moe_router_topk_scaling_factor": 1.001}),
     "no gate of the shared expert": Mutation("qwen2_moe", 0, flags={"moe_shared_expert_gate": None}),
-    "no biases of q, k, v": Mutation("qwen2_moe", 0, flags={"add_qkv_bias": None}),
+    "no biases of q, k, v": Mutation("qwen2_moe", 0, flags={"add_qkv_bias": None}, refused="--add-qkv-bias False: "),
     "another epsilon in the norms": Mutation("qwen2_moe", 0, flags={"norm_epsilon": 1e-5}),
     "norms per head": Mutation("olmoe", 0, flags={"emoe_qk_norm": "core"}, refused="Global shape mismatch"),
-    "no norms of q and k": Mutation("olmoe", 0, flags={"qk_layernorm": None, "emoe_qk_norm": None}),
+    "no norms of q and k": Mutation(
+        "olmoe", 0, flags={"qk_layernorm": None, "emoe_qk_norm": None}, refused="--qk-layernorm False: "
+    ),
     "no clamp": Mutation("olmoe", 0, flags={"emoe_clip_qkv": None}, model={"clip_qkv": 1.5}),
     "another k": Mutation("deepseek_v2", 1, flags={"moe_router_topk": 3}),
 }
