@@ -40,7 +40,6 @@ from megatron_emoe.settings.in_force import settings_in_force
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.batch_schedule import check_batch_schedule, settle_ramp
 from megatron_emoe.training.first_look import check_source
-from megatron_emoe.training.listing import short_listing
 from megatron_emoe.training.ranks import settle_ranks
 from megatron_emoe.training.start_rules import check_start, settle_accumulation
 from megatron_emoe.training.training_rules import check_elastic_training
@@ -161,8 +160,7 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
     settle_ramp(args)
     check_start(args)
     settle_ranks(args)
-    with short_listing(parser):
-        validate_args(args)
+    validate_args(args)
     settle_accumulation(args)
     check_batch_schedule(args, begins=args.load is None or args.finetune or not has_checkpoint(args.load))
     check_marker(args.save)
@@ -183,8 +181,7 @@ def _complete_evaluation(
         ranks = args.tensor_model_parallel_size
         args.padded_vocab_size = -(-stored.padded_vocab_size // ranks) * ranks
     settle_ranks(args)
-    with short_listing(parser):
-        validate_args(args)
+    validate_args(args)
 
 
 def _evaluated(args: Namespace, hf_arguments: HfArguments | None) -> Namespace:
@@ -203,14 +200,9 @@ def _evaluated(args: Namespace, hf_arguments: HfArguments | None) -> Namespace:
 
 def _given(parser: ArgumentParser) -> dict[str, object]:
     """The flags that stand on the command line, by name, without any default."""
-    defaults = [(action, action.default) for action in parser._actions]
-    for action, _ in defaults:
+    for action in parser._actions:
         action.default = argparse.SUPPRESS
-    try:
-        return vars(parser.parse_args())
-    finally:
-        for action, default in defaults:
-            action.default = default
+    return vars(parser.parse_args())
 
 
 def _keep_asked_k(args: Namespace, given: dict[str, object]) -> None:

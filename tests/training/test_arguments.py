@@ -220,10 +220,8 @@ def test_under_torchrun(tmp_path):
     bad = flags(**COACTIVATION | WRITING | folders | {"emoe_pool_k": 9})
     ended = torchrun(2, "pretrain_emoe.py", *bad, check=False, timeout=300)
     assert ended.returncode != 0
-    line = "pretrain_emoe.py: error: --emoe-pool-k 9: must not exceed --num-experts 8\n"
-    assert ended.stdout.startswith(line) or f"\n{line}" in ended.stdout
-    report = ended.stdout.partition("Root Cause")[2]  # of torchrun, at its end
-    assert f"traceback : {line}" in report and ended.stdout.count(line) == 2
+    assert ended.stdout.count("must not exceed --num-experts 8") == 1
+    assert "pretrain_emoe.py: error: --emoe-pool-k 9: must not exceed --num-experts 8\n" in ended.stdout
     assert "exitcode  : 2" in ended.stdout
     assert 'pretrain_emoe.py", line' not in ended.stdout  # no traceback of ours; torchrun adds its own
     assert list(tmp_path.iterdir()) == []
@@ -278,7 +276,7 @@ def test_use_checkpoint_args_keeps_the_k_asked_for(run, monkeypatch, tmp_path):
         return args
 
     monkeypatch.setattr(arguments, "load_args_from_checkpoint", load)
-    monkeypatch.setattr("megatron_emoe.model.checkpoint.stored_args", lambda *_, **known: stored)
+    monkeypatch.setattr("megatron_emoe.model.checkpoint.stored_args", lambda path, source: stored)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("40")
     Path(tmp_path / "iter_0000040").mkdir()
     loading = {"load": str(tmp_path), "use_checkpoint_args": True, "finetune": True}
