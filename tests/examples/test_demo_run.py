@@ -149,7 +149,7 @@ def test_ranks_are_forked_from_one_process_and_reach_each_other(tmp_path):
         sys.exit(any(rank.exitcode for rank in ranks))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, check=True, timeout=300)
-    assert (tmp_path / "log").read_text().splitlines().count("sum 111 of 3") == 3
+    assert (tmp_path / "log").read_text().count("sum 111 of 3") == 3  # ranks share the stream: two may share a line
 
 
 def test_what_an_import_says_goes_to_a_log_and_not_to_the_terminal(tmp_path, capfd):

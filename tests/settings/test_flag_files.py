@@ -118,7 +118,14 @@ def test_entry_points_expand_before_anything_else_sees_the_words(write, monkeypa
     monkeypatch.setattr(sys, "argv", ["tool", write("--seed 1"), "--lr", "2"])
     host_mode.start()
     assert seen == [["--seed", "1", "--lr", "2"]]
-    assert sys.argv == ["tool", "--seed", "1", "--lr", "2", "--more"]
+    assert sys.argv[:6] == [
+        "tool",
+        "--seed",
+        "1",
+        "--lr",
+        "2",
+        "--more",
+    ]  # behind it what a machine without an engine adds
 
 
 @pytest.mark.parametrize("script", ["pretrain_emoe.py", "tools/sweep_k.py"])

@@ -276,7 +276,7 @@ def test_use_checkpoint_args_keeps_the_k_asked_for(run, monkeypatch, tmp_path):
         return args
 
     monkeypatch.setattr(arguments, "load_args_from_checkpoint", load)
-    monkeypatch.setattr("megatron_emoe.model.checkpoint.stored_args", lambda path, source: stored)
+    monkeypatch.setattr("megatron_emoe.model.checkpoint.stored_args", lambda path, source, **_: stored)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("40")
     Path(tmp_path / "iter_0000040").mkdir()
     loading = {"load": str(tmp_path), "use_checkpoint_args": True, "finetune": True}
@@ -290,7 +290,7 @@ def test_use_checkpoint_args_keeps_the_k_asked_for(run, monkeypatch, tmp_path):
 def test_evaluation_takes_the_model_from_the_checkpoint(run, monkeypatch, tmp_path):
     stored = run(**COACTIVATION, num_layers=3, qk_layernorm=True)
     monkeypatch.setattr(arguments, "locate", lambda folder, step: Path(folder))
-    monkeypatch.setattr(arguments, "stored_args", lambda path: stored)
+    monkeypatch.setattr(arguments, "stored_args", lambda path, **_: stored)
     args = evaluate(monkeypatch, tmp_path, "--norm-epsilon", "0.5")
     assert (args.num_layers, args.num_experts, args.hidden_size) == (3, 8, 32)
     assert (args.qk_layernorm, args.emoe_selection, args.emoe_pool_k) == (True, "coactivation", 6)
@@ -312,7 +312,7 @@ def test_evaluation_takes_the_model_from_the_checkpoint(run, monkeypatch, tmp_pa
 def test_an_evaluation_cannot_ask_for_another_model(run, monkeypatch, capsys, tmp_path, words, message):
     stored = run(**COACTIVATION, num_layers=3)
     monkeypatch.setattr(arguments, "locate", lambda folder, step: Path(folder))
-    monkeypatch.setattr(arguments, "stored_args", lambda path: stored)
+    monkeypatch.setattr(arguments, "stored_args", lambda path, **_: stored)
     with pytest.raises(SystemExit) as left:
         evaluate(monkeypatch, tmp_path, *words.split())
     assert left.value.code == 2
