@@ -22,6 +22,7 @@ from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.flag_types import MOST_WORKERS, a_path, whole_to
 from megatron_emoe.settings.hf_folder import hf_folder
 from megatron_emoe.settings.paths import check_folder, check_out
+from megatron_emoe.settings.refusal import one_line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -166,7 +167,7 @@ def main() -> int:
         _choose_device(chosen)
         return run(chosen) or 0
     except ValueError as error:
-        print(f"{Path(sys.argv[0]).name} {chosen.verb}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name} {chosen.verb}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         goes_on = ": the same command goes on where it stopped" if chosen.verb in ("import", "export") else ""

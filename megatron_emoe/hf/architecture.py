@@ -77,6 +77,8 @@ class Architecture(ABC):
         if not 1 <= config.num_experts_per_tok <= config.num_experts:
             raise ValueError(f"{self.k_key} {config.num_experts_per_tok}: must lie in [1, {config.num_experts}]")
         self.refuse(config)
+        if not any(self.is_moe(config, layer) for layer in range(config.num_hidden_layers)):
+            raise ValueError(f"num_hidden_layers {config.num_hidden_layers}: no layer has experts: a dense model")
 
     def flags(self, config: PretrainedConfig) -> Flags:
         """Megatron's flags for exactly this model. How to run it (parallelism, kernels, data) is not among them."""
@@ -135,8 +137,6 @@ class Architecture(ABC):
         kinds = [int(self.is_moe(config, layer)) for layer in range(config.num_hidden_layers)]
         if all(kinds):
             return {}
-        if not any(kinds):
-            raise ValueError("no layer has experts: this is a dense model")
         first = kinds.index(1)
         if all(kinds[first:]):
             return {"moe_layer_freq": f"([0]*{first}+[1]*{len(kinds) - first})"}

@@ -60,7 +60,7 @@ def _drop_lost_code(path: Path) -> None:
 def _is_there(classes: Any, folder: Path) -> bool:
     """Whether module.Class, or each of a list of them, is in the folder; org/name--module.Class is on the hub."""
     each = [name for name in (classes if isinstance(classes, list) else [classes]) if name is not None]
-    return all("--" in str(name) or (folder / f"{str(name).split('.')[0]}.py").is_file() for name in each)
+    return all("--" in str(name) or os.path.isfile(folder / f"{str(name).split('.')[0]}.py") for name in each)
 
 
 def keep_companions(load: str | None, save: str | None) -> None:

@@ -18,12 +18,19 @@ _QUANTISED = ("quantization_config", "compression_config")
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_key_value_heads", "max_position_embeddings", "moe_intermediate_size", "shared_expert_intermediate_size"),
-    *("num_experts", "n_routed_experts", "moe_num_experts", "decoder_sparse_step"),
+    *("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts", "decoder_sparse_step"),
     *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_layer_interval", "clip_qkv"),
 )
-_COUNTED = ("num_hidden_layers", "num_experts", "n_routed_experts", "moe_num_experts")
+_COUNTED = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MOST = 4096
 """Layers, and experts of a layer: what is listed one by one."""
+_NEVER_NULL = (
+    *("moe_k", "num_experts_per_tok", "moe_num_experts", "n_routed_experts", "num_experts", "moe_num_shared_experts"),
+    *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "moe_norm_min", "attention_dropout"),
+    "num_key_value_heads",
+)
+"""transformers' classes take null there, or anything, and it and this package calculate with them."""
+_LARGEST = 2**63
 _NONE_OR_ANY = ("_token_id", "_end_index")
 """Ends of the keys in which a negative number says "none"."""
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -41,6 +48,7 @@ def completed(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
         _check_numbers(raw)
         _check_dtype(raw)
         config = kind.from_dict(_in_new_words(with_floats(raw)))
+        _check_known(config)
         _check_rope(config)
         _check_block(getattr(config, "emoe", None), config)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
@@ -69,7 +77,11 @@ def _wants_float(hint: Any, value: Any) -> bool:
 def _check_numbers(raw: Mapping[str, Any]) -> None:
     """ValueError for a number that no model can have. Keys that transformers does not know are nobody's."""
     hints = _types(CONFIG_MAPPING[raw["model_type"]])
+    if not isinstance(raw.get("head_dim"), int | None):
+        raise ValueError(f"head_dim {raw['head_dim']!r}: must be a whole number")
     for key, value in _numbers(raw):
+        if isinstance(value, int) and abs(value) >= _LARGEST:
+            raise ValueError(f"{key}: a number of {len(f'{abs(value):x}') * 4} bits; must fit in 64")
         if not math.isfinite(value):
             raise ValueError(f"{key} {value}: must be a finite number")
         if key in _SIZES and value <= 0:
@@ -105,6 +117,14 @@ def _check_dtype(raw: Mapping[str, Any]) -> None:
     for key in ("dtype", "torch_dtype"):
         if raw.get(key) is not None and raw[key] not in _DTYPES:
             raise ValueError(f"{key} {raw[key]!r}: must be one of {', '.join(_DTYPES)}")
+
+
+def _check_known(config: PretrainedConfig) -> None:
+    """ValueError for what is calculated with and is no number, as transformers completed it."""
+    for key in _NEVER_NULL:
+        value = getattr(config, key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{key} {value!r}: must be a number")
 
 
 def _check_rope(config: PretrainedConfig) -> None:

@@ -31,7 +31,7 @@ class DeepseekV2(Architecture):
             "q_lora_rank": (None,),
             "attention_bias": (False,),
             "mlp_bias": (False, None),
-            "topk_method": ("greedy", None),
+            "topk_method": ("greedy",),
             "n_group": (1, None),
             "topk_group": (1, None),
             "norm_topk_prob": (False, None),
@@ -60,6 +60,8 @@ class DeepseekV2(Architecture):
                 raise ValueError(
                     f"rope_scaling.{key} {rope[key]}: Megatron-Core has no flag for it; it must be {fixed}"
                 )
+        if not isinstance(rope.get("factor"), int | float) or rope["factor"] < 1:
+            raise ValueError(f"rope_scaling.factor {rope.get('factor')!r}: must be a number of at least 1")
         scale, scale_all = rope.get("mscale") or 1.0, rope.get("mscale_all_dim")
         if (scale != 1.0 and not scale_all) or (scale_all and not rope.get("mscale")):
             raise ValueError("rope_scaling: mscale and mscale_all_dim must be given together, or neither")

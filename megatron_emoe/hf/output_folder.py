@@ -59,7 +59,7 @@ class OutputFolder:
         try:
             self._check()
             self.path.mkdir(exist_ok=True)
-            return (self.path / _JOURNAL).open("a+")
+            return (self.path / _JOURNAL).open("a+", encoding="utf-8", errors="surrogateescape")
         except OSError as error:
             if not found and os.path.isdir(self.path):  # False for a name that is too long, too
                 self.path.rmdir()
@@ -102,13 +102,12 @@ class OutputFolder:
         self._journal = journal
 
     def _take_up(self, journal: Any, inputs: Mapping[str, Any]) -> None:
-        """Read which parts are finished; where the inputs are other ones, begin anew."""
+        """Read which parts are finished; where the inputs are other ones, or nobody can read it, begin anew."""
         journal.seek(0)
         lines = [line for line in journal if line.endswith("\n")]  # the last one may be torn
-        entries = [json.loads(line) for line in lines]
-        if entries and entries[0] == inputs:
-            self.done = {entry["part"]: entry["result"] for entry in entries[1:]}
-        else:
+        done = _finished(lines, inputs)
+        self.done = done or {}
+        if done is None:
             for path in self.path.iterdir():
                 if path.name != _JOURNAL:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -127,6 +126,15 @@ class OutputFolder:
             os.fsync(parent)
         finally:
             os.close(parent)
+
+
+def _finished(lines: list[str], inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Results by part, from the lines of a journal. None: it is of other inputs, or damaged, as after a power cut."""
+    try:
+        first, *entries = [json.loads(line) for line in lines] or [None]
+        return {entry["part"]: entry["result"] for entry in entries} if first == inputs else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def state_of(files: Iterable[Path]) -> dict[str, list[int]]:

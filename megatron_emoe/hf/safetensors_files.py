@@ -124,10 +124,10 @@ def _files(folder: Path) -> dict[str, Path]:
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
             files = {name: folder / file for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise ValueError(f"{index}: not a safetensors index ({error!r})") from error
         for name, file in files.items():
-            if file.parent != folder or not file.is_file():
+            if file.parent != folder or not os.path.isfile(file):
                 raise ValueError(f"{index}: names {file.name} for {name}, and there is no such file in {folder}")
         return files
     if single.is_file():

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_GAP = re.compile(r"(?:\s|\\\n|(?<![^\s])#[^\n]*)*")
+_GAP = re.compile(r"(?:\s|\\\n|(?<![^\s])#[^\n]*)*", re.ASCII)  # to a shell no other blank separates
 _BESIDE = re.compile(r"(--[\w-]+=)?(\.\.?/.*)", re.DOTALL)
-_WORD = re.compile(r"""(?:[^\s"'\\]|\\[^\n]|"(?:[^"\\]|\\.)*"|'[^']*')+""", re.DOTALL)
+_WORD = re.compile(r"""(?:[^\s"'\\]|\\[^\n]|"(?:[^"\\]|\\.)*"|'[^']*')+""", re.DOTALL | re.ASCII)
 
 
 def expand(argv: list[str]) -> list[str]:
@@ -63,12 +63,15 @@ def _expand(word: str, folder: Path, open_files: tuple[Path, ...]) -> Iterator[s
     if not word.startswith("@"):
         yield _from_folder(word, folder) if open_files else word
         return
+    if "\0" in word:
+        raise ValueError(f"{word!r}: no file's name has a null character")
     file = folder / word[1:]
-    if file.resolve() in open_files:
-        chain = " -> ".join(map(str, [*open_files, file.resolve()]))
+    real = Path(os.path.realpath(file))  # where resolve() raises for a name that no file can have
+    if real in open_files:
+        chain = " -> ".join(map(str, [*open_files, real]))
         raise ValueError(f"{word}: a flag file must not name itself ({chain})")
     for inner in _words(word, file):
-        yield from _expand(inner, file.parent, (*open_files, file.resolve()))
+        yield from _expand(inner, file.parent, (*open_files, real))
 
 
 def _from_folder(word: str, folder: Path) -> str:
@@ -97,11 +100,12 @@ def _after_gap(text: str, start: int) -> int:
 
 
 def _read(word: str, file: Path) -> str:
-    if file.is_dir():
+    if os.path.isdir(file):
         raise ValueError(f"{word}: {file} is a folder, not a flag file")
     try:
         return file.read_text(encoding="utf-8-sig")  # as some editors begin a text
     except FileNotFoundError:
         raise ValueError(f"{word}: no flag file {file}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{word}: {file} cannot be read as text ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{word}: {file} cannot be read as text ({reason})") from error

@@ -7,6 +7,8 @@ from pathlib import Path
 
 LONGEST_NAME = 255
 """Bytes of a file's name that file systems hold."""
+LONGEST_PATH = 4095
+"""Bytes of a path that Linux takes."""
 MOST_WORKERS = 1024
 """Threads or processes of one program: more are a slip, and would fail after the work has begun."""
 
@@ -54,6 +56,8 @@ def path_word(word: str) -> str:
         raise ArgumentTypeError("'': must be a path")
     if any(len(os.fsencode(name)) > LONGEST_NAME for name in word.split(os.sep)):
         raise ArgumentTypeError(f"{word}: no file's name has more than {LONGEST_NAME} bytes")
+    if len(os.fsencode(word)) > LONGEST_PATH:
+        raise ArgumentTypeError(f"{word}: no path has more than {LONGEST_PATH} bytes")
     return word
 
 

@@ -62,7 +62,11 @@ def test_auto_map_names_the_code_that_is_there(tmp_path):
     source.mkdir()
     target.mkdir()
     there = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "org/x--modeling_x.XModel"}
-    lost = {"AutoModelForCausalLM": "modeling_x.XForCausalLM", "AutoTokenizer": ["tokenization_x.X", None]}
+    lost = {
+        "AutoModel2": "x" * 300,
+        "AutoModelForCausalLM": "modeling_x.XForCausalLM",
+        "AutoTokenizer": ["tokenization_x.X", None],
+    }
     (source / "configuration_x.py").write_text("class XConfig: ...")
     (source / "config.json").write_text(json.dumps({"k": 2, "auto_map": there | lost}))
     (source / "tokenizer_config.json").write_text(json.dumps({"auto_map": lost, "vocab_size": 3}))

@@ -57,6 +57,10 @@ def test_what_is_no_configuration(content, reason, tmp_path):
             "rope_parameters.rope_theta 'word': must be a number",
         ),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: a quantised model; only weights of"),
+        ({"vocab_size": 2**64}, "vocab_size: a number of 68 bits; must fit in 64"),
+        ({"num_experts_per_tok": None}, "Field 'num_experts_per_tok' expected int, got NoneType (value: None)"),
+        ({"head_dim": "16"}, "head_dim '16': must be a whole number"),
+        ({"num_local_experts": 0}, "num_local_experts 0: must be above 0"),
         ({"emoe": 5}, "emoe 5: must be an object"),
         ({"emoe": {"k_train": 9}}, "emoe.k_train 9: must be a whole number in [1, 8]"),
         ({"emoe": {"iteration": "word"}}, "emoe.iteration 'word': must be a whole number"),
@@ -69,6 +73,12 @@ def test_key_value_and_rule(changes, rule, tmp_path):
         read_config(write(tmp_path, **changes))
     assert str(refused.value).startswith(f"{tmp_path}/config.json: {rule}")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("model_type", "key"), [("ernie4_5_moe", "moe_k"), ("deepseek_v2", "num_experts_per_tok")])
+def test_null_where_transformers_takes_it_and_a_number_is_needed(model_type, key, tmp_path):
+    with pytest.raises(ValueError, match=f"{key} None: must be a number"):
+        read_config(write(tmp_path, model_type, **{key: None}))
 
 
 def test_whole_numbers_are_floats_where_transformers_wants_those(tmp_path):

@@ -66,6 +66,17 @@ def test_a_torn_last_line_of_the_journal_is_an_unfinished_part(tmp_path):
         assert [json.loads(line).get("part") for line in journal.read_text().splitlines()] == [None, "one", "two"]
 
 
+@pytest.mark.parametrize("damage", [b"\0\0\0\n", b"7\n", b'{"part": 1}\n', b"[" * 10**5 + b"\n", b"\xff\n"])
+def test_a_journal_that_nobody_can_read_is_begun_anew(damage, tmp_path):
+    out = tmp_path / "out"
+    interrupted(out, "one")
+    journal = tmp_path / "out.unfinished/journal.jsonl"
+    journal.write_bytes(journal.read_bytes() + damage)
+    with OutputFolder(out).making(INPUTS) as folder:
+        assert folder.done == {} and [path.name for path in folder.path.iterdir()] == ["journal.jsonl"]
+    assert out.is_dir()
+
+
 def test_other_inputs_begin_anew(tmp_path):
     out = tmp_path / "out"
     interrupted(out, "one")

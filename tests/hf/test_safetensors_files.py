@@ -99,7 +99,7 @@ def test_a_tensor_in_two_files(tmp_path):
     refused(tmp_path, r"two\.safetensors: holds a, which one\.safetensors holds too")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 10**5])
 def test_a_file_that_is_no_index(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     refused(tmp_path, r"index\.json: not a safetensors index")
@@ -112,6 +112,11 @@ def test_an_index_may_not_point_out_of_its_folder(tmp_path):
     index = {"weight_map": {"a": "../outside.safetensors"}}
     (inside / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(inside, "there is no such file in")
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    refused(tmp_path, "there is no such file in")
 
 
 def test_a_type_that_is_not_a_float(tmp_path):

@@ -45,6 +45,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v2", {"rope_parameters": YARN | {"mscale_all_dim": 0.707}}, "must be given together"),
     ("deepseek_v2", {"rope_parameters": YARN | {"beta_fast": 16}}, "rope_scaling.beta_fast 16"),
     ("deepseek_v2", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "rope_scaling.attention_factor 1.5"),
+    ("deepseek_v2", {"rope_parameters": YARN | {"factor": 0.5}}, "rope_scaling.factor 0.5: must be a number of at"),
+    ("deepseek_v2", {"topk_method": None}, "topk_method None"),
+    ("deepseek_v2", {"first_k_dense_replace": 9}, "no layer has experts: a dense model"),
     ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min 0.5: must be at most 1e-9"),
 ]
 

@@ -1,5 +1,6 @@
 """@FILE stands for the words in FILE; everything wrong with a file ends with its path and the rule."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "weights.args").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="weights.args cannot be read as text"):
         expand([f"@{tmp_path}/weights.args"])
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "nul\0"])
+def test_a_name_that_no_file_can_have_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match="cannot be read as text|no file's name has a null character"):
+        expand([f"@{tmp_path}/{name}"])
+
+
+def test_only_what_separates_words_in_a_shell_does_so_here(write):
+    text = "--label a\N{NO-BREAK SPACE}b c\x1fd"
+    assert expand([write(text)]) == shlex.split(text)
 
 
 def test_entry_points_expand_before_anything_else_sees_the_words(write, monkeypatch):
