@@ -12,6 +12,7 @@ from megatron_emoe.plan.job import Job, check_given
 from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.command_line import SAID, command_line
 from megatron_emoe.settings.flag_types import a_path, whole
+from megatron_emoe.settings.quiet import leave_out_noise
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.first_look import check_training_words
 
@@ -28,6 +29,7 @@ def read_job(words: list[str]) -> Job:
 
 
 def main() -> None:
+    leave_out_noise()
     own, flags = sys.argv[1:], []
     if "--" in own:
         split = own.index("--")

@@ -1,9 +1,12 @@
 """The end of a program that will not start, with status 2, or cannot go on, with status 1: one message."""
 
+import contextlib
+import json
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 PATIENCE = 60.0
@@ -27,8 +30,19 @@ def fail(error: object, status: int = 2) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # as --exit-signal-handler has it blocked
         time.sleep(PATIENCE)
     _close_bars()
-    print(f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}", file=sys.stderr, flush=True)
+    message = f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}"
+    print(message, file=sys.stderr, flush=True)
+    _tell_torchrun(message)
     sys.exit(status)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leave the message where torchrun looks for why a rank has failed: it ends its own report, of some 30 lines."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def one_line(error: object) -> str:

@@ -24,6 +24,7 @@ from megatron_emoe.settings.field_flags import add_elastic_flags
 from megatron_emoe.settings.flag_types import path_word
 from megatron_emoe.settings.hf_folder import hf_folder
 from megatron_emoe.settings.paths import check_folder, same_folder
+from megatron_emoe.settings.quiet import leave_out_noise
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.megatron_flags import refuse_unserved
 
@@ -64,6 +65,7 @@ def check_training_words(words: list[str]) -> None:
 
 
 def _look(text: str | None, add_own: Adder, check: Callable[[Namespace], None]) -> None:
+    leave_out_noise()
     try:
         words = flag_files.expand(sys.argv[1:])
     except ValueError as error:

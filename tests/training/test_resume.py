@@ -83,6 +83,7 @@ def test_a_resumed_torchrun_job_with_the_distributed_optimizer_repeats_the_tail_
     more = DISTRIBUTED | {"load": folder, "ckpt_step": 2, "save": tmp_path}
     more["tensorboard_dir"] = tmp_path / "tensorboard"
     resumed = torchrun(2, "pretrain_emoe.py", *flags(**RUN | more), timeout=280).stdout
+    assert_short(resumed)
     whole, tail = iteration_lines(log), iteration_lines(resumed)
     assert [number for number, _ in whole] == [1, 2, 3, 4] and [number for number, _ in tail] == [3, 4]
     assert tail[0] == whole[2] and "lm loss:" in tail[0][1]
@@ -95,6 +96,17 @@ def test_a_resumed_torchrun_job_with_the_distributed_optimizer_repeats_the_tail_
         if "time" not in tag and "vs samples" not in tag:
             assert got[tag] == [(step, value) for step, value in expected[tag] if step > 2], tag
     assert_same_checkpoint(folder, tmp_path, 4)
+
+
+def assert_short(log: str) -> None:
+    """Of 900 arguments those that are no defaults are listed, and no parameter of the model."""
+    listed = re.search(
+        r"-- arguments \((\d+) more have Megatron's defaults\) --+\n(.*?)\n--+ end of arg", log, re.DOTALL
+    )
+    names = [line.split()[0] for line in listed[2].splitlines()]
+    assert {"emoe_pool_k", "moe_router_topk", "load"} <= set(names) and "fp16" not in names
+    assert len(names) + int(listed[1]) > 800 and len(names) < 120
+    assert "router.weight (param.main_grad" not in log and "UserWarning" not in log
 
 
 def test_a_stopped_and_resumed_run_with_the_plain_optimizer_repeats_the_tail_bit_by_bit(tmp_path):
