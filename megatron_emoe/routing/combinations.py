@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -177,9 +178,21 @@ def _refuse_more_places_than_tokens(config: BothConfigs) -> None:
     """The core pads an expert to tokens x k x factor / E rows, and has no more than the tokens to pad with."""
     factor, experts = config.moe_expert_capacity_factor, config.num_moe_experts or 0
     largest = config.largest_k(config.moe_router_topk)
-    if config.moe_pad_expert_input_to_capacity and factor is not None and largest * factor > experts:
-        rule = f"must be at most {experts / largest:g}, the {experts} experts over the largest k of this run, {largest}"
+    if not config.moe_pad_expert_input_to_capacity or factor is None:
+        return
+    if _has_more_places_than_tokens(largest, experts, factor):
+        most = experts / largest
+        bound = f"at most {most:g}" if largest * factor > experts else f"below {most:g}, as it is rounded up there"
+        rule = f"must be {bound}, the {experts} experts over the largest k of this run, {largest}"
         raise ValueError(f"--moe-expert-capacity-factor {factor} with --moe-pad-expert-input-to-capacity: {rule}")
+
+
+def _has_more_places_than_tokens(k: int, experts: int, factor: float) -> bool:
+    """At k x factor = E the core's own arithmetic is a place above the tokens for some numbers of tokens: twice as many
+    tokens round alike, so odd numbers tell."""
+    if abs(k * factor - experts) > 1e-9 * experts:
+        return k * factor > experts
+    return any(math.ceil(tokens * k / experts * factor) > tokens for tokens in range(1, 1 << 14, 2))
 
 
 def _refuse_distillation(config: BothConfigs) -> None:

@@ -6,10 +6,12 @@ from argparse import Namespace
 
 import pytest
 from megatron.core.transformer.enums import CudaGraphModule
+from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
+from megatron_emoe.routing import combinations
 from megatron_emoe.routing.transformer_config import (
     ElasticMLATransformerConfig,
     ElasticTransformerConfig,
@@ -333,6 +335,18 @@ def test_no_expert_has_more_places_than_there_are_tokens(settings, largest, most
     )
     check_elastic(with_feature(settings, PLACES | {"moe_pad_expert_input_to_capacity": False}))
     refused(settings, PLACES, message) if most else check_elastic(with_feature(settings, PLACES))
+
+
+def test_at_exactly_all_experts_the_core_s_rounding_decides():
+    decided = set()
+    for k, experts in ((3, 10), (7, 10), (4, 60), (8, 64), (6, 8)):
+        exact, less = experts / k, experts / k * (1 - 1e-8)
+        too_many = any(get_capacity(tokens * k, experts, exact) > tokens for tokens in range(1, 20_000))
+        assert combinations._has_more_places_than_tokens(k, experts, exact) is too_many
+        assert not combinations._has_more_places_than_tokens(k, experts, less)
+        assert all(get_capacity(tokens * k, experts, less) <= tokens for tokens in range(1, 20_000))
+        decided.add(too_many)
+    assert decided == {True, False}
 
 
 def test_padding_for_quantization_and_padding_to_capacity_take_each_other_s_rows():
