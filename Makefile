@@ -23,10 +23,10 @@ demo-convert: setup ## a tiny Hugging Face model into Megatron, verified, traine
 	@$(BIN)/python examples/demo_convert.py
 
 test: setup ## all tests (those that need a GPU skip themselves without one)
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile $(PYTEST_ARGS)
 
-test-fast: setup ## the tests that are not marked slow: two to three minutes
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+test-fast: setup ## the tests that are not marked slow: about two minutes
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 test-te: setup ## build Transformer Engine (20 to 40 minutes, once), and test its modules, names and keys without a GPU
 	@VENV="$(VENV)" TE="$(TE)" bash tools/setup_te.sh

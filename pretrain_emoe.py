@@ -32,7 +32,9 @@ from megatron_emoe.model.recovery import failed_save, report_failed_save, set_as
 from megatron_emoe.settings.refusal import fail  # noqa: E402
 from megatron_emoe.training import profiling  # noqa: E402
 from megatron_emoe.training.arguments import parse  # noqa: E402
+from megatron_emoe.training.finished import keep_finished  # noqa: E402
 from megatron_emoe.training.loop import ElasticLoop  # noqa: E402
+from megatron_emoe.training.one_run import take_folder  # noqa: E402
 
 
 def main() -> None:
@@ -44,7 +46,10 @@ def main() -> None:
         fail(error)
     model = elastic_model_config(args)
     loop = ElasticLoop(args, model.transformer)
+    keep_finished(args)
     if args.rank == 0:
+        if args.save:
+            take_folder(args.save)
         for source in (args.load, args.pretrained_checkpoint):  # a run that restarts itself loads where it saves
             keep_companions(source, args.save)
     try:

@@ -29,6 +29,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 
 from megatron_emoe.data.check import check_data
+from megatron_emoe.data.kept_order import remove_outdated
 
 __all__ = ["build_datasets", "check_data", "dataset_config", "get_batch", "is_padding"]
 
@@ -51,6 +52,8 @@ def build_datasets(train_val_test_num_samples: list[int | None], vp_stage: int |
     """
     args = get_args()
     print_rank_0("> building train, validation and test datasets ...")
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        remove_outdated(args, _prefixes(args))
     is_built_here = functools.partial(_needs_data, args, vp_stage)
     builder = BlendedMegatronDatasetBuilder(
         _dataset_class(args), train_val_test_num_samples, is_built_here, dataset_config(args)
@@ -59,6 +62,11 @@ def build_datasets(train_val_test_num_samples: list[int | None], vp_stage: int |
 
 
 build_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, Megatron asks for the mark
+
+
+def _prefixes(args: Namespace) -> list[str]:
+    blend, per_split = get_blend_and_blend_per_split(args)
+    return [prefix for each in (blend, *(per_split or ())) if each is not None for prefix in each[0]]
 
 
 def _dataset_class(args: Namespace) -> type:

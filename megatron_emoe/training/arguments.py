@@ -40,8 +40,9 @@ from megatron_emoe.settings.in_force import settings_in_force
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.batch_schedule import check_batch_schedule, settle_ramp
 from megatron_emoe.training.first_look import check_source
+from megatron_emoe.training.listing import short_listing
 from megatron_emoe.training.ranks import settle_ranks
-from megatron_emoe.training.start_rules import check_start, settle_accumulation
+from megatron_emoe.training.start_rules import check_cache, check_start, settle_accumulation
 from megatron_emoe.training.training_rules import check_elastic_training
 
 
@@ -126,8 +127,18 @@ def _parse(
         fail(str(error) or _broken_rule(error))
     except OSError as error:
         fail(f"{error.filename}: cannot be read ({error.strerror})")
-    set_global_variables(args)
+    _set_globals(args)
     return args
+
+
+def _set_globals(args: Namespace) -> None:
+    """Megatron's; a service that it logs to may not let this user in."""
+    try:
+        set_global_variables(args)
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        fail(f"--wandb-project {args.wandb_project}: {error}")
 
 
 def _refuse_several_validation_sets(args: Namespace) -> None:
@@ -160,7 +171,8 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
     settle_ramp(args)
     check_start(args)
     settle_ranks(args)
-    validate_args(args)
+    with short_listing(parser):
+        validate_args(args)
     settle_accumulation(args)
     check_batch_schedule(args, begins=args.load is None or args.finetune or not has_checkpoint(args.load))
     check_marker(args.save)
@@ -180,8 +192,10 @@ def _complete_evaluation(
         # A model may have more rows than its tokenizer has tokens, so the tokenizer does not tell how many.
         ranks = args.tensor_model_parallel_size
         args.padded_vocab_size = -(-stored.padded_vocab_size // ranks) * ranks
+    check_cache(args)
     settle_ranks(args)
-    validate_args(args)
+    with short_listing(parser):
+        validate_args(args)
 
 
 def _evaluated(args: Namespace, hf_arguments: HfArguments | None) -> Namespace:
@@ -200,9 +214,14 @@ def _evaluated(args: Namespace, hf_arguments: HfArguments | None) -> Namespace:
 
 def _given(parser: ArgumentParser) -> dict[str, object]:
     """The flags that stand on the command line, by name, without any default."""
-    for action in parser._actions:
+    defaults = [(action, action.default) for action in parser._actions]
+    for action, _ in defaults:
         action.default = argparse.SUPPRESS
-    return vars(parser.parse_args())
+    try:
+        return vars(parser.parse_args())
+    finally:
+        for action, default in defaults:
+            action.default = default
 
 
 def _keep_asked_k(args: Namespace, given: dict[str, object]) -> None:

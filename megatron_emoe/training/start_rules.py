@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -23,7 +24,8 @@ def check_start(args: Namespace) -> None:
     for name in ("save", "tensorboard_dir", "data_cache_path"):
         if getattr(args, name):
             check_folder_to_write(flag(name), getattr(args, name))
-    _check_cache(args)
+    check_cache(args)
+    _check_wandb(args)
     tensor = args.tensor_model_parallel_size
     if tensor > 1 and args.num_experts and not args.sequence_parallel:
         raise ValueError(
@@ -74,8 +76,20 @@ def check_folder_to_write(name: str, folder: str | Path) -> None:
         raise ValueError(f"{name} {folder}: {there} cannot be written")
 
 
-def _check_cache(args: Namespace) -> None:
-    """Megatron keeps the order of documents beside the data where no other folder is named."""
+def _check_wandb(args: Namespace) -> None:
+    project = getattr(args, "wandb_project", "")
+    if not project:
+        return
+    if not args.wandb_exp_name:
+        raise ValueError(f"--wandb-project {project}: needs --wandb-exp-name, the name of the run there")
+    if not args.wandb_save_dir and not args.save:
+        raise ValueError(f"--wandb-project {project}: needs --save or --wandb-save-dir, the folder for what it keeps")
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--wandb-project {project}: needs the Python package 'wandb', which is not installed")
+
+
+def check_cache(args: Namespace) -> None:
+    """Megatron keeps the order of documents beside the data where no other folder is named (ValueError)."""
     prefixes = [word for word in args.data_path or [] if Path(f"{word}.idx").is_file()]
     if args.data_cache_path or args.mock_data:
         return

@@ -13,6 +13,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_emoe.data import kept_order
 from megatron_emoe.data.datasets import is_padding
 from tests.distributed import run_ranks
 
@@ -109,6 +110,33 @@ def test_an_epoch_is_the_token_stream_in_runs_with_labels_one_ahead(counting):
     assert torch.equal(epoch["position_ids"], torch.arange(SEQ).expand(30, SEQ))
     barred = torch.ones(SEQ, SEQ).triu(1).bool()  # True where a later token would be seen
     assert torch.equal(epoch["attention_mask"], barred.expand(30, 1, SEQ, SEQ))
+
+
+def kept_between(prefix: str, cache: str | None) -> tuple:
+    """Labels of the first sample before the data is replaced, after, and read once more; and what the last would be."""
+    kept = ("--data-cache-path", cache) if cache else ()
+
+    def first(*more: str) -> list[int]:
+        start("--train-data-path", prefix, "--valid-data-path", prefix, *kept, *more)
+        return sorted(int(batch["tokens"][0, 0]) for batch in batches([10, 2, None], 5)[1])
+
+    before = first()
+    write(Path(prefix), *[[number] * 100 for number in range(10)])
+    if cache is None:
+        return before, first(), first()
+    with pytest.raises(ValueError, match="leave out --dataloader-fast-cache-load once"):
+        first("--dataloader-fast-cache-load")
+    return before, first(), first("--dataloader-fast-cache-load")
+
+
+@pytest.mark.parametrize("cache", [None, "elsewhere"])
+def test_the_order_that_was_kept_of_replaced_data_is_made_anew(cache, counting, tmp_path, capfd):
+    before, after, again = run_ranks(kept_between, 1, counting, cache and str(tmp_path / cache))[0]
+    assert all(token % SEQ == 0 for token in before)
+    assert after == again != before and max(after) < 10
+    write(tmp_path / "other", list(range(TOKENS)))
+    outdated = kept_order._outdated(str(tmp_path / "elsewhere"), [str(tmp_path / "other")])
+    assert list(outdated) == []  # it is of other data
 
 
 def end_of_document_flags(prefix: str) -> dict:

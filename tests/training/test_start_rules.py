@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -36,6 +37,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"tensor_model_parallel_size": 2, "sequence_parallel": True, "padded_vocab_size": 97},
         "--tensor-model-parallel-size 2: must divide --padded-vocab-size 97",
     ),
+    "a project without a run": ({"wandb_project": "x"}, "--wandb-project x: needs --wandb-exp-name, the name of the"),
+    "a project without a folder": (
+        {"wandb_project": "x", "wandb_exp_name": "y"},
+        "--wandb-project x: needs --save or --wandb-save-dir, the folder for what it keeps",
+    ),
+    "a project without a key": (
+        {"wandb_project": "x", "wandb_exp_name": "y", "wandb_save_dir": "{folder}"},
+        "--wandb-project x: No API key configured.",
+    ),
     "another format": (
         {"save": "{folder}/new", "save_interval": 2, "ckpt_format": "torch"},
         "--ckpt-format torch: only torch_dist can be continued, evaluated and exported here",
@@ -55,6 +65,7 @@ def session(folder: Path) -> dict[str, tuple[Any, str]]:
     from megatron_emoe.training.arguments import parse
 
     (folder / "file").touch()
+    os.environ |= {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(folder)}  # nobody has logged in
     sweeps.write_tokens(folder / "tokens", vocabulary=90)
     answers = {}
     for name, (change, _) in MISTAKES.items():
@@ -99,12 +110,12 @@ def test_gradients_are_accumulated_without_apex_where_it_is_not_installed(given,
 def test_data_in_a_folder_that_cannot_be_written_need_a_cache(tmp_path, monkeypatch):
     prefix = sweeps.write_tokens(tmp_path / "tokens")
     args = Namespace(data_path=[str(prefix)], data_cache_path=None, mock_data=False)
-    start_rules._check_cache(args)
+    start_rules.check_cache(args)
     monkeypatch.setattr(start_rules.os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match=f"--data-path {prefix}: its folder cannot be written: .*--data-cache-path"):
-        start_rules._check_cache(args)
+        start_rules.check_cache(args)
     args.data_cache_path = "elsewhere"
-    start_rules._check_cache(args)
+    start_rules.check_cache(args)
 
 
 def test_local_layers_on_a_gpu_have_no_sequence_parallelism(monkeypatch):
