@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from megatron_emoe.model.flops import is_gated, moe_layer_numbers
 from megatron_emoe.plan.layout import Layout, stage_layers
+from megatron_emoe.settings.elastic_config import elastic_settings
+from megatron_emoe.settings.k_schedule import trained_ks
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def router_parameters(args: Namespace) -> int:
     """Of one layer's router, whole on every rank."""
     noise = args.num_experts if args.emoe_selection == "noisy-topk" else 0
     rows = args.num_experts + noise + (args.emoe_null_experts or 0)
-    return rows * args.hidden_size + (args.num_experts if args.add_bias_linear else 0)
+    ks = trained_ks(elastic_settings(args), args.moe_router_topk) if args.emoe_budget_scales else [0]
+    return rows * args.hidden_size + (args.num_experts if args.add_bias_linear else 0) + len(ks) * max(ks)
 
 
 def _mlp(args: Namespace, width: int, ranks: int) -> int:

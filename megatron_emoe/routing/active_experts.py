@@ -46,13 +46,13 @@ def active_experts(
         yield
 
 
-def begin_microbatch(iteration: int, microbatch: int = 0) -> None:
+def begin_microbatch(iteration: int, microbatch: int = 0, microbatches: int = 1) -> None:
     """Call before each training forward pass of a model whose k or experts are drawn: draws depend on this place alone.
 
-    iteration: optimizer steps so far. microbatch: of the step, from 0. Where a pass begins without it, the first
-    elastic layer raises a RuntimeError.
+    iteration: optimizer steps so far. microbatch: of the step, from 0, of `microbatches`. Where a pass begins without
+    it, the first elastic layer raises a RuntimeError.
     """
-    get_active_k().begin_microbatch(iteration, microbatch)
+    get_active_k().begin_microbatch(iteration, microbatch, microbatches)
 
 
 def _routers(chunks: Iterable[nn.Module]) -> list[ElasticRouter]:

@@ -19,12 +19,13 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.training import checkpointing
 
 from megatron_emoe.settings.elastic_config import ElasticConfig
-from megatron_emoe.settings.k_schedule import k_probabilities, ramp
+from megatron_emoe.settings.k_schedule import k_probabilities, loss_weights, ramp
 from megatron_emoe.settings.tail_scale import TailScale, given_tail_scale
 
 _MASK64 = (1 << 64) - 1
-_K, _POOL, _EXPERTS = 1, 2, 3
+_K, _POOL, _EXPERTS, _DEAL = 1, 2, 3, 4
 _MARKER = "emoe-place"
+_TINY = 1e-6  # of a micro-batch: shares such as 0.7 are no exact numbers
 _random_states = checkpointing.get_rng_state  # the core's own
 
 
@@ -47,11 +48,13 @@ def unit(*values: int) -> float:
 @dataclass(frozen=True)
 class Place:
     """Where in training a forward pass stands. iteration and microbatch count from 0, layer from 1 (as the core
-    does)."""
+    does). microbatches: of the step. second: the micro-batch has run at the model's own k already."""
 
     iteration: int
     microbatch: int
     layer: int = 0
+    microbatches: int = 1
+    second: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Draw:
 
     k: active experts. pool: m, or None where each token draws its own from {k, ..., pool_max}. seed: of the layer's
     per-token numbers, before the rank is mixed in. tail: what multiplies the weights past the model's own k
-    (tail_scale.py). asked: an evaluation named this k'.
+    (tail_scale.py). asked: an evaluation named this k'. weight: of this pass in the loss.
     """
 
     k: int
@@ -69,6 +72,7 @@ class Draw:
     seed: int
     tail: float = 1.0
     asked: bool = False
+    weight: float = 1.0
 
 
 def scheduled_k(elastic: ElasticConfig, model_k: int, place: Place) -> int:
@@ -78,26 +82,58 @@ def scheduled_k(elastic: ElasticConfig, model_k: int, place: Place) -> int:
         return model_k
     if elastic.emoe_k_schedule == "ramp":
         return ramp(elastic, low, high, place.iteration)
+    if elastic.emoe_k_schedule == "stratified":
+        return _stratified_k(elastic, model_k, place)
     where = {"step": (0, 0), "microbatch": (place.microbatch, 0), "layer": (0, place.layer)}[elastic.emoe_k_draw]
     u = unit(elastic.emoe_seed, _K, place.iteration, *where)
     cumulative = list(accumulate(k_probabilities(elastic, model_k).values()))
     return low + min(bisect_right(cumulative, u), high - low)
 
 
+def _stratified_k(elastic: ElasticConfig, model_k: int, place: Place) -> int:
+    """In each step its share of the micro-batches at `model_k`, the others in turn at a k that is dealt from the grid.
+
+    Shares that do not divide the micro-batches are carried over to later steps, so a step may have one alone. Where the
+    number of micro-batches grows, shares hold on average.
+    """
+    first = place.iteration * place.microbatches
+    if elastic.emoe_second_pass:
+        return _dealt(elastic, model_k, first + place.microbatch) if place.second else model_k
+    share = 1 - elastic.default_prob
+    before = int(first * share + _TINY)
+    here = int((first + place.microbatches) * share + _TINY) - before
+    turn, after = (number * here // place.microbatches for number in (place.microbatch, place.microbatch + 1))
+    return _dealt(elastic, model_k, before + turn) if after > turn else model_k
+
+
+def _dealt(elastic: ElasticConfig, model_k: int, number: int) -> int:
+    """The k of deal `number`: the whole grid in an order of its own, then again in another one."""
+    grid = elastic.k_grid(model_k)
+    deal, position = divmod(number, len(grid))
+    return sorted(grid, key=lambda k: unit(elastic.emoe_seed, _DEAL, deal, k))[position]
+
+
+def loss_weight(elastic: ElasticConfig, model_k: int, place: Place) -> float:
+    """How much the losses of the forward pass at `place` count (k_schedule.py). Pure, equal on all ranks."""
+    own, other = loss_weights(elastic)
+    return own if own == other or scheduled_k(elastic, model_k, place) == model_k else other
+
+
 def draw_for(elastic: ElasticConfig, model_k: int, place: Place) -> Draw:
     """k, pool and seed of a layer's training forward pass at `place`. Pure."""
     k = scheduled_k(elastic, model_k, place)
     largest = _largest_pool(elastic, k, place.iteration)
-    seed = mix(elastic.emoe_seed, _EXPERTS, place.iteration, place.microbatch, place.layer)
-    tail = elastic.tail_scale_at(k, model_k)
+    again = (1,) if place.second else ()
+    seed = mix(elastic.emoe_seed, _EXPERTS, place.iteration, place.microbatch, place.layer, *again)
+    tail, weight = elastic.tail_scale_at(k, model_k), loss_weight(elastic, model_k, place)
     if not elastic.samples or elastic.emoe_pool_fixed:
-        return Draw(k, largest, largest, seed, tail)
+        return Draw(k, largest, largest, seed, tail, weight=weight)
     if elastic.emoe_pool_draw == "token":
-        return Draw(k, largest, None, seed, tail)
+        return Draw(k, largest, None, seed, tail, weight=weight)
     microbatch = place.microbatch if elastic.emoe_pool_draw == "microbatch" else 0
     u = unit(elastic.emoe_seed, _POOL, place.iteration, microbatch) / elastic.emoe_pool_prob
     pool = k + min(int(u * (largest - k + 1)), largest - k) if u < 1 else k
-    return Draw(k, largest, pool, seed, tail)
+    return Draw(k, largest, pool, seed, tail, weight=weight)
 
 
 def _largest_pool(elastic: ElasticConfig, k: int, iteration: int) -> int:
@@ -116,22 +152,22 @@ class ActiveK:
         self._override: int | Mapping[int, int] | None = None
         self._tail: TailScale | None = None
 
-    def begin_microbatch(self, iteration: int, microbatch: int) -> None:
-        """Call before each training forward pass.
+    def begin_microbatch(self, iteration: int, microbatch: int, microbatches: int = 1, second: bool = False) -> None:
+        """Call before each training forward pass, with its place.
 
         The place is kept in the core's random-state tracker: activation recomputation saves and restores that tracker,
         so a recomputed forward pass stands where the first one stood, also when other micro-batches ran in between
         (1F1B). A new tensor each time, because the core keeps references to old states, not copies.
         """
-        get_cuda_rng_tracker().states_[_MARKER] = torch.tensor([iteration, microbatch])
+        get_cuda_rng_tracker().states_[_MARKER] = torch.tensor([iteration, microbatch, microbatches, second])
 
     def place(self, layer: int) -> Place:
         """Where the running training forward pass stands. A CPU tensor is read: no device sync."""
         marker = get_cuda_rng_tracker().states_.get(_MARKER)
         if marker is None:
             raise RuntimeError("begin_microbatch() must be called before a training forward pass")
-        iteration, microbatch = marker.tolist()
-        return Place(iteration, microbatch, layer)
+        iteration, microbatch, microbatches, second = marker.tolist()
+        return Place(iteration, microbatch, layer, microbatches, bool(second))
 
     @contextmanager
     def evaluating(self, k: int | Sequence[int] | Mapping[int, int] | None) -> Iterator[None]:

@@ -35,7 +35,7 @@ def check_elastic(config: BothConfigs) -> None:
     _refuse_frozen_k(config)
     _refuse_machinery(config)
     _refuse_more_places_than_tokens(config)
-    _refuse_distillation(config)
+    _refuse_two_passes(config)
     _check_qk_norm(config)
     _refuse_attention_features(config)
 
@@ -195,13 +195,17 @@ def _has_more_places_than_tokens(k: int, experts: int, factor: float) -> bool:
     return any(math.ceil(tokens * k / experts * factor) > tokens for tokens in range(1, 1 << 14, 2))
 
 
-def _refuse_distillation(config: BothConfigs) -> None:
-    """The teacher is a second pass through the whole model inside one micro-batch."""
-    if not config.emoe_distill_coeff:
-        return
-    cause, stages = f"--emoe-distill-coeff {config.emoe_distill_coeff}", config.pipeline_model_parallel_size
+def _refuse_two_passes(config: BothConfigs) -> None:
+    """The teacher, and a second pass, go through the whole model inside one micro-batch."""
+    for name in ("emoe_distill_coeff", "emoe_second_pass"):
+        if value := getattr(config, name):
+            _refuse_stages(config, f"{flag(name)} {value}")
+
+
+def _refuse_stages(config: BothConfigs, cause: str) -> None:
+    stages = config.pipeline_model_parallel_size
     if stages > 1:
-        _conflict(cause, f"--pipeline-model-parallel-size {stages}", "one stage has no output of the model to follow")
+        _conflict(cause, f"--pipeline-model-parallel-size {stages}", "both passes go through the whole model")
     if config.mtp_num_layers:
         _conflict(cause, f"--mtp-num-layers {config.mtp_num_layers}", "its losses are computed inside the model")
 

@@ -25,7 +25,8 @@ from megatron_emoe.routing.noisy_topk import load_probabilities, noise_deviation
 from megatron_emoe.routing.router import ElasticRouter
 from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
 
-NEW_WEIGHTS = ("router.null_weight", "router.noise_weight")  # what a checkpoint of another selection lacks
+NEW_WEIGHTS = ("router.null_weight", "router.noise_weight", "router.budget_scales")
+"""What a checkpoint of another selection, or without budget scales, lacks."""
 
 
 def build_router(config: ElasticTransformerConfig, **rest: Any) -> ElasticRouter:

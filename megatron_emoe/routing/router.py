@@ -8,20 +8,24 @@ active.
 from __future__ import annotations
 
 from copy import copy
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_emoe.routing import kernel as router_kernel
 from megatron_emoe.routing import selection
 from megatron_emoe.routing.active_k import Draw, get_active_k, mix
+from megatron_emoe.routing.budget_scales import empty_scales, log_scales
 from megatron_emoe.routing.kernel import Routed, RoutingRule, Wanted
 from megatron_emoe.routing.losses import hierarchical_router_loss, mean_over_tokens, token_entropy
 from megatron_emoe.routing.metrics import get_elastic_tracker
 from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
+from megatron_emoe.settings.k_schedule import trained_ks
 
 
 class ElasticRouter(TopKRouter):
@@ -33,6 +37,8 @@ class ElasticRouter(TopKRouter):
     """
 
     config: ElasticTransformerConfig
+    loss_weight = 1.0
+    """What the losses of the running forward pass count (k_schedule.loss_weights)."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -50,6 +56,22 @@ class ElasticRouter(TopKRouter):
             )
             self.config = copy(self.config)
             self.config.moe_router_fusion = False
+        if self.config.emoe_budget_scales:
+            self.budget_ks = trained_ks(self.config, self.model_k)
+            self.budget_scales = Parameter(empty_scales(self.budget_ks))
+            self.budget_scales.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+
+    def get_aux_loss_coeff(self, aux_loss_type: str) -> float:
+        """The core's, times what this forward pass counts in the loss."""
+        return super().get_aux_loss_coeff(aux_loss_type) * self.loss_weight
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The core's, which divides by the weight for the log, and averages over micro-batches: a second pass of each
+        would double it."""
+        passes = 2 if self.config.emoe_second_pass else 1
+        return super().attach_and_log_load_balancing_loss(activation, aux_loss_coeff * passes, *args, **kwargs)
 
     @property
     def global_layer_number(self) -> int:
@@ -62,7 +84,7 @@ class ElasticRouter(TopKRouter):
         padding_mask: bool [sequence, batch], True where a token is padding.
         """
         draw = get_active_k().draw(self.config, self.model_k, self.global_layer_number, self.training)
-        self.topk = draw.k
+        self.topk, self.loss_weight = draw.k, draw.weight
         if self._stock_is_exact(draw):
             logits = self._attach_hierarchical_loss(logits, logits, None, padding_mask)
             probs_TE, map_TE = super().routing(logits, padding_mask)
@@ -78,7 +100,7 @@ class ElasticRouter(TopKRouter):
         """Whether the unmodified core computes this forward pass."""
         samples = self.training and draw.pool_max > draw.k
         softmax_bias = self.expert_bias is not None and self.score_function == "softmax"
-        plain = self.config.emoe_combine == "model" and draw.tail == 1.0
+        plain = self.config.emoe_combine == "model" and draw.tail == 1.0 and not self.config.emoe_budget_scales
         return not samples and not softmax_bias and plain
 
     def _elastic_routing(
@@ -125,7 +147,8 @@ class ElasticRouter(TopKRouter):
         wanted = self._wanted(rule)
         if not self.fused:
             return self._route_unfused(logits_TE, rule, seed, wanted)
-        if reason := router_kernel.why_not(logits_TE):
+        reason = "--emoe-budget-scales has no kernel" if self.config.emoe_budget_scales else None
+        if reason := reason or router_kernel.why_not(logits_TE):
             router_kernel.say_once(f"--moe-router-fusion: elastic routing is not fused, because {reason}")
             return self._route_unfused(logits_TE, rule, seed, wanted)
         u_TP = None
@@ -173,6 +196,7 @@ class ElasticRouter(TopKRouter):
             normalize=rule.normalize,
             scale=rule.scale,
             tail=rule.tail,
+            log_scales_K=self._log_scales(rule.k),
         )
         probs_TE, map_TE = selection.to_dense(weights_TK, indices_TK, logits_TE)
         entropy_T = self._token_entropy(logits_TE, scores_TE) if wanted.entropy else None
@@ -180,6 +204,9 @@ class ElasticRouter(TopKRouter):
         if rule.score_function != "softmax" and wanted.balance:
             scores_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
         return Routed(probs_TE, map_TE, pool, entropy_T, scores_TE if wanted.balance else None, plain_TE)
+
+    def _log_scales(self, k: int) -> Tensor | None:
+        return log_scales(self.budget_scales, self.budget_ks, k) if self.config.emoe_budget_scales else None
 
     @torch.no_grad()
     def _select(
@@ -268,7 +295,7 @@ class ElasticRouter(TopKRouter):
         if tracker.measuring:
             values = {"hierarchical router loss": loss, "router entropy": entropy}
             tracker.add_values(self.global_layer_number, values)
-        return self._attach_loss(activation, coeff * loss, valid_T) if coeff else activation
+        return self._attach_loss(activation, self.loss_weight * coeff * loss, valid_T) if coeff else activation
 
     def _entropy_coeff(self) -> float:
         """The entropy loss of top-p is the hierarchical loss but for a constant, log E: its weight adds up."""

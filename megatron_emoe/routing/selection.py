@@ -114,23 +114,29 @@ def combine_weights(
     normalize: bool,
     scale: float | None,
     tail: tuple[int, float] | None = None,
+    log_scales_K: Tensor | None = None,
 ) -> Tensor:
     """Weights of the selected experts, fp32 [T, K].
 
     normalize: they sum to 1 (softmax over the selected logits, or scores divided by their sum); else the raw scores.
     tail: (first, a) multiplies the scores of the columns from `first` on by a, before normalisation (tail_scale.py).
-    Matches Megatron-Core's `topk_routing_with_score_function` bit for bit at the same indices without a tail.
+    log_scales_K: fp32, likewise a factor of each column, as its logarithm (budget_scales.py). Without both it matches
+    Megatron-Core's `topk_routing_with_score_function` bit for bit at the same indices.
     """
     if score_function == "softmax" and normalize:
         selected_TK = logits_TE.gather(1, indices_TK)
         if tail is not None:  # softmax(x + log a) is exp(x) a, normalised
             selected_TK = selected_TK.float()
             selected_TK[:, tail[0] :] += math.log(tail[1]) if tail[1] > 0 else -math.inf
+        if log_scales_K is not None:
+            selected_TK = selected_TK.float() + log_scales_K
         weights_TK = torch.softmax(selected_TK, dim=-1, dtype=torch.float32)
     else:
         weights_TK = scores_TE.gather(1, indices_TK)
         if tail is not None:
             weights_TK[:, tail[0] :] *= tail[1]
+        if log_scales_K is not None:
+            weights_TK = weights_TK * log_scales_K.exp()
         if normalize:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
     return weights_TK * scale if scale else weights_TK

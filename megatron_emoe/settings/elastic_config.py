@@ -54,14 +54,19 @@ class ElasticConfig:
     emoe_pool_anneal_iters: int = 0
     """Iterations over which the largest pool grows linearly from the active k to K. 0: K from the start."""
 
-    emoe_k_schedule: Literal["constant", "uniform", "weighted", "default-or-smaller", "default-or-larger", "ramp"] = (
-        "constant"
-    )
+    emoe_k_schedule: Literal[
+        "constant", "uniform", "weighted", "default-or-smaller", "default-or-larger", "ramp", "stratified"
+    ] = "constant"
     """The number of active experts in training. constant: --moe-router-topk. uniform: any k in [k-min, k-max].
     weighted: likewise with --emoe-k-weights. default-or-smaller: --moe-router-topk with probability
     --emoe-k-default-prob, else uniform in [k-min, k - 1] (ERNIE 5.0). default-or-larger: likewise, else uniform in
     [k + 1, k-max]; with --emoe-tail-scale the recipe of docs/study.md. ramp: linear from k-min to k-max over
-    --emoe-k-ramp-iters."""
+    --emoe-k-ramp-iters. stratified: every step trains --moe-router-topk and others together: a share of its
+    micro-batches, --emoe-k-default-prob, at --moe-router-topk, the rest dealt out over --emoe-k-grid."""
+
+    emoe_k_grid: list[int] | None = None
+    """Experts: the k that stratified deals out beside --moe-router-topk, each as often as the others. Unset: half of
+    it, twice and three times."""
 
     emoe_k_min: int | None = None
     """Experts: the smallest k that the schedule draws; where weights are renormalised, at least 2 (else routers get no
@@ -77,7 +82,7 @@ class ElasticConfig:
 
     emoe_k_default_prob: float | None = None
     """Probability of --moe-router-topk, in (0, 1). Unset: 0.8 in default-or-smaller, ERNIE 5.0's value, and 0.5 in
-    default-or-larger."""
+    default-or-larger and stratified, where it is the share of the micro-batches."""
 
     emoe_k_ramp_iters: int | None = None
     """Iterations from k-min to k-max in the schedule ramp. Required by ramp."""
@@ -85,6 +90,20 @@ class ElasticConfig:
     emoe_k_draw: Literal["step", "microbatch", "layer"] = "step"
     """How often k is drawn: once per optimizer step, once per micro-batch, or per step and layer (each layer its own k:
     best in M-MoE, and part of the recipe)."""
+
+    emoe_other_weight: float = 1.0
+    """With stratified, how much a micro-batch at another k than --moe-router-topk counts in the loss and in the
+    load-balancing losses, against one at that k. Above 0. The mean over micro-batches stays 1."""
+
+    emoe_second_pass: float = 0.0
+    """With stratified, run every micro-batch twice, at --moe-router-topk and at a k dealt from --emoe-k-grid, whose
+    loss has this weight against the first one's; together they count as one. 0: one pass. It costs a second forward
+    and backward pass."""
+
+    emoe_budget_scales: bool = False
+    """Learn, for every layer, trained k and rank, a factor on the weights of the selected experts, beside the tail
+    scale and likewise before renormalisation; all start at 1. Between trained k it is interpolated, in evaluation
+    too."""
 
     emoe_seed: int = 1234
     """Seed of all elastic draws. They depend on it, the iteration, the micro-batch, the layer and the data-parallel
@@ -218,6 +237,11 @@ class ElasticConfig:
             return self.emoe_k_default_prob
         return DEFAULT_PROB if self.emoe_k_schedule == "default-or-smaller" else DEFAULT_LARGER_PROB
 
+    def k_grid(self, model_k: int) -> list[int]:
+        """The k beside `model_k` that the schedule stratified deals out, ascending."""
+        unset = {max(1, model_k // 2), 2 * model_k, DEFAULT_LARGEST * model_k} - {model_k}
+        return sorted(unset if self.emoe_k_grid is None else self.emoe_k_grid)
+
     def tail_scale_at(self, k: int, model_k: int) -> float:
         """a(k): what the weights of the selected experts past the best `model_k` are multiplied by."""
         if k <= model_k or self.emoe_tail_scale is None:
@@ -228,6 +252,9 @@ class ElasticConfig:
         """Smallest and largest k of the schedule; `model_k` is --moe-router-topk."""
         if self.emoe_k_schedule == "constant":
             return model_k, model_k
+        if self.emoe_k_schedule == "stratified":
+            ks = [model_k, *self.k_grid(model_k)]
+            return min(ks), max(ks)
         if self.emoe_k_schedule == "default-or-smaller":
             return _given(self.emoe_k_min), model_k
         if self.emoe_k_schedule == "default-or-larger":
@@ -240,6 +267,8 @@ class ElasticConfig:
 
     def k_fields(self) -> tuple[str, str]:
         """Names of the settings that hold the two numbers of `k_range`, for messages."""
+        if self.emoe_k_schedule == "stratified":
+            return "emoe_k_grid", "emoe_k_grid"
         low = "moe_router_topk" if self.emoe_k_schedule in ("constant", "default-or-larger") else "emoe_k_min"
         high = "moe_router_topk" if self.emoe_k_schedule in ("constant", "default-or-smaller") else "emoe_k_max"
         return low, high

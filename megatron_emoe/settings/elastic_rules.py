@@ -13,13 +13,17 @@ _SCHEDULE_NEEDS = {
     "default-or-smaller": {"emoe_k_min"},
     "default-or-larger": set(),
     "ramp": {"emoe_k_min", "emoe_k_max", "emoe_k_ramp_iters"},
+    "stratified": set(),
 }
 _SCHEDULE_TAKES = {
     **_SCHEDULE_NEEDS,
     "default-or-smaller": {"emoe_k_min", "emoe_k_default_prob"},
     "default-or-larger": {"emoe_k_max", "emoe_k_default_prob"},
+    "stratified": {"emoe_k_grid", "emoe_k_default_prob"},
 }
-_SCHEDULE_PARAMETERS = {"emoe_k_min", "emoe_k_max", "emoe_k_weights", "emoe_k_default_prob", "emoe_k_ramp_iters"}
+_SCHEDULE_PARAMETERS = {
+    *("emoe_k_min", "emoe_k_max", "emoe_k_weights", "emoe_k_default_prob", "emoe_k_ramp_iters", "emoe_k_grid")
+}
 _SAMPLING_PARAMETERS = (
     *("emoe_pool_k", "emoe_pool_draw", "emoe_pool_fixed", "emoe_pool_keep", "emoe_pool_prob"),
     *("emoe_pool_anneal_iters", "emoe_balance_on"),
@@ -44,6 +48,7 @@ def validate_elastic(
     _check_eval_k(elastic, num_experts)
     check_tail_scale(elastic.emoe_tail_scale, model_k, num_experts)
     _check_numbers(elastic)
+    _check_weights_of_others(elastic)
     _check_distillation(elastic, model_k)
     if group_topk:
         _check_groups(elastic, model_k, num_experts, num_groups or 1, group_topk)
@@ -60,7 +65,9 @@ def _check_schedule(elastic: ElasticConfig, model_k: int, num_experts: int) -> N
         _refuse("emoe_k_schedule", schedule, f"needs {flag(name)}, which is not given")
     for name in sorted(given - _SCHEDULE_TAKES[schedule]):
         _refuse(name, getattr(elastic, name), f"has no meaning with {flag('emoe_k_schedule')} {schedule}")
-    if schedule in ("constant", "ramp") and elastic.emoe_k_draw != "step":
+    if schedule == "stratified":
+        _check_grid(elastic, model_k)
+    if schedule in ("constant", "ramp", "stratified") and elastic.emoe_k_draw != "step":
         _refuse("emoe_k_draw", elastic.emoe_k_draw, f"has no meaning with {flag('emoe_k_schedule')} {schedule}")
     (low, high), (low_name, high_name) = elastic.k_range(model_k), elastic.k_fields()
     if low < 1:
@@ -76,6 +83,35 @@ def _check_schedule(elastic: ElasticConfig, model_k: int, num_experts: int) -> N
     if schedule == "weighted":
         _check_weights(_weights(elastic), low, high)
     _check_that_k_varies(elastic, model_k)
+
+
+def _check_grid(elastic: ElasticConfig, model_k: int) -> None:
+    grid = elastic.k_grid(model_k)
+    words = " ".join(map(str, grid))
+    if not grid or len(set(grid)) != len(grid) or model_k in grid:
+        rule = f"must name one k or more, each once, and not --moe-router-topk {model_k}, which has its own share"
+        _refuse("emoe_k_grid", words, rule)
+    if elastic.emoe_second_pass and elastic.emoe_k_default_prob is not None:
+        rule = f"has no meaning with --emoe-second-pass {elastic.emoe_second_pass}: every micro-batch runs at k too"
+        _refuse("emoe_k_default_prob", elastic.emoe_k_default_prob, rule)
+
+
+def _check_weights_of_others(elastic: ElasticConfig) -> None:
+    """Weights of the passes at another k than the model's, which only stratified has in every step."""
+    weight, second = elastic.emoe_other_weight, elastic.emoe_second_pass
+    if not 0 < weight < float("inf"):
+        _refuse("emoe_other_weight", weight, "must be a finite number above 0")
+    if not 0 <= second < float("inf"):
+        _refuse("emoe_second_pass", second, "must be a finite number of at least 0")
+    for name, value, unset in (("emoe_other_weight", weight, 1.0), ("emoe_second_pass", second, 0.0)):
+        if value != unset and elastic.emoe_k_schedule != "stratified":
+            _refuse(name, value, "needs --emoe-k-schedule stratified")
+    if second and weight != 1.0:
+        _refuse("emoe_other_weight", weight, f"has no meaning with --emoe-second-pass {second}, which is a weight")
+    if second and elastic.emoe_distill_coeff:
+        _refuse("emoe_second_pass", second, "cannot be combined with --emoe-distill-coeff, a third pass")
+    if elastic.emoe_budget_scales and not elastic.draws_k:
+        _refuse("emoe_budget_scales", "", "needs an --emoe-k-schedule that trains more than one k")
 
 
 def _check_that_k_varies(elastic: ElasticConfig, model_k: int) -> None:

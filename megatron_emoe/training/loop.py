@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 from megatron.training import training as core_training
@@ -19,10 +20,10 @@ from megatron.training.utils import print_rank_last
 from torch import Tensor
 
 from megatron_emoe.data.datasets import get_batch
-from megatron_emoe.routing.active_k import get_active_k, keep_place_out_of_checkpoints
+from megatron_emoe.routing.active_k import Place, get_active_k, keep_place_out_of_checkpoints, loss_weight
 from megatron_emoe.routing.metrics import get_elastic_tracker
 from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
-from megatron_emoe.settings.k_schedule import expected_k
+from megatron_emoe.settings.k_schedule import expected_k, loss_weights
 from megatron_emoe.training import exit_signals
 from megatron_emoe.training.distillation import forward_with_teacher, wants_teacher
 from megatron_emoe.training.evaluation import Evaluator, OneMask, current_device
@@ -96,14 +97,40 @@ class ElasticLoop:
             "packed_seq_params": batch["packed_seq_params"],
             "padding_mask": batch["padding_mask"],
         }
+        if model.training and self.config.emoe_second_pass:
+            return self._both_passes(model, inputs), partial(self._loss_of_both, batch["loss_mask"])
         if not (model.training and self.config.emoe_distill_coeff):
-            return model(**inputs), partial(self._checked_loss, batch["loss_mask"])
+            weight = self._loss_weight(model) if model.training else 1.0
+            return model(**inputs), partial(self._checked_loss, batch["loss_mask"], weight=weight)
         if self._wants_teacher(model):
             output, divergence = forward_with_teacher(model, inputs)
         else:
             output = model(**inputs)
             divergence = torch.zeros_like(output)
         return output, partial(self._distilled_loss, batch["loss_mask"], divergence)
+
+    def _loss_weight(self, model: torch.nn.Module) -> float:
+        """Of this micro-batch: host arithmetic."""
+        iteration, microbatch, microbatches = self._place(model)
+        place = Place(iteration, microbatch, microbatches=microbatches)
+        return loss_weight(self.config, self.config.moe_router_topk, place)
+
+    def _both_passes(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Token losses [2, batch, sequence]: at the model's own k, where `forward_step` has put the place, then at the
+        k that is dealt to this micro-batch. Each pass is recomputed, if it is, at its own place."""
+        own = model(**inputs)
+        get_active_k().begin_microbatch(*self._place(model), second=True)
+        return torch.stack([own, model(**inputs)])
+
+    def _loss_of_both(self, loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        (own, other), weights = losses, loss_weights(self.config)
+        loss, tokens, report = self._checked_loss(loss_mask, own, weight=weights[0])
+        other_loss, _, other_report = self._checked_loss(loss_mask, other, weight=weights[1])
+        report["second pass loss"] = other_report["lm loss"]
+        return loss + other_loss, tokens, report
+
+    def _place(self, model: torch.nn.Module) -> tuple[int, int, int]:
+        return self.args.curr_iteration, _microbatch(model), get_num_microbatches()
 
     def _wants_teacher(self, model: torch.nn.Module) -> bool:
         config = self.config
@@ -118,7 +145,10 @@ class ElasticLoop:
         report["distillation loss"] = distance_report["lm loss"]
         return loss + self.config.emoe_distill_coeff * distance, tokens, report
 
-    def _checked_loss(self, loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _checked_loss(
+        self, loss_mask: Tensor, losses: Tensor, weight: float = 1.0
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As language_model_loss, the sum times what this pass counts; the log has it as it is."""
         loss, tokens, report = language_model_loss(loss_mask, losses)
         if self.args.check_for_nan_in_loss_and_grad and losses.requires_grad:
             for rejects, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
@@ -138,14 +168,14 @@ class ElasticLoop:
                 tolerance=0.0,
                 fatal=False,
             )
-        return loss, tokens, report
+        return loss * weight, tokens, report
 
     def _begin(self, model: torch.nn.Module) -> None:
         """Tell the owner of k, and the metrics, where training stands: host arithmetic."""
-        iteration = self.args.curr_iteration
+        iteration, microbatch, microbatches = self._place(model)
         self.args.exit_duration_in_mins = self._exit_duration
         if self.config.draws:  # else the core's random-state tracker, which CUDA graphs read too, stays as it is
-            get_active_k().begin_microbatch(iteration, _microbatch(model))
+            get_active_k().begin_microbatch(iteration, microbatch, microbatches)
         interval = self.config.emoe_coactivation_interval
         get_elastic_tracker().begin_step(iteration, self.args.log_interval, interval)
 
@@ -234,6 +264,16 @@ def _microbatch(model: torch.nn.Module) -> int:
     return layers[0].current_microbatch if layers else 0
 
 
+def _count_both(elastic: Namespace, config: ElasticTransformerConfig, *rest: Any, **kwargs: Any) -> float:
+    """FLOPs of a pass at the model's own k and of one at a k from the grid."""
+    own, grid = config.moe_router_topk, config.k_grid(config.moe_router_topk)
+    total = 0.0
+    for k in (own, sum(grid) / len(grid)):
+        elastic.moe_router_topk = k
+        total += _count_flops(elastic, *rest, **kwargs)
+    return total
+
+
 def _report_expected_flops(args: Namespace, config: ElasticTransformerConfig) -> None:
     """Let the log's FLOPs and MFU use E[k], or the measured mean where every token has its own: the core reads
     --moe-router-topk there, and has no seam for it."""
@@ -241,6 +281,8 @@ def _report_expected_flops(args: Namespace, config: ElasticTransformerConfig) ->
     def at_expected_k(namespace: Namespace, *rest: Any, **kwargs: Any) -> float:
         elastic = copy(namespace)
         k = expected_k(config, config.moe_router_topk, getattr(args, "curr_iteration", 0))
+        if config.emoe_second_pass:
+            return _count_both(elastic, config, *rest, **kwargs)
         measured = get_elastic_tracker().mean_k if config.counts_vary else None
         elastic.moe_router_topk = k if measured is None else measured
         return _count_flops(elastic, *rest, **kwargs)

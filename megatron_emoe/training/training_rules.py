@@ -38,6 +38,7 @@ def _refuse_constant_weights(elastic: ElasticConfig, args: Namespace) -> None:
     """A weight that is divided by itself is 1 whatever the router says: its gradient is 0, and nothing shows it.
 
     Megatron-Core refuses --moe-router-topk 1 there. Draws can reach one expert too, and a tail scale of 0 leaves one.
+    stratified may deal 1: other micro-batches of the same steps train the routers.
     """
     model_k, (low, _) = args.moe_router_topk, elastic.k_fields()
     keep = "keep the scores as weights (--moe-router-pre-softmax, --emoe-combine raw)"
@@ -45,7 +46,7 @@ def _refuse_constant_weights(elastic: ElasticConfig, args: Namespace) -> None:
     for k in drawn_ks(elastic, model_k):
         if not normalizes(elastic.emoe_combine, args.moe_router_score_function, args.moe_router_pre_softmax, k):
             continue
-        if k == 1:
+        if k == 1 and elastic.emoe_k_schedule != "stratified":
             raise ValueError(f"{flag(low)} 1: must be at least 2 here; the weight of one expert alone {rule}")
         if model_k == 1 and elastic.tail_scale_at(k, model_k) == 0:
             words = " ".join(elastic.emoe_tail_scale or [])
