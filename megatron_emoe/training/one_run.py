@@ -14,7 +14,10 @@ LOCK = ".run.lock"
 """In the folder: held by the first rank of the run that writes there, and tells who that is."""
 
 _held: list[BinaryIO] = []
-"""Open until the process ends: closing any handle of the file would give the lock up."""
+"""Open until the process ends: closing any handle of the file would give the lock up. A forked child has no part in the
+lock, and lets go of the file, so that it does not keep the disk in use."""
+
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 def take_folder(save: str) -> None:

@@ -272,7 +272,7 @@ def see_folder_late() -> None:
             return found
         while not looked.exists():
             time.sleep(0.01)
-        Path(args.load).mkdir()
+        Path(args.load).mkdir(exist_ok=True)  # or the first rank has: the lock of a run lies there
         return look(args)
 
     layer_spec.recovery_of = watched

@@ -156,6 +156,7 @@ BY_HAND = SimpleNamespace(
     moe_shared_expert_gate=False,
     emoe_selection="prefix",
     emoe_null_experts=None,
+    emoe_budget_scales=False,
     vocab_size=100,
     make_vocab_size_divisible_by=128,
     untie_embeddings_and_output_weights=True,

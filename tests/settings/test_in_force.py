@@ -12,6 +12,7 @@ from megatron_emoe.settings.baseline_rules import check_baseline_settings
 from megatron_emoe.settings.elastic_config import ElasticConfig
 from megatron_emoe.settings.elastic_rules import validate_elastic
 from megatron_emoe.settings.in_force import settings_in_force
+from megatron_emoe.settings.k_schedule import trained_ks
 from tests.distributed import REPO
 
 POOL = {"emoe_selection": "coactivation", "emoe_pool_k": 6}
@@ -23,6 +24,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "default-or-smaller": {"emoe_k_min": 1},
     "default-or-larger": {},
     "ramp": RANGE | {"emoe_k_ramp_iters": 20},
+    "stratified": {},
 }
 SELECTIONS: dict[str, dict[str, Any]] = {
     "topk": {},
@@ -54,6 +56,10 @@ CHANGED: dict[str, Any] = {
     "emoe_importance_loss_coeff": 0.5,
     "emoe_load_loss_coeff": 0.5,
     "emoe_distill_coeff": 0.5,
+    "emoe_k_grid": [3, 5],
+    "emoe_other_weight": 0.5,
+    "emoe_second_pass": 0.5,
+    "emoe_budget_scales": True,
 }
 ALWAYS = {
     "emoe_selection": "what the others depend on",
@@ -82,8 +88,9 @@ def does(settings: ElasticConfig) -> list[Any]:
     above = any(draw.k > 2 for draw in draws) and settings.emoe_distill_coeff
     top_p = settings.emoe_selection == "top-p" and (settings.top_p, settings.emoe_top_p_max)
     nulls = settings.emoe_selection == "null-experts" and settings.emoe_null_experts
+    scales = settings.emoe_budget_scales and trained_ks(settings, 2)
     losses = (settings.hr_loss_coeff, settings.entropy_loss_coeff, settings.noise_loss_coeffs)
-    return [draws, pools, above, top_p, nulls, losses]
+    return [draws, pools, above, top_p, nulls, losses, scales]
 
 
 def refused(settings: ElasticConfig) -> str | None:

@@ -32,7 +32,8 @@ def test_what_nobody_can_act_on_is_left_out_and_the_rest_is_said(name):
 def test_the_list_of_a_model_s_parameters_is_left_out(caplog):
     leave_out_noise()
     logger = logging.getLogger("megatron.core.distributed.param_and_grad_buffer")
-    with caplog.at_level(logging.INFO, logger.name):
+    both = caplog.at_level(logging.INFO, logger.name), caplog.at_level(logging.INFO, "torch.utils.cpp_extension")
+    with both[0], both[1]:
         logger.info("Number of buckets: %d\nParams for bucket 1 (3 elements):\n\ta.weight\n\tb.weight", 1)
         logging.getLogger("torch.utils.cpp_extension").warning("No CUDA runtime is found, using %s", "/cuda")
         logging.getLogger("torch.utils.cpp_extension").warning("a compiler is missing")
