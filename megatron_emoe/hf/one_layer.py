@@ -60,10 +60,15 @@ class HFLayers:
 
     def _load(self, made: PreTrainedConfig, tensors: Mapping[str, Tensor], part: str, needed: str) -> PreTrainedModel:
         made._attn_implementation = made._experts_implementation = "eager"
-        with silent_transformers():
-            model, loading = _class_of(made).from_pretrained(
-                None, config=made, state_dict=dict(tensors), dtype=torch.float32, output_loading_info=True
-            )
+        try:
+            with silent_transformers():
+                model, loading = _class_of(made).from_pretrained(
+                    None, config=made, state_dict=dict(tensors), dtype=torch.float32, output_loading_info=True
+                )
+        except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError, OverflowError) as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            rule = f"transformers cannot build the {part} that config.json describes ({why})"
+            raise ValueError(f"{self._files.folder}: {rule}") from error
         lost = [name for name in loading["missing_keys"] if name.startswith(needed)]
         problems = [*lost, *loading["unexpected_keys"], *loading["mismatched_keys"]]
         if problems:

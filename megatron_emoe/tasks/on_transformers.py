@@ -83,8 +83,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"--load {folder}: no tokenizer in it (tokenizer.json, tokenizer.model or vocab.json)")
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--load {folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # what is wrong with the files ends in transformers, or in the library below it
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"--load {folder}: its tokenizer cannot be loaded ({why})") from error
 
 
 def load_model(folder: Path, dtype: str, device: torch.device) -> PreTrainedModel:

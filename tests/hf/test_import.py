@@ -186,6 +186,18 @@ def test_a_checkpoint_that_fails_its_check_does_not_appear(models, tmp_path):
     assert run_ranks(fail_in_check, 1, models["olmoe"], tmp_path / "out") == [[]]
 
 
+def checked(hf: Path, out: Path) -> list[str]:
+    from megatron_emoe.hf.layer_check import check_layers
+
+    with pytest.raises(ValueError, match="transformers cannot build the (layer 0|embedding and head) that config.json"):
+        import_model(hf, out, verify=check_layers, report=str)
+    return [path.name for path in out.parent.iterdir()]
+
+
+def test_a_configuration_that_transformers_cannot_build_is_one_line_and_leaves_nothing(copy, tmp_path):
+    assert run_ranks(checked, 1, copy("olmoe", base_model_tp_plan=[1]), tmp_path / "out") == [["hf"]]
+
+
 def import_and_say(hf: Path, out: Path) -> tuple[list[str], list[str]]:
     said: list[str] = []
     import_model(hf, out, report=said.append)

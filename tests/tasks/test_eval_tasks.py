@@ -380,3 +380,16 @@ def test_without_lm_eval_the_tool_says_what_to_install(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval_tasks.py"])
     status, _, err = run_tool("eval_tasks", "--model", "hf")
     assert status == 2 and "pip install 'megatron-emoe[eval]'" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("tokenizer.json", {"padding": 10}), ("tokenizer_config.json", {"tokenizer_class": {"a": 1}})]
+)
+def test_a_tokenizer_that_no_library_can_read_is_one_line(name, content, tmp_path):
+    from megatron_emoe.tasks.on_transformers import load_tokenizer
+
+    folder = hf_models.save("olmoe", tmp_path / "hf", tokenizer=True)
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | content))
+    with pytest.raises(ValueError, match=rf"^--load {folder}: its tokenizer cannot be loaded \(\w+: [^\n]*\)$"):
+        load_tokenizer(folder)
