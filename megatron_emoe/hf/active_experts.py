@@ -7,6 +7,7 @@ tokens, E experts, K active experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from megatron_emoe.hf.comparison import gate_of, selection_scores
 from megatron_emoe.hf.registry import architectures
+from megatron_emoe.settings.budget_table import read_budget_table
 from megatron_emoe.settings.tail_scale import TailScale, given_tail_scale, parse_tail_scale
 
 _tails: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
@@ -43,7 +45,8 @@ def set_active_experts(
     tail_scale: one number, or a(k') at some k' (linear between them). Where k' is above the k of training
     (`trained_k`), the weights of the ranks above that k are multiplied by a(k') before they are renormalised, as
     --emoe-tail-scale does in Megatron. None: the scale that an export has in the block "emoe" of its config.json, or
-    plain top-k' where there is none; 1: plain top-k'.
+    plain top-k' where there is none; 1: plain top-k'. Learned scales by budget in that block (--emoe-budget-scales)
+    belong to the model: they are always used, at every k'.
 
     Raises:
         ValueError: a model of another architecture, a k' out of range, a list of the wrong length, or a tail scale that
@@ -57,13 +60,16 @@ def set_active_experts(
     ks = _one_per_gate(k, gates)
     tail = _own_tail(model.config) if tail_scale is None else given_tail_scale(tail_scale)
     model_k = trained_k(model.config)
-    for gate, layer_k in zip(gates, ks, strict=True):
+    budgets = read_budget_table(getattr(model.config, "emoe", None), len(gates), gates[0].num_experts)
+    for layer, (gate, layer_k) in enumerate(zip(gates, ks, strict=True)):
         gate.top_k = layer_k
         if gate in _tails:
             _tails.pop(gate).remove()
         scale = 1.0 if tail is None or layer_k <= model_k else tail.at(layer_k)
-        if scale != 1.0:
-            _tails[gate] = gate.register_forward_hook(_tail_hook(model_k, scale))
+        learned = budgets.at(layer, layer_k) if budgets is not None else [0.0] * layer_k
+        factors = [math.exp(log) * (scale if rank >= model_k else 1.0) for rank, log in enumerate(learned)]
+        if any(factor != 1.0 for factor in factors):
+            _tails[gate] = gate.register_forward_hook(_rank_hook(factors))
 
 
 def _own_tail(config: PreTrainedConfig) -> TailScale | None:
@@ -85,17 +91,18 @@ def _one_per_gate(k: int | Sequence[int], gates: list[nn.Module]) -> list[int]:
     return ks
 
 
-def _tail_hook(model_k: int, scale: float) -> Any:
-    """Replaces the weights that a gate gives to its experts; which experts they are stays as it is."""
+def _rank_hook(factors: Sequence[float]) -> Any:
+    """Replaces the weights that a gate gives to its experts; which experts they are stays as it is. factors: of the
+    scores, by rank, before they are renormalised."""
 
     def rescale(gate: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits_TE, weights_TK, indices_TK = output
         # DeepSeek's gate does not sort its experts, so ranks are counted here.
         ranked_TK = selection_scores(gate, logits_TE).gather(1, indices_TK)
         order_TK = ranked_TK.argsort(dim=1, descending=True, stable=True)
-        in_tail_TK = order_TK.argsort(dim=1) >= model_k
+        factors_K = torch.tensor(factors, device=logits_TE.device)
         scores_TK = logits_TE.float().softmax(dim=-1).gather(1, indices_TK)
-        scaled_TK = torch.where(in_tail_TK, scores_TK * scale, scores_TK)
+        scaled_TK = scores_TK * factors_K[order_TK.argsort(dim=1)]
         return logits_TE, _combined(gate, scaled_TK).to(weights_TK.dtype), indices_TK
 
     return rescale

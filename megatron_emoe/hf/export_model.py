@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from megatron_emoe.hf.architecture import Architecture
+from megatron_emoe.hf.budget_scales import STORED, stored_budget_table
 from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
 from megatron_emoe.hf.config_file import with_floats
 from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, state_of
@@ -24,6 +25,7 @@ from megatron_emoe.hf.safetensors_files import header, write_index, write_shard
 from megatron_emoe.hf.torch_dist import TorchDistReader
 from megatron_emoe.model.checkpoint import fitted_tail_scale, iteration_of, locate, stored_args
 from megatron_emoe.model.stored_model import SHAPE_FLAGS, shape_value
+from megatron_emoe.settings.budget_table import KEY
 from megatron_emoe.settings.elastic_config import flag
 from megatron_emoe.settings.flag_files import flag_words
 from megatron_emoe.settings.hf_folder import read_config_json
@@ -80,6 +82,8 @@ def export_model(
     layout = architecture.layout(config, stacked=not any(key.startswith("decoder.layers.0.") for key in reader.tensors))
     _check_tensors(reader, groups, layout, config)
     settings = elastic_settings(args, checkpoint)
+    if table := stored_budget_table(reader, args):
+        settings[KEY] = table.as_json()
     settings |= measured(settings) if measured is not None else {}
     state = state_of([*checkpoint.glob("*"), companions / "config.json"])
     with OutputFolder(out).making({"files": state, "k": k, "settings": settings, "to": "safetensors"}) as folder:
@@ -155,8 +159,8 @@ def _check_tensors(reader: TorchDistReader, groups: list[Group], layout: Layout,
         if place.key not in reader.tensors:
             raise ValueError(f"{reader.folder}: {place.key} is missing")
     for key in reader.tensors:
-        if key.endswith("router.noise_weight"):
-            continue  # of noisy top-k, which has noise in training alone
+        if key.endswith(("router.noise_weight", STORED)):
+            continue  # of noisy top-k, which has noise in training alone; in config.json
         if key.startswith(("decoder.", "embedding.", "output_layer.", "mtp.")) and key not in known:
             raise ValueError(f"{reader.folder}: holds {key}, for which {config.model_type} has no place")
 
@@ -245,6 +249,13 @@ def serving_lines(
 
     No stock engine has a tail scale: where one belongs to a k', the line is that of this package.
     """
+    if settings.get(KEY):
+        return [
+            "it has learned scales by budget, at every k': vLLM and transformers as they are have none, and would "
+            "compute something else; transformers with this package, here k' = " + str(k) + ":",
+            f'  model = AutoModelForCausalLM.from_pretrained("{out}")',
+            f"  megatron_emoe.set_active_experts(model, {k})",
+        ]
     said = []
     if (tail := _tail_at(settings, k)) != 1:
         said.append(f"as it stands, {out} is served without the tail scale {tail:g} that belongs to its k' = {k}")

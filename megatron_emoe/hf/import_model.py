@@ -20,6 +20,7 @@ from megatron_emoe.hf.pieces import Group, Layout, Piece
 from megatron_emoe.hf.registry import architecture_of, read_config
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder, write_shard
 from megatron_emoe.hf.torch_dist import COMMON_STATE, TorchDistWriter, without_checksums
+from megatron_emoe.settings.budget_table import KEY
 from megatron_emoe.settings.companion_folder import HF_FOLDER, has_tokenizer
 from megatron_emoe.settings.flag_files import flag_file, flag_words
 from megatron_emoe.settings.hf_folder import read_config_json
@@ -51,6 +52,7 @@ def import_model(
     """
     config = read_config(hf)
     architecture = architecture_of(config)
+    _refuse_budget_scales(hf, config)
     source = SafetensorsFolder(hf)
     groups = architecture.groups(config)
     carried = _check_tensors(source, architecture, config, groups)
@@ -69,7 +71,7 @@ def import_model(
     report(f"{out}: {sum(map(_parameters, groups)):,} parameters, {config.model_type}")
     report(f"flags of this model, for pretrain_emoe.py @{out / FLAG_FILE}:")
     report((out / FLAG_FILE).read_text().rstrip())
-    tail = (getattr(config, "emoe", None) or {}).get("tail_scale")
+    tail = _block(config).get("tail_scale")
     if tail:
         report(f"tail scale {' '.join(tail)}: of config.json's block emoe; evaluations of {out} use it")
     for line in said_of_balancing(hf, architecture.balancing_key, balancing):
@@ -134,9 +136,23 @@ def arguments_of(hf: Path) -> tuple[Namespace, dict[str, Any] | None]:
 def _stored(config: PretrainedConfig, words: list[str]) -> Namespace:
     """The arguments to store for these flags, with the tail scale that an export left in config.json."""
     stored = stored_form(words)
-    if tail := (getattr(config, "emoe", None) or {}).get("tail_scale"):
+    if tail := _block(config).get("tail_scale"):
         stored.emoe_tail_scale = list(tail)
     return stored
+
+
+def _block(config: PretrainedConfig) -> dict[str, Any]:
+    """What an export left in config.json; {}: it is of another origin."""
+    return getattr(config, "emoe", None) or {}
+
+
+def _refuse_budget_scales(hf: Path, config: PretrainedConfig) -> None:
+    """An import would lose them, and the model would be another one."""
+    if _block(config).get(KEY):
+        raise ValueError(
+            f"{hf}/config.json: emoe.{KEY}: learned scales by budget cannot be imported; take the Megatron checkpoint "
+            "that it was exported from, or delete the key to import the model without them"
+        )
 
 
 def _parameters(group: Group) -> int:

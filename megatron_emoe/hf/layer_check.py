@@ -146,7 +146,7 @@ def _run_megatron(model: nn.Module, hidden_BSD: Tensor, k: int | None) -> Trace:
     with (
         tracing_megatron(model.decoder.layers, hidden_BSD.shape[0]) as trace,
         get_active_k().evaluating(k),
-        get_active_k().scaling_tail(1.0),  # transformers by its own rules has no tail scale
+        get_active_k().plain_weights(),  # transformers by its own rules has no scales
     ):
         model(None, None, None)
     return trace

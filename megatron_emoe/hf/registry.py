@@ -12,6 +12,7 @@ from megatron_emoe.hf.deepseek_v2 import DeepseekV2
 from megatron_emoe.hf.ernie4_5_moe import Ernie45Moe
 from megatron_emoe.hf.olmoe import Olmoe
 from megatron_emoe.hf.qwen2_moe import Qwen2Moe
+from megatron_emoe.settings.budget_table import read_budget_table
 from megatron_emoe.settings.hf_folder import CONFIG, read_config_json
 
 
@@ -43,6 +44,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     config = completed(raw, path)
     try:
         known[model_type].check(config)
+        layers = sum(known[model_type].is_moe(config, layer) for layer in range(config.num_hidden_layers))
+        read_budget_table(getattr(config, "emoe", None), layers, config.num_experts)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return config

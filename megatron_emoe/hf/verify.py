@@ -282,7 +282,7 @@ def _run_megatron(
             with (
                 tracing_megatron(layers, tokens_BS.shape[0]) as trace,
                 get_active_k().evaluating(k),
-                get_active_k().scaling_tail(1.0),  # transformers by its own rules has no tail scale
+                get_active_k().plain_weights(),  # transformers by its own rules has no scales
             ):
                 logits_BSV = model(tokens_BS, positions_BS, None)
             answers.append(Answer(logits_BSV[..., :vocab_size].float().cpu(), trace))

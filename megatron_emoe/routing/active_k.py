@@ -64,6 +64,7 @@ class Draw:
     k: active experts. pool: m, or None where each token draws its own from {k, ..., pool_max}. seed: of the layer's
     per-token numbers, before the rank is mixed in. tail: what multiplies the weights past the model's own k
     (tail_scale.py). asked: an evaluation named this k'. weight: of this pass in the loss.
+    learned: whether the learned scales by budget, if there are any, are used.
     """
 
     k: int
@@ -73,6 +74,7 @@ class Draw:
     tail: float = 1.0
     asked: bool = False
     weight: float = 1.0
+    learned: bool = True
 
 
 def scheduled_k(elastic: ElasticConfig, model_k: int, place: Place) -> int:
@@ -151,6 +153,7 @@ class ActiveK:
     def __init__(self) -> None:
         self._override: int | Mapping[int, int] | None = None
         self._tail: TailScale | None = None
+        self._learned = True
 
     def begin_microbatch(self, iteration: int, microbatch: int, microbatches: int = 1, second: bool = False) -> None:
         """Call before each training forward pass, with its place.
@@ -189,6 +192,16 @@ class ActiveK:
         finally:
             self._tail = previous
 
+    @contextmanager
+    def plain_weights(self) -> Iterator[None]:
+        """Evaluation inside has no tail scale and no learned scales by budget: what other programs compute."""
+        previous, self._learned = self._learned, False
+        try:
+            with self.scaling_tail(1.0):
+                yield
+        finally:
+            self._learned = previous
+
     def draw(self, elastic: ElasticConfig, model_k: int, layer: int, training: bool) -> Draw:
         """What the layer uses now: the schedule's draw in training, plain top-k' in evaluation."""
         if training and elastic.draws:
@@ -198,7 +211,7 @@ class ActiveK:
         k = asked or model_k
         fixed = self._tail if k > model_k and not training else None
         tail = elastic.tail_scale_at(k, model_k) if fixed is None else fixed.at(k)
-        return Draw(k, k, k, 0, tail, asked is not None)
+        return Draw(k, k, k, 0, tail, asked is not None, learned=training or self._learned)
 
 
 def keep_place_out_of_checkpoints() -> None:

@@ -39,6 +39,7 @@ class ElasticRouter(TopKRouter):
     config: ElasticTransformerConfig
     loss_weight = 1.0
     """What the losses of the running forward pass count (k_schedule.loss_weights)."""
+    _learned = False
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -85,6 +86,7 @@ class ElasticRouter(TopKRouter):
         """
         draw = get_active_k().draw(self.config, self.model_k, self.global_layer_number, self.training)
         self.topk, self.loss_weight = draw.k, draw.weight
+        self._learned = self.config.emoe_budget_scales and draw.learned
         if self._stock_is_exact(draw):
             logits = self._attach_hierarchical_loss(logits, logits, None, padding_mask)
             probs_TE, map_TE = super().routing(logits, padding_mask)
@@ -100,7 +102,7 @@ class ElasticRouter(TopKRouter):
         """Whether the unmodified core computes this forward pass."""
         samples = self.training and draw.pool_max > draw.k
         softmax_bias = self.expert_bias is not None and self.score_function == "softmax"
-        plain = self.config.emoe_combine == "model" and draw.tail == 1.0 and not self.config.emoe_budget_scales
+        plain = self.config.emoe_combine == "model" and draw.tail == 1.0 and not self._learned
         return not samples and not softmax_bias and plain
 
     def _elastic_routing(
@@ -147,7 +149,7 @@ class ElasticRouter(TopKRouter):
         wanted = self._wanted(rule)
         if not self.fused:
             return self._route_unfused(logits_TE, rule, seed, wanted)
-        reason = "--emoe-budget-scales has no kernel" if self.config.emoe_budget_scales else None
+        reason = "--emoe-budget-scales has no kernel" if self._learned else None
         if reason := reason or router_kernel.why_not(logits_TE):
             router_kernel.say_once(f"--moe-router-fusion: elastic routing is not fused, because {reason}")
             return self._route_unfused(logits_TE, rule, seed, wanted)
@@ -206,7 +208,7 @@ class ElasticRouter(TopKRouter):
         return Routed(probs_TE, map_TE, pool, entropy_T, scores_TE if wanted.balance else None, plain_TE)
 
     def _log_scales(self, k: int) -> Tensor | None:
-        return log_scales(self.budget_scales, self.budget_ks, k) if self.config.emoe_budget_scales else None
+        return log_scales(self.budget_scales, self.budget_ks, k) if self._learned else None
 
     @torch.no_grad()
     def _select(

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests import hf_models
+from megatron_emoe.sweep.result import load
+from tests import hf_models, sweeps
 from tests.distributed import run_ranks
 from tests.hf_models import MODEL_TYPES
 from tests.tiny import Run, train
@@ -129,3 +130,57 @@ def test_tensor_parallel_training_in_bf16_comes_back_in_bf16(tmp_path):
     assert seen["unchanged"] == seen["names"][0] == seen["names"][1]
     assert seen["dtypes"] == {torch.bfloat16}
     assert seen["report"]["passed"]
+
+
+BUDGETS = "--emoe-selection prefix --emoe-k-schedule stratified --emoe-k-grid 1 4 --emoe-budget-scales".split()
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "ernie4_5_moe"])  # with dense layers, and two rules of weights
+def test_learned_scales_by_budget_go_along_and_transformers_computes_with_them(model_type, tmp_path):
+    run_ranks(import_here, 1, model_type, tmp_path, {})
+    load, trained, out = tmp_path / "megatron", tmp_path / "trained", tmp_path / "out"
+    run_ranks(train, 1, words(load, load, trained, *BUDGETS, "--emoe-tail-scale", "0.5", steps=4))
+    (found,) = run_ranks(export_here, 1, trained, out)
+    assert all(row["ours"]["max_difference"] < 1e-4 for row in found["report"]["rows"]), found["report"]["rows"]
+    block = json.loads((out / "config.json").read_text())["emoe"]
+    table = block["budget_scales"]
+    assert table["k"] == [1, 2, 4] and [[len(row) for row in layer] for layer in table["log"]] == [[1, 2, 4]] * 2
+    assert all(abs(value) > 1e-4 for layer in table["log"] for row in layer[1:] for value in row)
+    curves = [run_ranks(swept, 1, tmp_path, name, model)[0] for name, model in (("load", trained), ("hf", out))]
+    assert curves[0] == pytest.approx(curves[1], abs=2e-5)
+    (without,) = run_ranks(differs_without, 1, out)
+    assert without > 1e-3
+    with pytest.raises(RuntimeError, match="emoe.budget_scales: learned scales by budget cannot be imported; take the"):
+        run_ranks(import_again, 1, out, tmp_path / "again")
+
+
+def swept(folder: Path, kind: str, model: Path) -> list[float]:
+    """Held-out loss at trained k' and between and beyond them, in Megatron or in transformers."""
+    data = sweeps.write_tokens(folder / f"{kind}-data")
+    answer = sweeps.run_tool(
+        "sweep_k", *sweeps.flags(data, folder / f"{kind}.json", k=[1, 2, 3, 4, 6], **{kind: model})
+    )
+    assert answer.status is None, answer
+    return [cell.loss for cell in load(folder / f"{kind}.json").cells]
+
+
+def differs_without(out: Path) -> float:
+    """The largest difference that the scales make to a logit at k' = 4."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_emoe.hf.active_experts import set_active_experts
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    found = []
+    for block in (model.config.emoe, model.config.emoe | {"budget_scales": None}):
+        model.config.emoe = block
+        set_active_experts(model, 4)
+        with torch.no_grad():
+            found.append(model(hf_models.tokens()).logits)
+    return (found[0] - found[1]).abs().max().item()
+
+
+def import_again(hf: Path, out: Path) -> None:
+    from megatron_emoe.hf.import_model import import_model
+
+    import_model(hf, out, report=str)
