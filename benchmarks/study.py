@@ -1,11 +1,14 @@
-"""The study of docs/study.md: a small base model, every way to continue it, three seeds, a sweep of k' for each.
+"""The studies of docs/study.md: a small base model, every way to continue it, three seeds, a sweep of k' for each.
 
-    make study                                       # all cells; hours on two cores; goes on where it was stopped
-    make study STUDY_ARGS="--only topk,tail,emoe --seeds 1"
+    make study                            # regret: all cells, an hour or two on two cores; goes on where it was stopped
+    make study STUDY_ARGS=--quick         # the same table at small size, one seed, in twenty minutes; printed
+    make study STUDY_ARGS="--only topk,emoe --seeds 1"
+    make study STUDY_ARGS="--study reach" # the older one, on another base: hours
 
-Corpus: the Python standard library's sources. Every cell (a method and a seed) ends as one JSON file in docs/study:
-flags, times, sweep, fitted tail scale. Checkpoints and logs go to study/, and a cell whose file exists is not run
-again. docs/study.md is written from the files, whatever is there.
+Every cell (a method and a seed) ends as one JSON file in docs/study/regret, or docs/study: flags, times, sweep, fitted
+tail scale. Checkpoints and logs go to study/, and a cell whose file exists is not run again. docs/study.md is written
+from the files, whatever is there. The text is that of this machine (study_corpus.py). The regret study's base and
+tokenizer are in benchmarks/regret_base; --new-base trains them anew.
 """
 
 import forks  # first: it sets the number of threads
@@ -13,15 +16,15 @@ import forks  # first: it sets the number of threads
 # isort: split
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import study_methods as plan
-import study_report
-from study_cell import BASES, REPO, Cell, finish, forget_if_changed, steps
+from study_cell import REPO, Cell, finish, forget_if_changed, steps
+from study_plans import PLANS, Plan
 from tqdm import tqdm
 
 from megatron_emoe.settings.atomic_file import write_atomically
@@ -66,16 +69,29 @@ def _note_seconds(cell: Cell, script: str, seconds: float) -> None:
     write_atomically(path, json.dumps(known))
 
 
-def corpus(work: Path) -> None:
-    """The tokenizer and the two data sets, unless they are there."""
-    if (work / "data/stdlib.json").exists():
+def corpus(plan: Plan, work: Path, new_base: bool) -> None:
+    """The two data sets and their tokenizer, unless they are there: that of the kept base, or a new one."""
+    prefix = work / "data" / plan.family.data
+    if prefix.with_suffix(".json").exists():
         return
-    sys.path.insert(0, str(REPO / "examples"))
-    from demo import sources
-
-    words = [sys.executable, str(REPO / "tools/preprocess_data.py"), "--input", *sources(), "--suffix", ".py"]
-    words += f"--output-prefix {work}/data/stdlib --train-tokenizer {plan.VOCAB} --append-eod --holdout 0.05".split()
+    inputs, suffixes, missing = plan.text()
+    if missing:
+        names = " ".join(missing)
+        print(f"study: {names}: not installed, so the text is less than that of docs/study.md", file=sys.stderr)
+    kept = kept_base(plan, new_base)
+    if kept:
+        shutil.copy(kept / "tokenizer.model", prefix.with_suffix(".model"))
+        tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{prefix}.model"]
+    else:
+        tokenizer = ["--train-tokenizer", str(plan.vocabulary)]
+    words = [sys.executable, str(REPO / "tools/preprocess_data.py"), "--input", *inputs, "--suffix", *suffixes]
+    words += [*f"--output-prefix {prefix} --append-eod --holdout {plan.held_out}".split(), *tokenizer]
     subprocess.run([*words, "--workers", "2", "--errors", "ignore"], check=True)
+
+
+def kept_base(plan: Plan, new_base: bool) -> Path | None:
+    """The folder with the base and its tokenizer, where they are not to be trained."""
+    return None if new_base or plan.kept_base is None or not plan.kept_base.exists() else plan.kept_base
 
 
 def run(cells: list[Cell], jobs: int) -> None:
@@ -107,51 +123,65 @@ def _go_on(progress: Progress, running: list[Progress], bar: tqdm) -> None:
         bar.update()
 
 
-def base_run(base: str, work: Path) -> None:
-    """A checkpoint that cells start from; it has a training step alone (SystemExit where it fails)."""
-    progress = Progress(Cell(BASES[base], 1, work, work))
+def base_run(base: str, plan: Plan, work: Path, new_base: bool) -> None:
+    """A checkpoint that cells start from: the kept one, or a training run (SystemExit where it fails)."""
+    cell = Cell(plan.family.base_method(base), 1, work, work, plan.family)
+    if kept := kept_base(plan, new_base):
+        shutil.rmtree(cell.checkpoint, ignore_errors=True)
+        shutil.copytree(kept / base, cell.checkpoint)
+        return
+    progress = Progress(cell)
     progress.left = [step for step in progress.left if step.script == "pretrain_emoe.py"]
     if progress.next() and not progress.ended():
         sys.exit(f"the run {base} failed; its log is in {work}/logs")
 
 
-def chosen_cells(options: argparse.Namespace) -> list[Cell]:
+def chosen_cells(options: argparse.Namespace, plan: Plan) -> list[Cell]:
     """Those that say most first, for a study that is stopped early."""
-    names = [method.name for method in plan.METHODS]
+    names = [method.name for method in plan.methods]
     wanted = options.only.split(",") if options.only else names
     for name in wanted:
         if name not in names:
             sys.exit(f"--only {name}: must be one of {', '.join(names)}")
-    first, *others = plan.SEEDS
-    core = [method for method in plan.MAIN if method.name in plan.CORE]
-    rest = [method for method in plan.MAIN if method.name not in plan.CORE]
-    order = [(method, first) for method in plan.MAIN] + [(method, seed) for seed in others for method in core]
-    order += [(method, seed) for seed in plan.SEEDS for method in plan.RAW]
-    order += [(method, first) for method in plan.ABLATIONS] + [(method, seed) for seed in others for method in rest]
     return [
-        Cell(method, seed, options.work, options.results)
-        for method, seed in order
+        Cell(method, seed, options.work, options.results, plan.family)
+        for method, seed in plan.order
         if method.name in wanted and seed in options.seeds
     ]
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=tuple(PLANS), default="regret", help="Which of them. Default: regret.")
+    parser.add_argument("--quick", action="store_true", help="Regret at small size, one seed; writes to study/ alone.")
     parser.add_argument("--only", help="Names of methods, with commas between them. Default: all.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(plan.SEEDS), choices=plan.SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", choices=(1, 2, 3), help="Default: all, with --quick 1.")
     parser.add_argument("--jobs", type=int, default=2, help="Cells at a time, each on one core.")
-    parser.add_argument("--work", type=Path, default=REPO / "study", help="Data, checkpoints and logs.")
-    parser.add_argument("--results", type=Path, default=REPO / "docs/study", help="One JSON file per cell.")
+    parser.add_argument("--new-base", action="store_true", help="Train regret's base and tokenizer anew, in --work.")
+    parser.add_argument("--work", type=Path, help="Data, checkpoints and logs. Default: a folder in study/.")
+    parser.add_argument("--results", type=Path, help="One JSON file per cell. Default: where docs/study.md reads them.")
     options = parser.parse_args()
+    if options.quick and options.study != "regret":
+        parser.error("--quick needs --study regret")
+    plan = PLANS["quick" if options.quick else options.study]
+    options.plan, options.seeds = plan, options.seeds or ([1] if options.quick else [1, 2, 3])
+    options.work = options.work or plan.work
+    options.results = options.results or plan.results
+    return options
+
+
+def main() -> None:
+    options = parse_args()
+    plan: Plan = options.plan
     for folder in ("data", "checkpoints", "logs", "parts"):
         (options.work / folder).mkdir(parents=True, exist_ok=True)
     options.results.mkdir(parents=True, exist_ok=True)
-    corpus(options.work)
-    cells = chosen_cells(options)
+    corpus(plan, options.work, options.new_base)
+    cells = chosen_cells(options, plan)
     for base in dict.fromkeys(cell.method.base for cell in cells):
-        base_run(base, options.work)
+        base_run(base, plan, options.work, options.new_base)
     run(cells, options.jobs)
-    study_report.write(options.results, REPO / "docs/study.md")
+    plan.report(options.results)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import study_methods as plan
-from study_methods import Method
+import study_methods
+from study_family import Family, Method, elastic_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_emoe.routing.active_k import Place, scheduled_k
@@ -20,7 +20,6 @@ from megatron_emoe.sweep.curve import missing_ks
 from megatron_emoe.sweep.result import load
 
 REPO = Path(__file__).resolve().parent.parent
-BASES = {name: Method(name, "", "a run to continue", lr=plan.BASE_LR, base=name) for name in plan.BASES}
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Cell:
     seed: int
     work: Path
     results: Path
+    family: Family = study_methods.FAMILY
 
     @property
     def name(self) -> str:
@@ -42,11 +42,18 @@ class Cell:
 
     @property
     def is_base(self) -> bool:
-        return self.method.name in BASES
+        return self.method.name in self.family.bases
 
     @property
     def iterations(self) -> int:
-        return plan.BASE_ITERS if self.is_base else plan.CONTINUED_ITERS
+        return self.family.base_iters if self.is_base else self.family.continued_iters
+
+    @property
+    def tokens(self) -> int:
+        """That it is trained on."""
+        words = f"{self.family.model} {self.family.base_train if self.is_base else self.family.train}".split()
+        sequence, batch = (int(words[words.index(flag) + 1]) for flag in ("--seq-length", "--global-batch-size"))
+        return self.iterations * sequence * batch
 
     def is_trained(self) -> bool:
         tracker = self.checkpoint / "latest_checkpointed_iteration.txt"
@@ -72,29 +79,33 @@ class Cell:
     def training(self) -> list[str]:
         """Flags of pretrain_emoe.py."""
         start = "" if self.is_base else f"--load {self.work}/checkpoints/{self.method.base} --finetune"
-        data = f"""--data-path {self.work}/data/stdlib --tokenizer-type SentencePieceTokenizer
-            --tokenizer-model {self.work}/data/stdlib.model"""
+        data = f"""--data-path {self.work}/data/{self.family.data} --tokenizer-type SentencePieceTokenizer
+            --tokenizer-model {self.work}/data/{self.family.data}.model"""
         steps = " ".join(f"--{what} {self.iterations}" for what in ("train-iters", "save-interval", "eval-interval"))
         seeds = f"--seed {self.seed} --emoe-seed {self.seed}"
-        words = f"{plan.MODEL} {plan.TRAIN} {data} {steps} {self.method.lr} {seeds} {start} --save {self.checkpoint}"
-        words += f" --tensorboard-dir {self.tensorboard} {plan.BASES[self.method.base]}"
+        family = self.family
+        batches = family.base_train if self.is_base else family.train
+        words = f"{family.model} {batches} {data} {steps} {self.method.lr} {seeds} {start} --save {self.checkpoint}"
+        words += f" --tensorboard-dir {self.tensorboard} {family.bases[self.method.base]}"
         return _last_wins(f"{words} --moe-router-topk {self.method.k} {self.method.flags}".split())
 
     def sweep(self, ks: tuple[int, ...], tail_scale: str, out: Path) -> list[str]:
         """Flags of tools/sweep_k.py."""
         words = f"""--load {self.checkpoint} --label {self.method.name} --k {" ".join(map(str, ks))} --out {out}
-            {self._held_out(plan.HELD_OUT_TOKENS)}"""
+            {self._held_out(self.family.held_out_tokens)}"""
         scale = f"--emoe-tail-scale {tail_scale}" if self.method.fit else ""  # others know of none
         return f"{words} {scale}".split()
 
     def fit(self) -> list[str]:
         """Flags of tools/fit_tail_scale.py."""
-        ks = " ".join(map(str, plan.FITTED_KS))
-        words = f"--load {self.checkpoint} --k {ks} --out {self.part('fit')} {self._held_out(plan.FIT_TOKENS)}"
+        ks = " ".join(map(str, self.family.fitted_ks))
+        held_out = self._held_out(self.family.fit_tokens)
+        words = f"--load {self.checkpoint} --k {ks} --out {self.part('fit')} {held_out}"
         return words.split()
 
     def _held_out(self, tokens: int) -> str:
-        return f"--data-path {self.work}/data/stdlib_heldout --max-eval-tokens {tokens} {plan.EVALUATION}"
+        data = f"{self.work}/data/{self.family.data}_heldout"
+        return f"--data-path {data} --max-eval-tokens {tokens} {self.family.evaluation}"
 
     def fitted_words(self) -> str:
         """The fitted table as the words of --emoe-tail-scale."""
@@ -155,13 +166,15 @@ def finish(cell: Cell) -> None:
         "about": method.about,
         "seed": cell.seed,
         "k": method.k,
-        "flags": f"{plan.BASES[method.base]} {method.flags}".strip(),
+        "flags": f"{cell.family.bases[method.base]} {method.flags}".strip(),
         "learning_rate": method.lr,
-        "iterations": plan.CONTINUED_ITERS,
+        "iterations": cell.iterations,
+        "tokens": cell.tokens,
         "seconds": _read(cell.part("seconds")),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: version(name) for name in ("megatron-core", "torch")},
-        "active_experts": active_experts(method, cell.seed, cell.tensorboard),
+        "active_experts": active_experts(method, cell.seed, cell.tensorboard, cell.family),
+        "passes": 2 if elastic_config(method, cell.seed).emoe_second_pass else 1,
         "sweep": _read(cell.part("sweep")),
     }
     if method.fit:
@@ -171,14 +184,19 @@ def finish(cell: Cell) -> None:
     write_atomically(cell.result, text)
 
 
-def active_experts(method: Method, seed: int, tensorboard: Path) -> float:
-    """Experts per token and layer in training: the mean of what was drawn over all steps and layers, or over the logged
-    steps where every token has its own count."""
-    elastic = plan.elastic_config(method, seed)
+def active_experts(method: Method, seed: int, tensorboard: Path, family: Family = study_methods.FAMILY) -> float:
+    """Experts per token, layer and pass in training: the mean of what was drawn over all steps, micro-batches and
+    layers, or over the logged steps where every token has its own count."""
+    elastic = elastic_config(method, seed)
     if elastic.counts_vary:
         return _logged_experts(tensorboard)
-    places = itertools.product(range(plan.CONTINUED_ITERS), range(1, plan.LAYERS + 1))
-    drawn = [scheduled_k(elastic, method.k, Place(step, 0, layer)) for step, layer in places]
+    steps, number = range(family.continued_iters), family.micro_batches
+    seconds = (False, True) if elastic.emoe_second_pass else (False,)
+    places = itertools.product(steps, range(number), range(1, family.layers + 1), seconds)
+    drawn = [
+        scheduled_k(elastic, method.k, Place(step, place, layer, number, second))
+        for step, place, layer, second in places
+    ]
     return sum(drawn) / len(drawn)
 
 

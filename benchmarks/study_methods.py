@@ -5,12 +5,12 @@ draws of its seed. E = 16 narrow experts, k = 2: half of the hidden size is acti
 times of it at 3k, so more experts have something to give.
 """
 
-import argparse
-from dataclasses import dataclass
+from functools import partial
 
-from megatron.training.argument_utils import ArgumentGroupFactory
+import study_family
+from study_family import Family, elastic_config
 
-from megatron_emoe.settings.elastic_config import ElasticConfig
+__all__ = ["elastic_config"]
 
 E, K = 16, 2
 KS = (1, 2, 3, 4, 6, 8)
@@ -20,8 +20,6 @@ BASE_ITERS, CONTINUED_ITERS = 1500, 250
 SEEDS = (1, 2, 3)
 EVALUATION = "--micro-batch-size 64 --global-batch-size 64 --no-create-attention-mask-in-dataloader"
 HELD_OUT_TOKENS = 65_536
-FIT_TOKENS = 2 * HELD_OUT_TOKENS
-"""The fit uses the second half of these, the first half is what the sweeps judge on."""
 
 VOCAB = 1024
 LAYERS = 2
@@ -43,23 +41,23 @@ BASES = {"base": "", "base-raw": "--moe-router-pre-softmax"}
 Qwen1.5-MoE, DeepSeek-V2-Lite)."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to continue the base run.
-
-    flags: what differs from plain top-k. about: a line for the table. lr: schedule. k: --moe-router-topk. ks: the k' it
-    is swept at. fit: whether a tail scale is fitted and swept besides plain top-k'. base: of BASES.
-    """
-
-    name: str
-    flags: str
-    about: str
-    lr: str = HIGH_LR
-    k: int = K
-    ks: tuple[int, ...] = KS
-    fit: bool = False
-    base: str = "base"
-
+FAMILY = Family(
+    layers=LAYERS,
+    k=K,
+    fitted_ks=FITTED_KS,
+    model=MODEL,
+    base_train=TRAIN,
+    train=TRAIN,
+    base_lr=BASE_LR,
+    bases=BASES,
+    base_iters=BASE_ITERS,
+    continued_iters=CONTINUED_ITERS,
+    micro_batches=1,
+    evaluation=EVALUATION,
+    held_out_tokens=HELD_OUT_TOKENS,
+    data="stdlib",
+)
+Method = partial(study_family.Method, lr=HIGH_LR, k=K, ks=KS)
 
 EMOE = f"--emoe-selection coactivation --emoe-pool-k {3 * K}"
 ONE_TOO = "--emoe-k-min 1 --emoe-gradient-check off"
@@ -134,10 +132,3 @@ RAW = (
 )
 
 METHODS = (*MAIN, *ABLATIONS, *RAW)
-
-
-def elastic_config(method: Method, seed: int) -> ElasticConfig:
-    """The elastic settings of a cell, parsed from its flags."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    ArgumentGroupFactory(ElasticConfig).build_group(parser, "elastic MoE")
-    return ElasticConfig(**vars(parser.parse_args([*method.flags.split(), "--emoe-seed", str(seed)])))

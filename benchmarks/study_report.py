@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,20 @@ class Curve:
 
 def read(folder: Path) -> list[Curve]:
     """Every curve of every finished cell, in the order of the study's plan."""
+    return read_curves(folder, [method.name for method in plan.METHODS], plan.K)
+
+
+def read_curves(folder: Path, order: Sequence[str], k: int) -> list[Curve]:
+    """The same of any study with these methods, whose base is trained at `k`."""
     curves = []
     for path in folder.glob("*.json"):
         record = json.loads(path.read_text())
         plain = _SWEEP.validate_json(json.dumps(record["sweep"]))
-        scale = record["k"] // plan.K if record["method"] == "null-experts" else 1
+        scale = record["k"] // k if record["method"] == "null-experts" else 1
         one = Curve(record["method"], record["seed"], False, record["active_experts"], plain, scale)
         curves.append(one)
         if "fitted_sweep" in record:
             curves.append(dataclasses.replace(one, fitted=True, sweep=_with_low_k(record["fitted_sweep"], plain)))
-    order = [method.name for method in plan.METHODS]
     return sorted(curves, key=lambda one: (order.index(one.method), one.fitted, one.seed))
 
 
@@ -87,10 +91,10 @@ def table(curves: Sequence[Curve], methods: Sequence[plan.Method], against: str 
 
 def _numbers(seeds: Sequence[Curve], baseline: dict[int, Curve]) -> list[str]:
     def paired(value: Callable[[Curve, Curve], float], form: str, unit: str = "") -> str:
-        return _mean([value(one, baseline[one.seed]) for one in seeds if one.seed in baseline], form, unit)
+        return mean_of([value(one, baseline[one.seed]) for one in seeds if one.seed in baseline], form, unit)
 
     comparable = seeds[0].sweep.k_train == plan.K
-    losses = [_mean([loss for one in seeds if (loss := one.loss(k)) is not None], ".4f") for k in plan.KS]
+    losses = [mean_of([loss for one in seeds if (loss := one.loss(k)) is not None], ".4f") for k in plan.KS]
     reach = sorted({f"{one.reach:.1f}" for one in seeds}, key=float)
     return [
         f"{statistics.mean(one.experts for one in seeds):.2f}",
@@ -107,7 +111,7 @@ def _relative_cost(one: Curve, base: Curve) -> float:
     return 100 * (loss_at(one.sweep, plan.K) / loss_at(base.sweep, plan.K) - 1)
 
 
-def _mean(values: Sequence[float], form: str, unit: str = "") -> str:
+def mean_of(values: Sequence[float], form: str, unit: str = "") -> str:
     """Mean, with the standard deviation where there are several values; nothing where there is none."""
     if not values:
         return ""
@@ -122,7 +126,7 @@ def scales(curves: Sequence[Curve]) -> str:
     fitted = [one for one in curves if one.fitted]
     for method in dict.fromkeys(one.method for one in fitted):
         tables = [one.sweep.tail_scale or {} for one in fitted if one.method == method]
-        values = [_mean([t[str(k)] for t in tables if str(k) in t], ".2f") for k in plan.FITTED_KS]
+        values = [mean_of([t[str(k)] for t in tables if str(k) in t], ".2f") for k in plan.FITTED_KS]
         lines.append(f"| {method} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
@@ -171,6 +175,12 @@ def write(folder: Path, report: Path) -> None:
         "scales": scales(curves),
         "provenance": provenance(folder),
     }
+    replace_parts(report, parts)
+    figure(curves, report.with_suffix(".png"))
+
+
+def replace_parts(report: Path, parts: Mapping[str, str]) -> None:
+    """Put each part between the markers of its name (ValueError where the report lacks one)."""
     text = report.read_text()
     for name, part in parts.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
@@ -178,4 +188,3 @@ def write(folder: Path, report: Path) -> None:
             raise ValueError(f"{report}: the marker {begin.strip()} or {end} is missing")
         text = text.partition(begin)[0] + begin + part + end + text.partition(end)[2]
     write_atomically(report, text)
-    figure(curves, report.with_suffix(".png"))

@@ -1,0 +1,96 @@
+"""What the regret study compares: a converged base with narrow experts, specialists continued from it at one k' each,
+and every way to make one checkpoint for all of those k'.
+
+k = 4 of 24 experts of width 4: at k a quarter of the hidden size is active per token, at 3k three quarters, so more
+experts have something to give. A step of a continued run has 8 micro-batches, so that one step can train several k'.
+"""
+
+import dataclasses
+from functools import partial
+
+from study_family import Family, Method
+
+E, K = 24, 4
+GRID = (2, 4, 8, 12)
+"""The k' that regret is judged at: k/2, k, 2k, 3k."""
+KS = (2, 3, 4, 6, 8, 12)
+"""The k' of every sweep."""
+SEEDS = (1, 2, 3)
+LAYERS, MICRO_BATCHES = 2, 8
+VOCAB = 2048
+
+SHARED = """--adam-beta2 0.95 --clip-grad 1.0 --weight-decay 0.1 --lr-decay-style cosine --log-interval 10
+    --eval-iters 0 --split 99,1,0 --no-create-attention-mask-in-dataloader --no-save-optim"""
+HIGH_LR = "--lr 1.5e-3 --min-lr 1.5e-4 --lr-warmup-iters 10"
+
+FAMILY = Family(
+    layers=LAYERS,
+    k=K,
+    fitted_ks=(8, 12),
+    model=f"""--num-layers {LAYERS} --hidden-size 64 --num-attention-heads 4 --seq-length 128
+        --max-position-embeddings 128 --num-experts {E} --moe-router-topk {K} --moe-ffn-hidden-size 4
+        --ffn-hidden-size 4 --swiglu --disable-bias-linear --normalization RMSNorm
+        --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0
+        --untie-embeddings-and-output-weights --moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32
+        --moe-token-dispatcher-type alltoall""",
+    base_train=f"--micro-batch-size 32 --global-batch-size 32 {SHARED}",
+    train=f"--micro-batch-size 2 --global-batch-size {2 * MICRO_BATCHES} {SHARED}",
+    base_lr="--lr 5e-3 --min-lr 5e-5 --lr-warmup-iters 100",
+    bases={"base": "", "base-raw": "--moe-router-pre-softmax"},
+    base_iters=2700,
+    continued_iters=250,
+    micro_batches=MICRO_BATCHES,
+    evaluation="--micro-batch-size 64 --global-batch-size 64 --no-create-attention-mask-in-dataloader",
+    held_out_tokens=131_072,
+    data="text",
+)
+QUICK = dataclasses.replace(FAMILY, continued_iters=60, held_out_tokens=65_536)
+"""The whole table at small size, one seed."""
+
+PREFIX = "--emoe-selection prefix"
+OTHERS = " ".join(str(k) for k in GRID if k != K)
+UNIFORM = " ".join("1" if k in GRID else "0" for k in range(GRID[0], GRID[-1] + 1))
+STRATIFIED = f"{PREFIX} --emoe-k-schedule stratified --emoe-k-grid {OTHERS}"
+SCALES = f"{STRATIFIED} --emoe-budget-scales --emoe-tail-scale 0.25"
+MMOE = f"{PREFIX} --emoe-k-schedule weighted --emoe-k-min {GRID[0]} --emoe-k-max {GRID[-1]} --emoe-k-draw layer"
+
+SUFFIX = {"base": "", "base-raw": "-raw"}
+"""Of the names of the methods that continue a base."""
+
+
+def specialist(k: int, base: str = "base") -> str:
+    """Name of the method that is trained at `k` alone."""
+    return ("topk" if k == K else f"specialist-{k}") + SUFFIX[base]
+
+
+def methods(base: str) -> tuple[Method, ...]:
+    """Every way to continue a base, the specialists first."""
+    method = partial(Method, lr=HIGH_LR, ks=KS, base=base)
+    at_k = partial(method, k=K)
+    specialists = (
+        at_k(specialist(K), "", "plain top-k at 4, the specialist at 4", fit=True),
+        *(method(specialist(k), "", f"plain top-k at {k}", k=k) for k in GRID if k != K),
+    )
+    stratified = (
+        at_k("stratified-scales", SCALES, "half of a step's micro-batches at 4, half at 2, 8, 12; learned scales"),
+        at_k("second-pass", f"{SCALES} --emoe-second-pass 0.3", "each batch at 4, and at 2, 8 or 12, weighted 0.3"),
+        at_k("stratified-weight", f"{SCALES} --emoe-other-weight 0.3", "stratified-scales, other k weighted 0.3"),
+        at_k("stratified-3-of-4", f"{SCALES} --emoe-k-default-prob 0.75", "stratified-scales, three quarters at 4"),
+        at_k("stratified", STRATIFIED, "stratified-scales without the learned scales and the tail scale", fit=True),
+    )
+    older = (
+        at_k(
+            "recipe-0.1.0",
+            f"{PREFIX} --emoe-k-schedule default-or-larger --emoe-k-draw layer --emoe-tail-scale 0.25",
+            "half of the layer draws at 4, half uniform in 5 ... 12, tail scaled by 0.25",
+            fit=True,
+        ),
+        at_k("mmoe", f"{MMOE} --emoe-k-weights {UNIFORM}", "M-MoE: each layer draws 2, 4, 8 or 12 a step", fit=True),
+        at_k("emoe", f"--emoe-selection coactivation --emoe-pool-k {3 * K}", "EMoE: sampling, K = 3k", fit=True),
+    )
+    every = (*specialists, *stratified, *older)
+    return tuple(dataclasses.replace(one, name=one.name + SUFFIX[base]) for one in every)
+
+
+MAIN, RAW = methods("base"), methods("base-raw")
+METHODS = (*MAIN, *RAW)
