@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from megatron_emoe.settings.refusal import fail
 from megatron_emoe.settings.result_file import check_label
 from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.curve import SweepCell, SweepResult
+from megatron_emoe.sweep.regret import regret_line, specialists
 from megatron_emoe.sweep.summary import shown_label
 
 if TYPE_CHECKING:  # matplotlib takes a second to import: it is where a chart is drawn
@@ -45,6 +46,7 @@ X_AXES = {
     "latency1": ("latency_ms_batch1", "milliseconds per token, one token alone"),
 }
 UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+SPECIALISTS = "results of models that were each continued at one k' alone: their envelope, and the regret to it"
 SUFFIXES = (".png", ".svg", ".pdf")
 MAX_TICKS = 14
 LINEAR_UP_TO = 16
@@ -63,14 +65,18 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw(results: Sequence[SweepResult], *, x: str = "k", title: str = "") -> Figure:
-    """The chart of one or more sweeps; `x` is a key of `X_AXES`.
+def draw(
+    results: Sequence[SweepResult], *, x: str = "k", title: str = "", experts: Sequence[SweepResult] = ()
+) -> Figure:
+    """The chart of one or more sweeps; `x` is a key of `X_AXES`. experts: specialists, drawn as their envelope.
 
     Raises `ValueError` where labels repeat, the models differ in their number of experts, the sweeps were measured on
     different tokens, or a result has no cell at its own k (its range is then undefined).
     """
     check_results(results)
-    check_axis(results, x)
+    check_axis([*results, *experts], x)
+    envelope = specialists(experts) if experts else {}
+    sweep.check_same_data([*results, *experts])
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -80,6 +86,8 @@ def draw(results: Sequence[SweepResult], *, x: str = "k", title: str = "") -> Fi
         scale = _set_x_axis(axes, results, x)
         for index, result in enumerate(results):
             _draw_curve(axes, result, index, x, scale)
+        if envelope:
+            _draw_envelope(axes, envelope, x, scale)
         _draw_ks(axes, results, x, scale)
         axes.ticklabel_format(useOffset=False)
         axes.set_ylabel("held-out loss (nats per token)")
@@ -163,6 +171,17 @@ def _draw_curve(axes: Axes, result: SweepResult, index: int, x: str, scale: floa
     axes.plot(*_columns(outside), **style | {"linestyle": ""}, markerfacecolor="white", gid="outside")
 
 
+def _draw_envelope(axes: Axes, envelope: Mapping[int, SweepCell], x: str, scale: float) -> None:
+    """What a model of its own would have at each k', and a band of as much as the range tolerates above it."""
+    at = [_x_of(cell, x, scale) for cell in envelope.values()]
+    losses = [cell.loss for cell in envelope.values()]
+    above = [loss * (1 + sweep.TOLERANCE) for loss in losses]
+    axes.fill_between(at, losses, above, color="0.5", alpha=0.3, linewidth=0, zorder=1, gid="envelope band")
+    style: dict[str, Any] = {"color": "0.35", "marker": "x", "linestyle": ":", "clip_on": False}
+    label = f"specialists: a model for each k′ (band: up to {sweep.TOLERANCE:.1%} worse)"
+    axes.plot(at, losses, **style, label=label, gid="envelope")
+
+
 def _columns(points: Sequence[tuple[int, float, float]]) -> tuple[list[float], list[float]]:
     return [at for _, at, _ in points], [loss for _, _, loss in points]
 
@@ -199,7 +218,7 @@ def _write_above(axes: Axes, names: Sequence[tuple[float, str]]) -> None:
 
 
 def _draw_legend(figure: Figure, axes: Axes) -> None:
-    handles = [line for line in axes.get_lines() if line.get_gid() == "curve"]
+    handles = [line for line in axes.get_lines() if line.get_gid() in ("curve", "envelope")]
     legend = figure.legend(
         handles=handles,
         loc="outside lower left",
@@ -230,6 +249,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=a_path, help=f"file to write, one of {', '.join(SUFFIXES)}")
     parser.add_argument("--title", default="", help="title above the chart (default: none)")
     parser.add_argument("--labels", nargs="+", help="names of the curves, one per result (default: those in the files)")
+    parser.add_argument("--specialists", nargs="+", type=a_path, default=[], metavar="RESULT.json", help=SPECIALISTS)
     parser.add_argument("--x", choices=X_AXES, default="k", help="horizontal axis (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -258,14 +278,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check_out(args.out)
         results = load_results(args.results, args.labels)
-        save_figure(draw(results, x=args.x, title=args.title), args.out)
+        experts = [sweep.load(path) for path in args.specialists]
+        envelope = specialists(experts) if experts else {}
+        lines = [regret_line(result, envelope) for result in results] if envelope else []
+        save_figure(draw(results, x=args.x, title=args.title, experts=experts), args.out)
     except (ValueError, OSError) as error:
         fail(error)
     for result in results:
         left_out = len(result.cells) - len(sweep.curve(result))
         if left_out:
             print(f"{result.label}: {left_out} of {len(result.cells)} cells have one k per layer and are not drawn")
-    print(f"wrote {args.out}")
+    print("\n".join([*lines, f"wrote {args.out}"]))
 
 
 if __name__ == "__main__":

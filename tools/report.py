@@ -44,6 +44,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SWEEP.json",
         help="plain top-k, for peak gain and cost at k; one of the sweeps, or one more",
     )
+    parser.add_argument(
+        "--specialists", nargs="+", type=a_path, default=[], metavar="SWEEP.json", help=plot_sweep.SPECIALISTS
+    )
     parser.add_argument("--title", default="", help="heading of the card (default: from the labels)")
     parser.add_argument(
         "--seeds",
@@ -74,11 +77,13 @@ def load(args: argparse.Namespace) -> tuple[list[SweepResult], SweepResult | Non
     return results, results[paths.index(same)] if same in paths else sweep.load(args.baseline)
 
 
-def charts(results: Sequence[SweepResult]) -> list[Figure]:
+def charts(results: Sequence[SweepResult], experts: Sequence[SweepResult] = ()) -> list[Figure]:
     """Loss over k'; over FLOPs where that is another picture; latency over k' where any was measured on a GPU."""
-    drawn = {"Held-out loss over k'": plot_sweep.draw(results, x="k")}
+    drawn = {"Held-out loss over k'": plot_sweep.draw(results, x="k", experts=experts)}
     if len({cell.expert_flops_per_token / k for result in results for k, cell in sweep.curve(result).items()}) > 1:
-        drawn["Held-out loss over the FLOPs of the routed experts"] = plot_sweep.draw(results, x="flops")
+        drawn["Held-out loss over the FLOPs of the routed experts"] = plot_sweep.draw(
+            results, x="flops", experts=experts
+        )
     timed = [result for result in results if speeds_count(result)]
     if any(points(result, field) for result in timed for field in LATENCIES):
         drawn["Latency over k'"] = draw_latency(timed)
@@ -147,10 +152,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check_out(args.out)
         results, baseline = load(args)
-        card = make_card(results, baseline=baseline, seeds=args.seeds, title=args.title)
+        experts = [sweep.load(path) for path in args.specialists]
+        card = make_card(results, baseline=baseline, seeds=args.seeds, experts=experts, title=args.title)
         named = name_seeds(results, args.seeds)
         extra = [baseline] if baseline is not None and baseline not in results else []
-        written = write(card, charts([*named, *extra]), args.out)
+        written = write(card, charts([*named, *extra], experts), args.out)
     except (ValueError, OSError) as error:
         fail(error)
     print("\n".join(f"wrote {path}" for path in written))

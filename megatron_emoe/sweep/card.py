@@ -14,6 +14,7 @@ from megatron_emoe.sweep import curve as sweep
 from megatron_emoe.sweep.card_sweep import section_of
 from megatron_emoe.sweep.card_table import Section, Table
 from megatron_emoe.sweep.curve import SweepCell, SweepResult
+from megatron_emoe.sweep.regret import regret_line, regret_table, specialists
 from megatron_emoe.sweep.summary import answer, scaled, shown_label, to_k
 from megatron_emoe.sweep.uncertainty import difference
 
@@ -31,12 +32,14 @@ def make_card(
     *,
     baseline: SweepResult | None = None,
     seeds: Sequence[int] | None = None,
+    experts: Sequence[SweepResult] = (),
     title: str = "",
 ) -> Card:
     """The card of one or more sweeps over the same data.
 
     baseline: plain top-k, which peak gain and cost at k refer to; it may be one of the results. seeds: of the training
     runs, one per result; results of one label are then different seeds of one method.
+    experts: specialists, one for each k', which regret refers to (regret.py).
 
     Raises:
         ValueError: labels that repeat, another number of seeds, results that cannot be compared, or one without a cell
@@ -47,12 +50,17 @@ def make_card(
     check_together(everything)
     against = None if baseline is None else shown([baseline])[0]
     overview = [_summary(everything, against)]
+    envelope = specialists(experts) if experts else {}
+    if envelope:
+        sweep.check_same_data([*everything, *experts])
+        overview.append(regret_table(everything, envelope))
     overview += [_curves(everything)] if len(everything) > 1 else []
     overview += _over_seeds(results) if seeds else []
     own_seeds = [*(map(str, seeds) if seeds else [""] * len(results)), ""]
     sections = [section_of(result, seed) for result, seed in zip(everything, own_seeds, strict=False)]
     labels = ", ".join(dict.fromkeys(result.label for result in shown(results)))
     answers = (*(f"{result.label}: {answer(result)}" for result in everything), *_unlike(everything, against))
+    answers += tuple(regret_line(result, envelope) for result in everything) if envelope else ()
     return Card(title or f"Elasticity card: {labels}", (Section("Summary", tuple(overview), lines=answers), *sections))
 
 
