@@ -16,6 +16,12 @@ ELASTIC: dict[str, dict[str, Any]] = {
         "emoe_k_draw": "layer",
         "emoe_tail_scale": "0.25",
     },
+    "budgets": {
+        "emoe_selection": "prefix",
+        "emoe_k_schedule": "stratified",
+        "emoe_k_grid": [1, 4],
+        "emoe_budget_scales": True,
+    },
 }
 FIRST_STEP, FOUR_STEPS = 1e-5, 1e-3
 """Largest relative difference of a micro-batch's loss in fp32 between two devices."""
