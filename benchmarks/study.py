@@ -23,6 +23,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import study_base
 from study_cell import REPO, Cell, finish, forget_if_changed, steps
 from study_plans import PLANS, Plan
 from tqdm import tqdm
@@ -80,7 +81,7 @@ def corpus(plan: Plan, work: Path, new_base: bool) -> None:
         print(f"study: {names}: not installed, so the text is less than that of docs/study.md", file=sys.stderr)
     kept = kept_base(plan, new_base)
     if kept:
-        shutil.copy(kept / "tokenizer.model", prefix.with_suffix(".model"))
+        shutil.copy(kept / study_base.TOKENIZER, prefix.with_suffix(".model"))
         tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{prefix}.model"]
     else:
         tokenizer = ["--train-tokenizer", str(plan.vocabulary)]
@@ -126,14 +127,17 @@ def _go_on(progress: Progress, running: list[Progress], bar: tqdm) -> None:
 def base_run(base: str, plan: Plan, work: Path, new_base: bool) -> None:
     """A checkpoint that cells start from: the kept one, or a training run (SystemExit where it fails)."""
     cell = Cell(plan.family.base_method(base), 1, work, work, plan.family)
-    if kept := kept_base(plan, new_base):
-        shutil.rmtree(cell.checkpoint, ignore_errors=True)
-        shutil.copytree(kept / base, cell.checkpoint)
+    kept = kept_base(plan, new_base)
+    if kept and study_base.is_kept(cell, kept):
+        study_base.take(cell, kept)
         return
     progress = Progress(cell)
     progress.left = [step for step in progress.left if step.script == "pretrain_emoe.py"]
     if progress.next() and not progress.ended():
         sys.exit(f"the run {base} failed; its log is in {work}/logs")
+    if new_base and plan.kept_base:
+        plan.kept_base.mkdir(exist_ok=True)
+        study_base.keep(cell, plan.kept_base)
 
 
 def chosen_cells(options: argparse.Namespace, plan: Plan) -> list[Cell]:
@@ -157,10 +161,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", help="Names of methods, with commas between them. Default: all.")
     parser.add_argument("--seeds", type=int, nargs="+", choices=(1, 2, 3), help="Default: all, with --quick 1.")
     parser.add_argument("--jobs", type=int, default=2, help="Cells at a time, each on one core.")
-    parser.add_argument("--new-base", action="store_true", help="Train regret's base and tokenizer anew, in --work.")
+    parser.add_argument("--new-base", action="store_true", help="Train and keep regret's base and tokenizer anew.")
     parser.add_argument("--work", type=Path, help="Data, checkpoints and logs. Default: a folder in study/.")
     parser.add_argument("--results", type=Path, help="One JSON file per cell. Default: where docs/study.md reads them.")
     options = parser.parse_args()
+    if options.quick and options.new_base:
+        parser.error("--new-base would keep the base of another study: without --quick")
     if options.quick and options.study != "regret":
         parser.error("--quick needs --study regret")
     plan = PLANS["quick" if options.quick else options.study]
@@ -180,7 +186,7 @@ def main() -> None:
     cells = chosen_cells(options, plan)
     for base in dict.fromkeys(cell.method.base for cell in cells):
         base_run(base, plan, options.work, options.new_base)
-    run(cells, options.jobs)
+        run([cell for cell in cells if cell.method.base == base], options.jobs)
     plan.report(options.results)
 
 

@@ -50,9 +50,13 @@ def _each(methods: Sequence[Method], seeds: Sequence[int]) -> list[tuple[Method,
 
 
 def _regret_order() -> list[tuple[Method, int]]:
-    """The main base first, seed by seed."""
+    """The main base first; what its other seeds say most of before the rest of them."""
     plan = study_regret_methods
-    return _each(plan.MAIN, plan.SEEDS) + _each(plan.RAW, plan.SEEDS)
+    first, *others = plan.SEEDS
+    core = [method for method in plan.MAIN if method.name in plan.CORE]
+    rest = [method for method in plan.MAIN if method.name not in plan.CORE]
+    order = _each(plan.MAIN, [first]) + _each(core, others) + _each(rest, others)
+    return order + _each(plan.RAW, plan.SEEDS)
 
 
 def _print_table(folder: Path) -> None:

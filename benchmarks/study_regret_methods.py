@@ -13,8 +13,6 @@ from study_family import Family, Method
 E, K = 24, 4
 GRID = (2, 4, 8, 12)
 """The k' that regret is judged at: k/2, k, 2k, 3k."""
-KS = (2, 3, 4, 6, 8, 12)
-"""The k' of every sweep."""
 SEEDS = (1, 2, 3)
 LAYERS, MICRO_BATCHES = 2, 8
 VOCAB = 2048
@@ -41,10 +39,10 @@ FAMILY = Family(
     continued_iters=250,
     micro_batches=MICRO_BATCHES,
     evaluation="--micro-batch-size 64 --global-batch-size 64 --no-create-attention-mask-in-dataloader",
-    held_out_tokens=131_072,
+    held_out_tokens=65_536,
     data="text",
 )
-QUICK = dataclasses.replace(FAMILY, continued_iters=60, held_out_tokens=65_536)
+QUICK = dataclasses.replace(FAMILY, continued_iters=60, held_out_tokens=32_768)
 """The whole table at small size, one seed."""
 
 PREFIX = "--emoe-selection prefix"
@@ -65,7 +63,7 @@ def specialist(k: int, base: str = "base") -> str:
 
 def methods(base: str) -> tuple[Method, ...]:
     """Every way to continue a base, the specialists first."""
-    method = partial(Method, lr=HIGH_LR, ks=KS, base=base)
+    method = partial(Method, lr=HIGH_LR, ks=GRID, base=base)
     at_k = partial(method, k=K)
     specialists = (
         at_k(specialist(K), "", "plain top-k at 4, the specialist at 4", fit=True),
@@ -92,5 +90,7 @@ def methods(base: str) -> tuple[Method, ...]:
     return tuple(dataclasses.replace(one, name=one.name + SUFFIX[base]) for one in every)
 
 
+CORE = (*map(specialist, GRID), "stratified-scales", "second-pass", "stratified-weight", "stratified-3-of-4")
+"""Run with all seeds before the others have a second one."""
 MAIN, RAW = methods("base"), methods("base-raw")
 METHODS = (*MAIN, *RAW)
