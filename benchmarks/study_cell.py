@@ -158,6 +158,14 @@ def forget_if_changed(cell: Cell) -> None:
     write_atomically(flags, json.dumps(now))
 
 
+def note_seconds(cell: Cell, script: str, seconds: float) -> None:
+    """Add to the time that a script took for this cell."""
+    path = cell.part("seconds")
+    known = _read(path) if path.exists() else {}
+    known[script] = round(known.get(script, 0.0) + seconds, 1)
+    write_atomically(path, json.dumps(known))
+
+
 def finish(cell: Cell) -> None:
     """One file with everything about the cell, without the paths of this machine."""
     method = cell.method

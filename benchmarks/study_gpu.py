@@ -28,11 +28,12 @@ leave_out_noise()
 import study_corpus  # noqa: E402
 import study_regret_methods as regret  # noqa: E402
 import study_regret_report  # noqa: E402
-from study_cell import Cell, Step, finish, forget_if_changed, steps  # noqa: E402
+from study_cell import Cell, Step, finish, forget_if_changed, note_seconds, steps  # noqa: E402
 from study_family import Family, Method  # noqa: E402
 
 from megatron_emoe.host import flags as host_flags  # noqa: E402
 
+PYTHON = sys.executable
 NAMES = ("topk", "specialist-2", "specialist-8", "specialist-12", "stratified-scales", "second-pass")
 MOST_TOKENS = 19_000_000  # of two bytes each
 LR = "--lr 6e-4 --min-lr 6e-5 --lr-warmup-iters 10"
@@ -78,7 +79,7 @@ def prepare(work: Path, vocabulary: int = 8192) -> None:
         print(f"study_gpu: {' '.join(missing)}: not installed, so there is less text", file=sys.stderr)
     prefix = work / "data" / GPU.data
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, str(REPO / "tools/preprocess_data.py"), "--input", *inputs, "--suffix", *suffixes]
+    words = [PYTHON, str(REPO / "tools/preprocess_data.py"), "--input", *inputs, "--suffix", *suffixes]
     words += f"--output-prefix {prefix} --append-eod --holdout 0.03 --train-tokenizer {vocabulary} --workers 2".split()
     subprocess.run([*words, "--errors", "ignore"], check=True)
     size = prefix.with_suffix(".bin").stat().st_size
@@ -89,7 +90,7 @@ def prepare(work: Path, vocabulary: int = 8192) -> None:
 def run(step: Step, log: Path, toy: bool) -> None:
     """One program, as one rank (SystemExit where it fails)."""
     step.prepare()
-    words = [sys.executable, str(REPO / step.script), *step.flags(), *(["--host-mode"] if toy else [])]
+    words = [PYTHON, str(REPO / step.script), *step.flags(), *(["--host-mode"] if toy else [])]
     with log.open("w") as file:
         status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=_alone()).returncode
     if status != 0 or not step.done():
@@ -129,7 +130,9 @@ def main() -> None:
             print(f"study_gpu: {options.minutes:g} minutes are over; the same command goes on at {cell.name}")
             break
         if not step.done():
-            run(step, options.work / "logs" / f"{cell.name}.{Path(step.script).stem}.log", options.toy)
+            started, name = time.monotonic(), Path(step.script).stem
+            run(step, options.work / "logs" / f"{cell.name}.{name}.log", options.toy)
+            note_seconds(cell, name, time.monotonic() - started)
         if ends:
             finish(cell)
             shutil.rmtree(cell.checkpoint, ignore_errors=True)
