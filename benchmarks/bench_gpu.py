@@ -31,6 +31,7 @@ from gpu_results import better, results_of  # noqa: E402
 
 from megatron_emoe.settings.atomic_file import write_atomically  # noqa: E402
 
+PYTHON = sys.executable
 PAIRS, QUICK_PAIRS, ROUNDS = 30, 10, 5
 LIMIT = 1200  # seconds of one cell: no measurement, a guard against one that hangs
 KERNEL = {"tokens": [8192, 262144], "samples": 20, "calls": 20, "copied": 1 << 30, "device": "cuda"}
@@ -123,7 +124,7 @@ def run_script(
     with tempfile.TemporaryDirectory() as folder:
         cell, out = Path(folder) / "cell.json", Path(folder) / "result.json"
         cell.write_text(json.dumps(asked))
-        command = [sys.executable, str(REPO / f"benchmarks/{name}.py"), str(cell), str(out)]
+        command = [PYTHON, str(REPO / f"benchmarks/{name}.py"), str(cell), str(out)]
         with open(log, "ab") as stream:
             begin = stream.tell()
             cause = _run(command, os.environ | _rank() | (env or {}), stream, limit)

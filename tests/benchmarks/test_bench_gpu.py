@@ -260,7 +260,8 @@ SMALL = """--num-layers 1 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-
 
 
 @pytest.mark.slow
-def test_the_flags_of_local_layers_run_in_host_mode_at_a_small_size(tmp_path):
+def test_the_flags_of_local_layers_run_in_host_mode_at_a_small_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_gpu, "PYTHON", programs.python())
     cell = Cell("local", "bf16", "balanced", "recipe")
     words = ["gloo" if word == "nccl" else word for word in cell.command(1)] + SMALL.split()
     result = bench_gpu.run_script(

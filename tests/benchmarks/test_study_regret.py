@@ -153,7 +153,7 @@ def test_a_cell_trains_in_eight_micro_batches_of_its_own_data(tmp_path):
         assert part in words
     assert words.count("--moe-router-topk") == 1 and "--moe-router-topk 8" in words
     assert f"--load {tmp_path}/checkpoints/base --finetune" in words
-    assert one.tokens == 250 * 16 * 128
+    assert one.tokens == 150 * 16 * 128
     base = study_cell.Cell(plan.FAMILY.base_method("base-raw"), 1, tmp_path, tmp_path, plan.FAMILY)
     assert "--micro-batch-size 32" in (words := " ".join(base.training())) and "--moe-router-pre-softmax" in words
     assert base.tokens == plan.FAMILY.base_iters * 32 * 128

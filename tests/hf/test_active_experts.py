@@ -1,5 +1,6 @@
 """k' and tail scale of a transformers model that is already loaded, on tiny models of every architecture."""
 
+import math
 import re
 
 import pytest
@@ -136,3 +137,24 @@ def test_another_architecture_is_refused():
     model.config.model_type = "mixtral"
     with pytest.raises(ValueError, match="^model_type 'mixtral' is not supported; supported: olmoe, "):
         set_active_experts(model, 2)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_weights_with_learned_scales_by_hand(model_type):
+    model = hf_models.build(model_type, num_experts=4)
+    rows = [[0.0, 0.0], [math.log(2), 0.0, math.log(4)]]
+    model.config.emoe = {"k_train": 2, "budget_scales": {"k": [2, 3], "log": [[[0.5] * 2, [0.5] * 3], rows]}}
+    set_active_experts(model, 3, {3: 0.25})
+    gate = model.model.layers[-1].mlp.gate
+    with torch.no_grad():
+        gate.weight.zero_()
+        gate.weight[:, 0] = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+        _, weights, chosen = gate(torch.eye(1, 32))
+        set_active_experts(model, 2)
+        _, at_k, _ = gate(torch.eye(1, 32))
+    found = dict(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))
+    expected = {1: 0.8, 3: 0.3, 2: 0.2}  # twice the best, 0.2 / 4 x 4: the tail scale beside the learned one
+    total = sum(expected.values()) if model_type == "ernie4_5_moe" else 1
+    assert found == pytest.approx({expert: weight / total for expert, weight in expected.items()})
+    total = 0.7 if model_type == "ernie4_5_moe" else 1
+    assert sorted(at_k[0].tolist()) == pytest.approx([0.3 / total, 0.4 / total])  # scales of 1 there

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests import programs
 from tests.distributed import REPO
 
 pytestmark = pytest.mark.slow
@@ -245,7 +246,7 @@ def test_a_run_that_goes_on_where_it_saves_need_not_have_saved_yet(tmp_path):
 
 
 def test_help_all_has_megatron_s_flags_too():
-    script = [sys.executable, str(REPO / "tools/sweep_k.py"), "--help-all"]
+    script = [programs.python(), str(REPO / "tools/sweep_k.py"), "--help-all"]
     text = subprocess.run(script, capture_output=True, text=True, check=True, env=os.environ).stdout
     for name in ("--tensor-model-parallel-size", "--emoe-selection", "--layer-sensitivity", "--host-mode"):
         assert f"\n  {name} " in text
