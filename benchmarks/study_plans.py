@@ -52,10 +52,10 @@ def _each(methods: Sequence[Method], seeds: Sequence[int]) -> list[tuple[Method,
 def _regret_order() -> list[tuple[Method, int]]:
     """The main base first; what its other seeds say most of before the rest of them."""
     plan = study_regret_methods
-    first, *others = plan.SEEDS
+    first, second, third = plan.SEEDS
     core = [method for method in plan.MAIN if method.name in plan.CORE]
     rest = [method for method in plan.MAIN if method.name not in plan.CORE]
-    order = _each(plan.MAIN, [first]) + _each(core, others) + _each(rest, others)
+    order = _each(core, [first, second]) + _each(rest, [first]) + _each(core, [third]) + _each(rest, [second, third])
     return order + _each(plan.RAW, plan.SEEDS)
 
 
