@@ -31,6 +31,7 @@ from megatron_emoe.data.input_files import FORMATS, InputFile, find_files, look,
 from megatron_emoe.data.result_files import check_prefix, check_results, publish, staging
 from megatron_emoe.settings.command_line import HELP_ALL, CommandLine, command_line
 from megatron_emoe.settings.flag_types import MOST_WORKERS, path_word, whole_to
+from megatron_emoe.settings.hf_folder import check_tokenizer_place
 from megatron_emoe.settings.refusal import one_line
 
 if TYPE_CHECKING:  # these, and Megatron's tokenizers, take ten seconds to import: not before the flags are checked
@@ -143,6 +144,7 @@ def check(args: argparse.Namespace) -> None:
     for broken, message in rules:
         if broken:
             raise ValueError(message)
+    check_tokenizer_place(args.tokenizer_model)
     check_prefix(args.output_prefix)
 
 

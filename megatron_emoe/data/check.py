@@ -20,6 +20,7 @@ from megatron.core.datasets.utils import Split, get_blend_from_list
 from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_tokenizer
 
 from megatron_emoe.data.files import Sidecar, TokenFiles, read_sidecar, read_token_files, tokenizer_digest
+from megatron_emoe.settings.hf_folder import check_tokenizer_place
 
 REMOTE_PREFIXES = ("s3://", "msc://")
 SUM_AT_ONCE = 1 << 20  # sequence lengths read before looking whether they are enough
@@ -218,6 +219,7 @@ def _tokenizer_vocab_size(args: Namespace) -> int:
         raise ValueError("--tokenizer-type is missing: give the one the data was made with")
     if args.tokenizer_type in SP_TOKENIZERS and not os.path.isfile(args.tokenizer_model or ""):
         raise ValueError(f"{named}: no such file")
+    check_tokenizer_place(args.tokenizer_model)
     quiet = copy.copy(args)
     quiet.pad_vocab_size = False
     try:

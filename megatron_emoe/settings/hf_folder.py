@@ -27,6 +27,14 @@ def hf_folder(name: str, given: str | Path) -> Path:
     return folder
 
 
+def check_tokenizer_place(model: str | None) -> None:
+    """ValueError for a path, of a file or a folder, that is not there. A name that may be one on the hub passes, and so
+    does None."""
+    if model is None or Path(model).exists() or "/" not in model or _HUB_NAME.fullmatch(model):
+        return
+    raise ValueError(f"--tokenizer-model {model}: no such file or folder")
+
+
 def model_name(folder: str | Path) -> str:
     """What a model is called in tables: its folder, or its name on the hub without the organisation."""
     path = Path(folder).resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -72,8 +73,10 @@ def check_folder_to_write(name: str, folder: str | Path) -> None:
         there = there.parent
     if not there.is_dir():
         raise ValueError(f"{name} {folder}: {there} is a file; must be a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{name} {folder}: {there} cannot be written")
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # root may write everywhere, by its permissions, and cannot
+    except OSError as error:
+        raise ValueError(f"{name} {folder}: {there} cannot be written ({error.strerror})") from error
 
 
 def _check_wandb(args: Namespace) -> None:

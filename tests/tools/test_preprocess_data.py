@@ -246,6 +246,10 @@ BAD_FLAGS = {
         ["--output-prefix", "{tmp}/dangling/b"],
         "--output-prefix {tmp}/dangling/b: {tmp}/dangling is no folder",
     ),
+    "a tokenizer that is not there": (
+        ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "no/such/folder"],
+        "--tokenizer-model no/such/folder: no such file or folder",
+    ),
     "output that cannot be written": (["--output-prefix", "/proc/new/d"], "new/d: /proc cannot be written to ("),
     "output where a folder is": (
         ["--output-prefix", "{tmp}/taken", "--overwrite"],

@@ -27,6 +27,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no weight": (DATA | {"data_path": ["0", "{folder}/tokens"]}, "every weight must be a number above 0"),
     "a file to save in": ({"save": "{folder}/file", "save_interval": 2}, "/file is a file; must be a folder"),
     "events in a file": ({"tensorboard_dir": "{folder}/file/x"}, "--tensorboard-dir {folder}/file/x: {folder}/file is"),
+    "events where nobody can write": (
+        {"tensorboard_dir": "/proc/tb"},
+        "--tensorboard-dir /proc/tb: /proc cannot be written",
+    ),
+    "a tokenizer that is not there": (
+        DATA | {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "no/such/folder"},
+        "--tokenizer-model no/such/folder: no such file or folder",
+    ),
     "a cache in a file": (DATA | {"data_cache_path": "{folder}/file"}, "--data-cache-path {folder}/file: "),
     "no sequence parallelism": ({"tensor_model_parallel_size": 2}, "needs --sequence-parallel with it"),
     "one rank alone": (
