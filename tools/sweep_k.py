@@ -63,6 +63,12 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "file beside --out (a second pass over the data per k').",
     )
     group.add_argument(
+        "--agreement",
+        action="store_true",
+        help="Also how often the likeliest next token is that at the k of training, and the divergence from the "
+        "predictions there (two more passes over the data per k'; one pipeline stage).",
+    )
+    group.add_argument(
         "--coverage-at-least",
         type=int,
         default=1,

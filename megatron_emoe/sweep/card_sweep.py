@@ -45,6 +45,8 @@ def _cells(result: SweepResult) -> Table:
         Column("loss", lambda cell: f"{cell.loss:.4f}"),
         Column("to k", lambda cell: to_k(result, cell).text()),
         Column("to k, %", lambda cell: signed((cell.loss / reference - 1) * 100, 2)),
+        Column("same next token as k", lambda cell: "" if cell.agreement is None else f"{cell.agreement:.2%}"),
+        Column("KL to k", lambda cell: "" if cell.kl_to_k is None else f"{cell.kl_to_k:.4f}"),
         Column("tail scale", lambda cell: _tail_scale(result, cell)),
         Column("tokens/s", lambda cell: speed(cell.tokens_per_second, with_unit), cpu),
         Column("ms/token, alone", lambda cell: speed(cell.latency_ms_batch1), cpu),

@@ -31,6 +31,9 @@ class Model(Protocol):
     def evidence(self, k: Budget) -> tuple[dict[str, Any], Mapping[int, Any]]:
         """The cell's fields of evidence, and the co-activation matrices by layer."""
 
+    def agreement(self, k: Budget) -> dict[str, Any]:
+        """The cell's fields of agreement with the k of training."""
+
     def latency(self, k: Budget) -> dict[str, Any]:
         """The cell's latency fields."""
 
@@ -69,6 +72,8 @@ def _measured(
         cell = dataclasses.replace(cell, **fields)
         if finished is not None:
             save_matrices(Path(args.out), k, matrices, finished)
+    if args.agreement and cell.agreement is None:
+        cell = dataclasses.replace(cell, **model.agreement(k))
     if args.latency and cell.latency_ms_large is None:
         cell = dataclasses.replace(cell, **model.latency(k))
     return cell

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ from megatron.core import parallel_state
 from megatron.training.initialize import initialize_megatron
 from torch import nn
 
+from megatron_emoe.data.datasets import get_batch
 from megatron_emoe.model.flops import flops_per_token, is_gated, moe_layer_numbers
 from megatron_emoe.model.layer_spec import elastic_model_config
+from megatron_emoe.routing.active_k import get_active_k
 from megatron_emoe.routing.moe_layer import ElasticMoELayer
 from megatron_emoe.settings.command_line import say
 from megatron_emoe.settings.elastic_config import ElasticConfig
 from megatron_emoe.settings.refusal import fail
+from megatron_emoe.sweep.agreement import compared
+from megatron_emoe.sweep.agreement import fields as agreement_fields
 from megatron_emoe.sweep.curve import expert_flops_per_token
 from megatron_emoe.sweep.evidence import training_pairs, watching_routers
 from megatron_emoe.sweep.fill import fill, finish
@@ -33,7 +38,7 @@ from megatron_emoe.training.evaluation import (
     device_name,
 )
 from megatron_emoe.training.held_out import load_model, micro_batches, read_batches, read_digest
-from megatron_emoe.training.loop import ElasticLoop
+from megatron_emoe.training.loop import ElasticLoop, model_inputs
 
 
 def run_sweep(args: Namespace, result: SweepResult) -> SweepResult:
@@ -86,10 +91,39 @@ class MegatronSweep:
         evidence.reduce()
         return evidence.fields(self.training, self.args.coverage_at_least), evidence.matrices()
 
+    def agreement(self, k: Budget) -> dict[str, float]:
+        """Next-token agreement with, and divergence from, the k of training."""
+        sums = torch.zeros(3, dtype=torch.float64, device=current_device())
+        iterators: list[Iterator | None] = [iter(self.batches[0]) if self.batches else None]
+        step = partial(_both_budgets, by_layer(k, self.layers))
+        with torch.no_grad():
+            for _ in range(self.steps):
+                micro = micro_batches(self.args)
+                for report in self.evaluator.forward(self.model, iterators, micro, forward_step_func=step):
+                    sums += report["agreement"]
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(sums, group=group)
+        return agreement_fields(sums)
+
     def latency(self, k: Budget) -> dict[str, float | None]:
         """Milliseconds per token, alone and in a full micro-batch."""
         latency = Latency(self.args, self.evaluator, self.model, self.batches)
         return latency.fields(by_layer(k, self.layers))
+
+
+def _both_budgets(
+    k: int | Mapping[int, int], data_iterator: Iterator | None, model: nn.Module
+) -> tuple[torch.Tensor, Callable]:
+    """A micro-batch at the k of training and at k', as Megatron's schedules take a forward step."""
+    batch = get_batch(data_iterator)
+    inputs = model_inputs(batch) | {"labels": None, "loss_mask": None}
+    with get_active_k().evaluating(None):
+        at_k_BSV = model(**inputs)
+    with get_active_k().evaluating(k):
+        logits_BSV = model(**inputs)
+    mask_BS = batch["loss_mask"]
+    sums = compared(logits_BSV, at_k_BSV, mask_BS, parallel_state.get_tensor_model_parallel_group())
+    return logits_BSV, lambda _output: (sums[1].float(), mask_BS.sum().int(), {"agreement": sums})
 
 
 class CostModel:

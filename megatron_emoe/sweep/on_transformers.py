@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel
 
 from megatron_emoe.data.datasets import build_datasets
-from megatron_emoe.hf.active_experts import counting_rows, set_active_experts
+from megatron_emoe.hf.active_experts import counting_rows, set_active_experts, trained_k
 from megatron_emoe.hf.comparison import gate_of
 from megatron_emoe.hf.one_process import alone, quiet
 from megatron_emoe.hf.verify import load_hf
 from megatron_emoe.model.flops import moe_layer_numbers
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.settings.tail_scale import parse_tail_scale
+from megatron_emoe.sweep.agreement import compared
+from megatron_emoe.sweep.agreement import fields as agreement_fields
 from megatron_emoe.sweep.evidence import Evidence, hooked, training_pairs
 from megatron_emoe.sweep.fill import fill, finish
 from megatron_emoe.sweep.latency import ALONE_RUNS, LARGE_RUNS, median_seconds
@@ -76,6 +79,17 @@ class TransformersSweep:
         with watching_gates(self.model, self.layers) as evidence:
             self._loss()
         return evidence.fields(self.training, self.args.coverage_at_least), evidence.matrices()
+
+    def agreement(self, k: Budget) -> dict[str, float]:
+        """Next-token agreement with, and divergence from, the k of training."""
+        sums = torch.zeros(3, dtype=torch.float64, device=current_device())
+        for batch in self.batches:
+            set_active_experts(self.model, trained_k(self.model.config), self.tail)
+            at_k_BSV = self._logits(batch["tokens"])
+            set_active_experts(self.model, k, self.tail)
+            logits_BSV = self._logits(batch["tokens"])
+            sums += compared(logits_BSV, at_k_BSV, batch["loss_mask"], get_tensor_model_parallel_group())
+        return agreement_fields(sums)
 
     def latency(self, k: Budget) -> dict[str, float | None]:
         """Milliseconds per token, alone and in a full micro-batch, without a cache."""

@@ -56,6 +56,9 @@ def check_sweep(args: Namespace) -> SweepResult:
         raise ValueError(
             f"--max-eval-tokens {args.max_eval_tokens}: must hold one sequence of {args.seq_length} tokens"
         )
+    if args.agreement and args.pipeline_model_parallel_size > 1:
+        stages = f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}"
+        raise ValueError(f"--agreement cannot be combined with {stages}: both passes go through the whole model")
     model = _hugging_face(args) if args.hf else _megatron(args)
     header = SweepResult(
         schema=3,
@@ -185,8 +188,8 @@ def budgets(args: Namespace, result: SweepResult) -> list[Budget]:
 
 
 def unfinished(args: Namespace, result: SweepResult) -> list[Budget]:
-    """The budgets without a cell, or without what --evidence and --latency ask for."""
-    fields = ["router_entropy"] * args.evidence + ["latency_ms_large"] * args.latency
+    """The budgets without a cell, or without what --evidence, --agreement and --latency ask for."""
+    fields = ["router_entropy"] * args.evidence + ["agreement"] * args.agreement + ["latency_ms_large"] * args.latency
     return missing_ks(result, budgets(args, result), fields)
 
 

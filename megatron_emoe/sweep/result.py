@@ -74,6 +74,8 @@ class SweepCell:
     load: see `Load`. coverage: share of the expert pairs used together here that were together in training.
     block_losses: of equally many consecutive sequences each, the sum of the token losses over the mean number of tokens
     of a block, so that their mean is `loss`; the same blocks at every k', for errors of differences (uncertainty.py).
+    agreement: share of the tokens whose likeliest next token is that at the k of training. kl_to_k: mean divergence of
+    the predictions from those there, nats.
     device: where it ran, "cpu" or the name of the GPU. ranks: how many ran it together.
 
     Layers are keyed by number: from 1 over all decoder layers, MoE layers only.
@@ -94,6 +96,8 @@ class SweepCell:
     load: dict[Number, Load] | None = None
     coverage: dict[Number, Share] | None = None
     block_losses: Annotated[tuple[BlockLoss, ...], Field(strict=False, min_length=2)] | None = None
+    agreement: Share | None = None
+    kl_to_k: NotNegative | None = None
     device: Annotated[str, Field(min_length=1)] | None = None
     ranks: Count | None = None
 

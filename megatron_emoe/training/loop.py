@@ -39,6 +39,12 @@ def language_model_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tens
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
 
 
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model is called with, from what get_batch gave."""
+    same = ("position_ids", "attention_mask", "labels", "loss_mask", "packed_seq_params", "padding_mask")
+    return {"input_ids": batch["tokens"], **{name: batch[name] for name in same}}
+
+
 SPIKE = 10.0  # --check-for-spiky-loss: a loss this many times the largest of the first hundred is computed again
 _OVER, _NEVER = -1.0, 1e9  # minutes
 _count_flops = core_training.num_floating_point_operations  # the core's own, before any loop replaced it
@@ -88,15 +94,7 @@ class ElasticLoop:
         if model.training and not vp_stage and batch["packed_seq_params"] is not None:
             # For the log's FLOPs, once per micro-batch on every rank: the core waits for their sum once a step.
             core_training.update_seqlen_stats_from_cu_seqlens(batch["packed_seq_params"].cu_seqlens_q)
-        inputs = {
-            "input_ids": batch["tokens"],
-            "position_ids": batch["position_ids"],
-            "attention_mask": batch["attention_mask"],
-            "labels": batch["labels"],
-            "loss_mask": batch["loss_mask"],
-            "packed_seq_params": batch["packed_seq_params"],
-            "padding_mask": batch["padding_mask"],
-        }
+        inputs = model_inputs(batch)
         if model.training and self.config.emoe_second_pass:
             return self._both_passes(model, inputs), partial(self._loss_of_both, batch["loss_mask"])
         if not (model.training and self.config.emoe_distill_coeff):

@@ -30,7 +30,7 @@ def prepare(model_type: str, folder: Path) -> None:
 def run_sweep(model_type: str, folder: Path, framework: str, tail: bool) -> Answer:
     model = {"load": str(folder / "megatron")} if framework == "megatron" else {"hf": str(folder / "hf")}
     asked = {"k": KS, "k_per_layer": ["1,5", "5,1"]} if not tail else {"k": [2, 4, 6], "k_per_layer": ["6,2"]}
-    extra = {"emoe_tail_scale": TAIL} if tail else {"evidence": model_type in EVIDENCE or None}
+    extra = {"emoe_tail_scale": TAIL} if tail else {"evidence": model_type in EVIDENCE or None, "agreement": True}
     return run_tool("sweep_k", *sweeps.flags(folder / "data", _out(folder, framework, tail), **model, **asked, **extra))
 
 
@@ -86,6 +86,17 @@ def test_rows_prove_every_k(swept, model_type):
         ks = (cell.k, cell.k) if isinstance(cell.k, int) else cell.k
         assert cell.tokens == 64 * sweeps.LENGTH
         assert cell.rows_per_layer == {str(first): ks[0] * cell.tokens, str(first + 1): ks[1] * cell.tokens}
+
+
+@pytest.mark.parametrize("model_type", hf_models.MODEL_TYPES)
+def test_answers_change_with_the_budget_alike(swept, model_type):
+    ours, theirs = results(swept(model_type)[0])
+    for mine, other in zip(ours.cells, theirs.cells, strict=True):
+        assert mine.agreement == pytest.approx(other.agreement, abs=2 / mine.tokens)  # ties of rounding
+        assert mine.kl_to_k == pytest.approx(other.kl_to_k, rel=1e-3, abs=1e-7)
+    at_k = next(cell for cell in ours.cells if cell.k == 2)
+    assert (at_k.agreement, at_k.kl_to_k) == (1.0, 0.0)
+    assert all(cell.agreement < 1 and cell.kl_to_k > 1e-5 for cell in ours.cells if cell.k != 2)
 
 
 @pytest.mark.parametrize("model_type", EVIDENCE)

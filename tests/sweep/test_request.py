@@ -75,8 +75,8 @@ def test_a_list_of_a_k_per_layer():
 
 
 def ask(**changes) -> Namespace:
-    fields = {"k": [2, 4], "k_per_layer": [], "layer_sensitivity": False, "evidence": False, "latency": False}
-    return Namespace(**fields | changes)
+    extras = dict.fromkeys(("layer_sensitivity", "evidence", "agreement", "latency"), False)
+    return Namespace(**{"k": [2, 4], "k_per_layer": []} | extras | changes)
 
 
 def test_budgets_are_listed_once():
@@ -116,6 +116,10 @@ class Pretended:
         self.asked.append(("evidence", k))
         return {"router_entropy": {"1": 0.5}, "coverage": None}, {1: torch.eye(2)}
 
+    def agreement(self, k):
+        self.asked.append(("agreement", k))
+        return {"agreement": 0.5, "kl_to_k": 0.25}
+
     def latency(self, k):
         self.asked.append(("latency", k))
         return {"latency_ms_batch1": None, "latency_ms_large": 2.0}
@@ -133,6 +137,9 @@ def test_a_sweep_measures_what_is_missing_and_no_more(tmp_path):
     model = Pretended()
     result = fill(ask(out=out, k=[4, 2], latency=True), result, model, writes=True)
     assert model.asked == [("latency", 4), ("latency", 2)]
+    model = Pretended()
+    result = fill(ask(out=out, k=[2], agreement=True), result, model, writes=True)
+    assert model.asked == [("agreement", 2)] and sweep.curve(result)[2].kl_to_k == 0.25
     cells = sweep.curve(sweep.load(out))
     assert [cell.router_entropy for cell in cells.values()] == [{"1": 0.5}, None, {"1": 0.5}]
     assert [cell.latency_ms_large for cell in cells.values()] == [None, 2.0, 2.0]
