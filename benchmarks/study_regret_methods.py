@@ -50,6 +50,8 @@ OTHERS = " ".join(str(k) for k in GRID if k != K)
 UNIFORM = " ".join("1" if k in GRID else "0" for k in range(GRID[0], GRID[-1] + 1))
 STRATIFIED = f"{PREFIX} --emoe-k-schedule stratified --emoe-k-grid {OTHERS}"
 SCALES = f"{STRATIFIED} --emoe-budget-scales --emoe-tail-scale 0.25"
+BELOW = f"{PREFIX} --emoe-k-schedule stratified --emoe-k-grid {GRID[0]}"
+"""Trained below k alone: above k a fitted tail scale does without."""
 MMOE = f"{PREFIX} --emoe-k-schedule weighted --emoe-k-min {GRID[0]} --emoe-k-max {GRID[-1]} --emoe-k-draw layer"
 
 SUFFIX = {"base": "", "base-raw": "-raw"}
@@ -72,6 +74,25 @@ def methods(base: str) -> tuple[Method, ...]:
     stratified = (
         at_k("stratified-scales", SCALES, "half of a step's micro-batches at 4, half at 2, 8, 12; learned scales"),
         at_k("second-pass", f"{SCALES} --emoe-second-pass 0.3", "each batch at 4, and at 2, 8 or 12, weighted 0.3"),
+        at_k("below-half", f"{BELOW} --emoe-budget-scales", "half of a step's micro-batches at 4, half at 2", fit=True),
+        at_k(
+            "below-5-of-8",
+            f"{BELOW} --emoe-budget-scales --emoe-k-default-prob 0.375",
+            "three eighths of a step's micro-batches at 4, five at 2",
+            fit=True,
+        ),
+        at_k(
+            "below-6-of-8",
+            f"{BELOW} --emoe-budget-scales --emoe-k-default-prob 0.25",
+            "a quarter of a step's micro-batches at 4, the others at 2",
+            fit=True,
+        ),
+        at_k(
+            "below-second-pass",
+            f"{BELOW} --emoe-budget-scales --emoe-second-pass 1",
+            "each batch at 4 and at 2, weighted alike",
+            fit=True,
+        ),
         at_k("stratified-weight", f"{SCALES} --emoe-other-weight 0.3", "stratified-scales, other k weighted 0.3"),
         at_k("stratified-3-of-4", f"{SCALES} --emoe-k-default-prob 0.75", "stratified-scales, three quarters at 4"),
         at_k("stratified", STRATIFIED, "stratified-scales without the learned scales and the tail scale", fit=True),
@@ -90,7 +111,7 @@ def methods(base: str) -> tuple[Method, ...]:
     return tuple(dataclasses.replace(one, name=one.name + SUFFIX[base]) for one in every)
 
 
-CORE = (*map(specialist, GRID), "stratified-scales", "second-pass", "stratified-weight", "stratified-3-of-4")
+CORE = (*map(specialist, GRID), "stratified-scales", "below-half", "below-6-of-8")
 """Run with all seeds before the others have a second one."""
 MAIN, RAW = methods("base"), methods("base-raw")
 METHODS = (*MAIN, *RAW)

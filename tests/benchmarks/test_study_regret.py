@@ -135,6 +135,8 @@ def test_without_specialists_there_is_no_regret(tmp_path):
         ("specialist-12", 12.0),
         ("stratified", (4 + 22 / 3) / 2),  # half at 4, half in turn at 2, 8 and 12
         ("stratified-3-of-4", 0.75 * 4 + 0.25 * 22 / 3),
+        ("below-half", 3.0),
+        ("below-6-of-8", 2.5),  # a quarter at 4, the rest at 2
         ("second-pass", (4 + 22 / 3) / 2),  # of each pass, and there are two
         ("mmoe", 6.5),  # 2, 4, 8 and 12 alike
     ],
