@@ -109,6 +109,8 @@ class ElasticLoop:
 
     def _loss_weight(self, model: torch.nn.Module) -> float:
         """Of this micro-batch: host arithmetic."""
+        if self.config.emoe_k_schedule != "stratified":
+            return 1.0
         iteration, microbatch, microbatches = self._place(model)
         place = Place(iteration, microbatch, microbatches=microbatches)
         return loss_weight(self.config, self.config.moe_router_topk, place)

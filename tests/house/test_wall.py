@@ -25,6 +25,7 @@ IS_RIGHT = {
     f"--emoe-seed {wall.HUGE[:12]}": "a seed is any whole number",
     "--emoe-hr-loss-coeff 0": "no such loss",
     "--emoe-distill-coeff 0": "no such loss",
+    "--emoe-second-pass 0": "no such pass",
     "--emoe-coactivation-interval 0": "never",
     f"--emoe-coactivation-interval {wall.HUGE[:12]}": "after the run's end",
     f"--coverage-at-least {wall.HUGE[:12]}": "no pair was seen as often",

@@ -58,6 +58,19 @@ LINES: list[dict[str, Any]] = [
         "emoe_distill_coeff": 0.5,
     },
     {
+        "emoe_selection": "prefix",
+        "emoe_k_schedule": "stratified",
+        "emoe_k_grid": [1, 4],
+        "emoe_other_weight": 0.5,
+        "emoe_budget_scales": True,
+    },
+    {
+        "emoe_selection": "prefix",
+        "emoe_k_schedule": "stratified",
+        "emoe_k_grid": [4],
+        "emoe_second_pass": 0.5,
+    },
+    {
         **COACTIVATION,
         "emoe_pool_keep": 1,
         "emoe_pool_prob": 0.5,

@@ -171,7 +171,7 @@ def test_distillation_draws_the_outputs_together():
         ),
         (
             {"pipeline_model_parallel_size": 2},
-            r"--emoe-distill-coeff 0.5 cannot be combined with --pipeline-model-parallel-size 2: one stage",
+            r"--emoe-distill-coeff 0.5 cannot be combined with --pipeline-model-parallel-size 2: both passes",
         ),
     ],
 )
