@@ -1,7 +1,7 @@
 """The studies of docs/study.md: a small base model, every way to continue it, three seeds, a sweep of k' for each.
 
     make study                            # regret: all cells, an hour or two on two cores; goes on where it was stopped
-    make study STUDY_ARGS=--quick         # the same table at small size, one seed, in twenty minutes; printed
+    make study STUDY_ARGS=--quick         # the same table at small size, one seed; printed
     make study STUDY_ARGS="--only topk,emoe --seeds 1"
     make study STUDY_ARGS="--study reach" # the older one, on another base: hours
 
@@ -15,7 +15,6 @@ import forks  # first: it sets the number of threads
 
 # isort: split
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -24,11 +23,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import study_base
-from study_cell import REPO, Cell, finish, forget_if_changed, steps
+from study_cell import REPO, Cell, finish, forget_if_changed, note_seconds, steps
 from study_plans import PLANS, Plan
 from tqdm import tqdm
-
-from megatron_emoe.settings.atomic_file import write_atomically
 
 
 class Progress:
@@ -59,15 +56,8 @@ class Progress:
         step = self.left.pop(0)
         if self.process.exitcode != 0 or not step.done():
             return False
-        _note_seconds(self.cell, Path(step.script).stem, time.perf_counter() - self.began)
+        note_seconds(self.cell, Path(step.script).stem, time.perf_counter() - self.began)
         return True
-
-
-def _note_seconds(cell: Cell, script: str, seconds: float) -> None:
-    path = cell.part("seconds")
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known[script] = round(known.get(script, 0.0) + seconds, 1)
-    write_atomically(path, json.dumps(known))
 
 
 def corpus(plan: Plan, work: Path, new_base: bool) -> None:

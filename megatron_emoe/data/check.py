@@ -20,6 +20,8 @@ from megatron.core.datasets.utils import Split, get_blend_from_list
 from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_tokenizer
 
 from megatron_emoe.data.files import Sidecar, TokenFiles, read_sidecar, read_token_files, tokenizer_digest
+from megatron_emoe.data.kept_order import check_kept_order
+from megatron_emoe.settings.command_line import is_first_rank
 from megatron_emoe.settings.hf_folder import check_tokenizer_place
 
 REMOTE_PREFIXES = ("s3://", "msc://")
@@ -54,6 +56,8 @@ def check_data(args: Namespace) -> None:
     if args.mock_data:
         return
     _check_every_used_split_has_data(args, sources)
+    if is_first_rank() and not args.sft:
+        check_kept_order(args, [prefix for source in sources for prefix in source.prefixes])
     for source in sources:
         for prefix in source.prefixes:
             if prefix.startswith(REMOTE_PREFIXES):

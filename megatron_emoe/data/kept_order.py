@@ -12,21 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_emoe.settings.command_line import say
+from megatron_emoe.settings.paths import why_not_written
 
 _END = "-description.txt"
 
 
+def check_kept_order(args: Namespace, prefixes: list[str]) -> None:
+    """ValueError where an order that is older than its data can be neither used nor removed. Reads names and times:
+    enough for the first rank to do, before anything is built."""
+    for description, prefix in _outdated(args.data_cache_path, prefixes):
+        kept = f"{description}: was kept before {prefix}.idx was written"
+        if args.dataloader_fast_cache_load:
+            raise ValueError(f"{kept}: leave out --dataloader-fast-cache-load once, which takes it without a look")
+        if why := why_not_written(description.parent):
+            raise ValueError(f"{kept}, and cannot be removed ({why}): name another folder with --data-cache-path")
+
+
 def remove_outdated(args: Namespace, prefixes: list[str]) -> None:
     """Remove what was kept before the data at one of `prefixes` was written, and say so. Call on the first rank, before
-    datasets are built.
-
-    Raises:
-        ValueError: there is such a one and --dataloader-fast-cache-load, with which nothing is made anew.
-    """
+    datasets are built."""
     for description, prefix in _outdated(args.data_cache_path, prefixes):
-        if args.dataloader_fast_cache_load:
-            rule = "leave out --dataloader-fast-cache-load once, which takes what is kept without a look"
-            raise ValueError(f"{description}: was kept before {prefix}.idx was written: {rule}")
         say(f"{description}: was kept before {prefix}.idx was written; made anew")
         for kept in description.parent.glob(f"{description.name.removesuffix(_END)}-*"):
             kept.unlink(missing_ok=True)

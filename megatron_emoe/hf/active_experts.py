@@ -20,7 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from megatron_emoe.hf.comparison import gate_of, selection_scores
 from megatron_emoe.hf.registry import architectures
-from megatron_emoe.settings.budget_table import read_budget_table
+from megatron_emoe.routing.budget_scales import at_budget
+from megatron_emoe.settings.budget_table import BudgetTable, read_budget_table
 from megatron_emoe.settings.tail_scale import TailScale, given_tail_scale, parse_tail_scale
 
 _tails: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
@@ -66,10 +67,14 @@ def set_active_experts(
         if gate in _tails:
             _tails.pop(gate).remove()
         scale = 1.0 if tail is None or layer_k <= model_k else tail.at(layer_k)
-        learned = budgets.at(layer, layer_k) if budgets is not None else [0.0] * layer_k
+        learned = [0.0] * layer_k if budgets is None else _learned(budgets, layer, layer_k)
         factors = [math.exp(log) * (scale if rank >= model_k else 1.0) for rank, log in enumerate(learned)]
         if any(factor != 1.0 for factor in factors):
             _tails[gate] = gate.register_forward_hook(_rank_hook(factors))
+
+
+def _learned(budgets: BudgetTable, layer: int, k: int) -> list[float]:
+    return at_budget(torch.tensor(budgets.padded(layer)), budgets.ks, k).tolist()
 
 
 def _own_tail(config: PreTrainedConfig) -> TailScale | None:

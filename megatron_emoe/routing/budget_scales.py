@@ -25,9 +25,13 @@ def empty_scales(ks: Sequence[int]) -> Tensor:
 
 
 def log_scales(parameters: Tensor, ks: Sequence[int], k: int) -> Tensor:
-    """Logarithm of the scales at `k`, by rank, fp32 [k]; linear in k between two of `ks`, of which the smaller one has
-    no say beyond its ranks, and those of the nearest outside, whose last rank then stands for all after it."""
-    table_BK = parameters.float().view(len(ks), -1) * RATE
+    """Logarithm of the scales at `k`, by rank, fp32 [k]."""
+    return at_budget(parameters.float().view(len(ks), -1) * RATE, ks, k)
+
+
+def at_budget(table_BK: Tensor, ks: Sequence[int], k: int) -> Tensor:
+    """The row of a table [len(ks), max(ks)] for `k`, fp32 [k]; linear in k between two of `ks`, of which the smaller
+    one has no say beyond its ranks, and that of the nearest outside, whose last rank then stands for all after it."""
     after = bisect_left(ks, k)
     if after == len(ks):
         last = ks[-1]

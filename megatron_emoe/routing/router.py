@@ -208,7 +208,11 @@ class ElasticRouter(TopKRouter):
         return Routed(probs_TE, map_TE, pool, entropy_T, scores_TE if wanted.balance else None, plain_TE)
 
     def _log_scales(self, k: int) -> Tensor | None:
-        return log_scales(self.budget_scales, self.budget_ks, k) if self._learned else None
+        if not self._learned:
+            return None
+        if self.budget_scales.device != self.weight.device:  # built on the CPU, as the core builds the router's weight
+            self.budget_scales.data = self.budget_scales.data.to(self.weight.device)
+        return log_scales(self.budget_scales, self.budget_ks, k)
 
     @torch.no_grad()
     def _select(

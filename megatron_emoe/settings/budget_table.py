@@ -1,14 +1,12 @@
 """Learned scales by budget as an export holds them: numbers in the block "emoe" of config.json. Pure, no tensors.
 
 `{"k": [2, 4, 8], "log": [...]}`: for every layer with experts, in layer order, and every trained k the natural
-logarithm of each rank's scale. What they do and how they are read between two k: routing/budget_scales.py, of which
-this is the same arithmetic.
+logarithm of each rank's scale. What they do and how they are read between two k: routing/budget_scales.py.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,17 +22,9 @@ class BudgetTable:
     ks: tuple[int, ...]
     log: tuple[tuple[tuple[float, ...], ...], ...]
 
-    def at(self, layer: int, k: int) -> list[float]:
-        """Logarithms of the scales of `layer`, from 0 among those with experts, at `k`: one for each rank."""
-        rows, after = self.log[layer], bisect_left(self.ks, k)
-        if after == len(self.ks):
-            return [*rows[-1], *[rows[-1][-1]] * (k - self.ks[-1])]
-        upper = list(rows[after][:k])
-        if after == 0 or self.ks[after] == k:
-            return upper
-        low = self.ks[after - 1]
-        between = (k - low) / (self.ks[after] - low)
-        return [own + (other - own) * between for own, other in zip(rows[after - 1], upper, strict=False)] + upper[low:]
+    def padded(self, layer: int) -> list[list[float]]:
+        """`log` of a layer, from 0 among those with experts, as a table: a row for each k, filled up with 0."""
+        return [[*row, *[0.0] * (self.ks[-1] - len(row))] for row in self.log[layer]]
 
     def as_json(self) -> dict[str, Any]:
         """What belongs under KEY."""

@@ -55,7 +55,7 @@ def validate_elastic(
 
 
 def _refuse(name: str, value: object, rule: str) -> None:
-    raise ValueError(f"{flag(name)} {value}: {rule}")
+    raise ValueError(f"{f'{flag(name)} {value}'.rstrip()}: {rule}")
 
 
 def _check_schedule(elastic: ElasticConfig, model_k: int, num_experts: int) -> None:

@@ -21,7 +21,14 @@ def check_out(path: str | Path, name: str = "--out") -> None:
         raise ValueError(f"{name} {path}: the folder {Path(path).parent} does not exist")
     if Path(path).is_dir():
         raise ValueError(f"{name} {path}: is a folder; must be a file")
+    if why := why_not_written(Path(path).parent):
+        raise ValueError(f"{name} {path}: cannot be written ({why})")
+
+
+def why_not_written(folder: str | Path) -> str | None:
+    """Why a folder takes no file, None where it does. Tried, since root may write everywhere by permissions alone."""
     try:
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"{name} {path}: cannot be written ({error.strerror})") from error
+        return error.strerror
+    return None

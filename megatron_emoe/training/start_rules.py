@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from megatron.core.tensor_parallel import layers
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.settings.command_line import say
 from megatron_emoe.settings.elastic_config import flag
+from megatron_emoe.settings.paths import why_not_written
 
 FORMAT = "torch_dist"
 """The one format of checkpoints that this package's conversion, recovery and evaluation read."""
@@ -73,10 +72,8 @@ def check_folder_to_write(name: str, folder: str | Path) -> None:
         there = there.parent
     if not there.is_dir():
         raise ValueError(f"{name} {folder}: {there} is a file; must be a folder")
-    try:
-        tempfile.TemporaryFile(dir=there).close()  # root may write everywhere, by its permissions, and cannot
-    except OSError as error:
-        raise ValueError(f"{name} {folder}: {there} cannot be written ({error.strerror})") from error
+    if why := why_not_written(there):
+        raise ValueError(f"{name} {folder}: {there} cannot be written ({why})")
 
 
 def _check_wandb(args: Namespace) -> None:
@@ -97,7 +94,7 @@ def check_cache(args: Namespace) -> None:
     if args.data_cache_path or args.mock_data:
         return
     for prefix in prefixes:
-        if not os.access(Path(prefix).parent, os.W_OK):
+        if why_not_written(Path(prefix).parent):
             rule = "Megatron would write the order of its documents there; name a folder with --data-cache-path"
             raise ValueError(f"--data-path {prefix}: its folder cannot be written: {rule}")
 

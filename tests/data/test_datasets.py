@@ -124,8 +124,14 @@ def kept_between(prefix: str, cache: str | None) -> tuple:
     write(Path(prefix), *[[number] * 100 for number in range(10)])
     if cache is None:
         return before, first(), first()
+    args = start("--train-data-path", prefix, "--valid-data-path", prefix, *kept, "--dataloader-fast-cache-load")
     with pytest.raises(ValueError, match="leave out --dataloader-fast-cache-load once"):
-        first("--dataloader-fast-cache-load")
+        kept_order.check_kept_order(args, [prefix])
+    args.dataloader_fast_cache_load = False
+    kept_order.check_kept_order(args, [prefix])
+    kept_order.why_not_written = lambda folder: "Read-only file system"
+    with pytest.raises(ValueError, match="cannot be removed .Read-only file system.: name another folder"):
+        kept_order.check_kept_order(args, [prefix])
     return before, first(), first("--dataloader-fast-cache-load")
 
 

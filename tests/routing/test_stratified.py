@@ -86,7 +86,7 @@ def test_the_expected_k():
     [
         ({"emoe_k_grid": [2, 2]}, "--emoe-k-grid 2 2: must name one k or more, each once, and not --moe-router-topk 4"),
         ({"emoe_k_grid": [4, 8]}, "--emoe-k-grid 4 8: must name one k or more, each once, and not --moe-router-topk 4"),
-        ({"emoe_k_grid": []}, "--emoe-k-grid : must name one k or more"),
+        ({"emoe_k_grid": []}, "--emoe-k-grid: must name one k or more"),
         ({"emoe_k_grid": [0, 8]}, "--emoe-k-grid 0: must be at least 1"),
         ({"emoe_k_grid": [2, 17]}, "--emoe-k-grid 17: must not exceed --num-experts 16"),
         ({"emoe_k_draw": "layer"}, "--emoe-k-draw layer: has no meaning with --emoe-k-schedule stratified"),
@@ -115,7 +115,7 @@ def test_the_expected_k():
         ),
         (
             {"emoe_selection": "topk", "emoe_k_schedule": "constant", "emoe_k_grid": None, "emoe_budget_scales": True},
-            "--emoe-budget-scales : needs an --emoe-k-schedule that trains more than one k",
+            "--emoe-budget-scales: needs an --emoe-k-schedule that trains more than one k",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The table of learned scales in an exported config.json: the arithmetic of the router's, and what is no table."""
+"""The table of learned scales in an exported config.json: read as it was written, and what is no table."""
 
 import re
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_emoe.routing.budget_scales import RATE, log_scales
+from megatron_emoe.routing.budget_scales import RATE, at_budget, log_scales
 from megatron_emoe.settings.budget_table import BudgetTable, read_budget_table
 
 KS = (2, 4, 8)
@@ -20,12 +20,13 @@ def table(seed: int = 3) -> tuple[torch.Tensor, BudgetTable]:
 
 
 @pytest.mark.parametrize("k", range(1, 13))
-def test_it_is_the_router_s_arithmetic(k):
+def test_what_is_written_is_read_and_is_the_router_s(k):
     parameters, written = table()
     again = read_budget_table({"budget_scales": written.as_json()}, layers=2, experts=16)
     assert again == written
     for layer in (0, 1):
-        assert again.at(layer, k) == pytest.approx(log_scales(parameters[layer], KS, k).tolist(), rel=1e-5)
+        found = at_budget(torch.tensor(again.padded(layer)), again.ks, k)
+        assert found.tolist() == pytest.approx(log_scales(parameters[layer], KS, k).tolist(), rel=1e-5)
 
 
 def test_no_block_has_no_table():

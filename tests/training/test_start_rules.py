@@ -119,7 +119,7 @@ def test_data_in_a_folder_that_cannot_be_written_need_a_cache(tmp_path, monkeypa
     prefix = sweeps.write_tokens(tmp_path / "tokens")
     args = Namespace(data_path=[str(prefix)], data_cache_path=None, mock_data=False)
     start_rules.check_cache(args)
-    monkeypatch.setattr(start_rules.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(start_rules, "why_not_written", lambda folder: "Read-only file system")
     with pytest.raises(ValueError, match=f"--data-path {prefix}: its folder cannot be written: .*--data-cache-path"):
         start_rules.check_cache(args)
     args.data_cache_path = "elsewhere"
