@@ -20,7 +20,8 @@ from megatron_emoe.model.going_on import check_going_on
 from megatron_emoe.model.recovery import Recovery, damage, newest_whole, plan
 from megatron_emoe.model.stored_files import looks_at_sizes
 from megatron_emoe.model.stored_model import check_shape
-from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, flag
+from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, elastic_settings, flag
+from megatron_emoe.settings.k_schedule import trained_ks
 from megatron_emoe.settings.paths import same_folder
 from megatron_emoe.settings.tail_scale import TAIL_SCALE_FILE, tail_scale_words
 
@@ -128,12 +129,26 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
             f"{source} {folder}: elastic settings differ from the stored ones: {'; '.join(changes)}. "
             "Keep them to continue this run, or start a new one from its weights with --finetune"
         )
+    check_budgets(args, stored, f"{source} {folder}")
     if not (starts_anew(args) or args.no_load_optim or stored.no_save_optim or checkpoint.name == "release"):
         check_layout(args, stored, f"{source} {folder}")
     if not starts_anew(args) and checkpoint.name != "release":
         check_going_on(args, stored, f"{source} {folder}", report)
     for change in changes:
         report(f"elastic setting changed: {change}")
+
+
+def check_budgets(args: Namespace, stored: Namespace, source: str) -> None:
+    """ValueError where learned scales by budget would be taken for those of other k: they are stored by place. A run
+    without them, from a checkpoint that has some, is told so as of every other setting."""
+    if not (args.emoe_budget_scales and getattr(stored, "emoe_budget_scales", False)):
+        return
+    now, before = (trained_ks(elastic_settings(each), each.moe_router_topk) for each in (args, stored))
+    if now != before:
+        raise ValueError(
+            f"{source}: has learned scales for k = {', '.join(map(str, before))}, this run trains "
+            f"{', '.join(map(str, now))}: keep --emoe-k-schedule and its k, or leave out --emoe-budget-scales"
+        )
 
 
 def _keep_other_runs(args: Namespace) -> None:

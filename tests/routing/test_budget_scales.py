@@ -1,13 +1,16 @@
 """Learned scales by budget: their table by hand, routing with them against a naive loop, and a run that learns them."""
 
 import math
+from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_emoe.model.checkpoint import check_budgets
 from megatron_emoe.routing.budget_scales import RATE, empty_scales, log_scales
+from megatron_emoe.settings.elastic_config import ElasticConfig
 from tests.distributed import run_ranks
 from tests.routing.test_router import CASES, hidden_states, logits_of, naive_ranking, naive_scores, router_of, start
 from tests.tiny import flags, stored_tensors, train
@@ -99,3 +102,16 @@ def test_a_run_learns_them_from_a_checkpoint_without_and_goes_on_bit_by_bit(tmp_
     for mine, theirs in zip(resumed, whole, strict=True):
         assert all(torch.equal(mine.weights[name], theirs.weights[name]) for name in theirs.weights)
     assert any(name.endswith("router.budget_scales") for name in stored_tensors(save, 4))
+
+
+@pytest.mark.parametrize("grid", [[1, 6], [3, 5], [1, 3, 5]])  # of as many k and ranks, fewer or more
+def test_scales_of_other_k_are_refused_in_a_new_run_too(grid):
+    def settings(**changes: Any) -> Namespace:
+        return Namespace(**vars(ElasticConfig(**SCALES | changes)), moe_router_topk=2)
+
+    check_budgets(settings(), settings(), "--load A")
+    check_budgets(settings(emoe_budget_scales=False, emoe_k_grid=grid), settings(), "--load A")
+    check_budgets(settings(emoe_k_grid=grid), Namespace(), "--load A")  # stored before there were any
+    message = "--load A: has learned scales for k = 1, 2, 5, this run trains "
+    with pytest.raises(ValueError, match=message):
+        check_budgets(settings(emoe_k_grid=grid), settings(), "--load A")
