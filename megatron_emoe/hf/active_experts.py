@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from megatron_emoe.hf.comparison import gate_of, selection_scores
+from megatron_emoe.hf.config_file import check_block
 from megatron_emoe.hf.registry import architectures
 from megatron_emoe.routing.budget_scales import at_budget
 from megatron_emoe.settings.budget_table import BudgetTable, read_budget_table
@@ -57,6 +58,7 @@ def set_active_experts(
         raise ValueError(
             f"model_type {model.config.model_type!r} is not supported; supported: {', '.join(architectures())}"
         )
+    check_block(getattr(model.config, "emoe", None), model.config)
     gates = [gate for layer in model.model.layers if (gate := gate_of(layer)) is not None]
     ks = _one_per_gate(k, gates)
     tail = _own_tail(model.config) if tail_scale is None else given_tail_scale(tail_scale)

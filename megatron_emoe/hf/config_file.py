@@ -50,7 +50,7 @@ def completed(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
         config = kind.from_dict(_in_new_words(with_floats(raw)))
         _check_known(config)
         _check_rope(config)
-        _check_block(getattr(config, "emoe", None), config)
+        check_block(getattr(config, "emoe", None), config)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{path}: {text.partition('TypeError: ')[2] or text}") from error  # what is before says it too
@@ -134,7 +134,7 @@ def _check_rope(config: PretrainedConfig) -> None:
             raise ValueError(f"rope_parameters.{key} {value!r}: must be a number")
 
 
-def _check_block(block: Any, config: PretrainedConfig) -> None:
+def check_block(block: Any, config: PretrainedConfig) -> None:
     """The block "emoe", as far as it is read again: k of training, iteration, tail scale."""
     if block is None:
         return

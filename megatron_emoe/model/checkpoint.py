@@ -136,6 +136,8 @@ def check_load(args: Namespace, report: Callable[[str], None] = print) -> None:
         check_going_on(args, stored, f"{source} {folder}", report)
     for change in changes:
         report(f"elastic setting changed: {change}")
+    if getattr(stored, "emoe_budget_scales", False) and not args.emoe_budget_scales:
+        report(f"{source} {folder}: its learned scales by budget are left out, so the loss at every k' is another one")
 
 
 def check_budgets(args: Namespace, stored: Namespace, source: str) -> None:

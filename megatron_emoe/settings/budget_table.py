@@ -6,10 +6,12 @@ logarithm of each rank's scale. What they do and how they are read between two k
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+LARGEST = 40
+"""A logarithm beyond is no scale that training could leave, and its exponential, summed, would not fit in float32."""
 
 KEY = "budget_scales"
 """In the block "emoe"."""
@@ -56,6 +58,7 @@ def _layer(rows: Any, ks: Sequence[int], where: str) -> tuple[tuple[float, ...],
     if not isinstance(rows, list) or [len(row) if isinstance(row, list) else None for row in rows] != list(ks):
         raise ValueError(f"{where}: must have, for every layer, {', '.join(map(str, ks))} numbers at those k")
     for value in (value for row in rows for value in row):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{where}: {value!r}; must be a finite number")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) <= LARGEST:  # NaN is not
+            raise ValueError(f"{where}: {value!r}; must be a number in [-{LARGEST}, {LARGEST}]")
     return tuple(tuple(map(float, row)) for row in rows)

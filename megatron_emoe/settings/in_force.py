@@ -20,16 +20,17 @@ def settings_in_force(elastic: ElasticConfig, words: Iterable[str]) -> str | Non
         value, default = getattr(elastic, field.name), field.default
         if value == default or field.name in MODEL_FEATURES:
             continue
-        others = [other for other in given.get(flag(field.name), [])[:-1] if other != _words(value)]
-        parts.append(f"{flag(field.name)} {_words(value)}".rstrip() + (f" (not {', '.join(others)})" if others else ""))
+        others = [other for other in given.get(flag(field.name), [])[:-1] if other != setting_words(value)]
+        given_before = f" (not {', '.join(others)})" if others else ""
+        parts.append(f"{flag(field.name)} {setting_words(value)}".rstrip() + given_before)
     return f"elastic settings: {' '.join(parts)}" if parts else None
 
 
-def _words(value: object) -> str:
+def setting_words(value: object) -> str:
     """As on a command line; a switch has none."""
     if isinstance(value, bool):
         return ""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _given(words: Iterable[str]) -> dict[str, list[str]]:

@@ -63,4 +63,4 @@ def with_unit(value: float | None) -> str:
 
 def words(settings: Mapping[str, str]) -> str:
     """Flags and their words, as on a command line."""
-    return " ".join(f"{flag} {value}" for flag, value in settings.items())
+    return " ".join(f"{flag} {value}".rstrip() for flag, value in settings.items())  # a switch has no word

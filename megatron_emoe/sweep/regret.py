@@ -20,17 +20,21 @@ def specialists(results: Sequence[SweepResult]) -> dict[int, SweepCell]:
     """Each specialist's cell at the k that it was trained with, by that k, ascending.
 
     Raises:
-        ValueError: two of one k, one without a cell at its own, or results that were not measured on the same tokens.
+        ValueError: two of one k, one that was trained at several, one without a cell at its own, or results that were
+            not measured on the same tokens.
     """
     sweep.check_same_data(results)
     found: dict[int, SweepCell] = {}
+    named: dict[int, str] = {}
     for result in results:
         k = result.k_train
-        if k in found:
-            raise ValueError(f"--specialists: {result.label} was trained with k = {k}, and so was another one")
+        if k in named:
+            raise ValueError(f"--specialists: {result.label} was trained with k = {k}, and so was {named[k]}")
+        if schedule := (result.training or {}).get("--emoe-k-schedule"):
+            raise ValueError(f"--specialists: {result.label} was trained at several k (--emoe-k-schedule {schedule})")
         if k not in sweep.curve(result):
             raise ValueError(f"--specialists: {result.label} has no cell at k' = {k}, the k of its training")
-        found[k] = sweep.curve(result)[k]
+        found[k], named[k] = sweep.curve(result)[k], result.label
     return dict(sorted(found.items()))
 
 

@@ -17,6 +17,7 @@ from megatron_emoe.settings.command_line import installed, say
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, flag
 from megatron_emoe.settings.flag_files import own_command
 from megatron_emoe.settings.hf_folder import model_name
+from megatron_emoe.settings.in_force import setting_words
 from megatron_emoe.settings.paths import check_out
 from megatron_emoe.settings.result_file import check_label
 from megatron_emoe.settings.tail_scale import parse_tail_scale
@@ -131,10 +132,7 @@ def _training(stored: Namespace) -> dict[str, str]:
     no_matter = ("emoe_seed", *ONLY_WATCHING, *MODEL_FEATURES)
     set_ones = {name: getattr(stored, name, old) for name, old in defaults.items() if name not in no_matter}
     words = {name: value for name, value in set_ones.items() if value != defaults[name]}
-    return {
-        flag(name): " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        for name, value in words.items()
-    }
+    return {flag(name): setting_words(value) for name, value in words.items()}
 
 
 _NOT_IN_TRANSFORMERS = {

@@ -22,6 +22,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron_emoe.data.datasets import check_data
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.model.checkpoint import (
+    check_budgets,
     check_load,
     fitted_tail_scale,
     has_checkpoint,
@@ -184,10 +185,12 @@ def _complete_evaluation(
 ) -> None:
     given = _given(parser) | fixed
     stored = _evaluated(args, hf_arguments)
-    check_given(given, stored, f"--hf {args.hf}" if getattr(args, "hf", None) else f"--load {args.load}")
+    source = f"--hf {args.hf}" if getattr(args, "hf", None) else f"--load {args.load}"
+    check_given(given, stored, source)
     for name, value in model_flags(stored).items():
         if name not in given:
             setattr(args, name, value)
+    check_budgets(args, stored, source)
     if "padded_vocab_size" not in given and stored.padded_vocab_size is not None:
         # A model may have more rows than its tokenizer has tokens, so the tokenizer does not tell how many.
         ranks = args.tensor_model_parallel_size

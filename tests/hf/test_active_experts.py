@@ -160,3 +160,20 @@ def test_weights_with_learned_scales_by_hand(model_type):
     assert found == pytest.approx({expert: weight / total for expert, weight in expected.items()})
     total = 0.7 if model_type == "ernie4_5_moe" else 1
     assert sorted(at_k[0].tolist()) == pytest.approx([0.3 / total, 0.4 / total])  # scales of 1 there
+
+
+@pytest.mark.parametrize(
+    ("block", "rule"),
+    [
+        ([1], "emoe [1]: must be an object"),
+        ({"k_train": "2"}, "emoe.k_train '2': must be a whole number in [1, 8]"),
+        ({"tail_scale": 0.5}, "emoe.tail_scale 0.5: must be a list of words"),
+        ({"budget_scales": {"k": [2], "log": [[[0, 1000]]] * 2}}, "emoe.budget_scales.log: 1000; must be a number in"),
+    ],
+)
+def test_a_block_that_is_wrong_is_refused_and_changes_nothing(block, rule):
+    model = hf_models.build("olmoe")
+    model.config.emoe = block
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)}"):
+        set_active_experts(model, 4)
+    assert {layer.mlp.gate.top_k for layer in model.model.layers} == {2}

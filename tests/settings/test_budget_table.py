@@ -48,8 +48,10 @@ def test_no_block_has_no_table():
             {"k": [1, 2], "log": [[[0.0], [0.0]]] * 2},
             "emoe.budget_scales.log: must have, for every layer, 1, 2 numbers",
         ),
-        ({"k": [1], "log": [[[0.0]], [["a"]]]}, "emoe.budget_scales.log: 'a'; must be a finite number"),
-        ({"k": [1], "log": [[[0.0]], [[float("nan")]]]}, "emoe.budget_scales.log: nan; must be a finite number"),
+        ({"k": [1], "log": [[[0.0]], [["a"]]]}, "emoe.budget_scales.log: 'a'; must be a number in [-40, 40]"),
+        ({"k": [1], "log": [[[0.0]], [[1000]]]}, "emoe.budget_scales.log: 1000; must be a number in [-40, 40]"),
+        ({"k": [1], "log": [[[0.0]], [[-(10**400)]]]}, "emoe.budget_scales.log: -1000"),
+        ({"k": [1], "log": [[[0.0]], [[float("nan")]]]}, "emoe.budget_scales.log: nan; must be a number in"),
     ],
 )
 def test_what_is_no_table(found: Any, rule: str):

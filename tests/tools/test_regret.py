@@ -67,7 +67,11 @@ def test_a_chart_has_the_envelope():
 @pytest.mark.parametrize(
     ("alone", "rule"),
     [
-        ([AT_2, dataclasses.replace(AT_2, label="again")], "again was trained with k = 2, and so was another one"),
+        ([AT_2, dataclasses.replace(AT_2, label="again")], "again was trained with k = 2, and so was alone 2"),
+        (
+            [dataclasses.replace(AT_2, training={"--emoe-k-schedule": "stratified"})],
+            "alone 2 was trained at several k (--emoe-k-schedule stratified)",
+        ),
         ([make_result("lost", {2: 1.8}, k_train=6)], "lost has no cell at k' = 6, the k of its training"),
         ([make_result("far", {8: 1.8}, k_train=8)], "none of their k (8) is a measured k' of elastic"),
     ],
