@@ -10,16 +10,24 @@ import functools
 import importlib.metadata
 from typing import Any
 
-import megatron.core.tokenizers.text.models  # noqa: F401  # otherwise imported by the first tokenizer
+import megatron.core.datasets.helpers_cpp
+import megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader  # at the first load
+import megatron.core.models.mimo  # by pretrain()
+import megatron.core.tokenizers.text.models  # noqa: F401  # by the first tokenizer
+import pytest  # noqa: F401  # by the module of every function that is called
 from megatron.training import arguments
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 import megatron_emoe.hf.export_model
 import megatron_emoe.hf.layer_check
 import megatron_emoe.hf.verify
-import megatron_emoe.training.loop  # noqa: F401
+import megatron_emoe.training.finished
+import megatron_emoe.training.loop
+import megatron_emoe.training.one_run  # noqa: F401
 import tests.hf_models
 import tests.tiny  # noqa: F401
+from megatron_emoe.settings import elastic_config, field_flags
+from megatron_emoe.training import megatron_flags
 
 _read = ArgumentGroupFactory._get_field_docstrings
 _known: dict[type, dict[str, str]] = {}
@@ -49,3 +57,6 @@ def _add_once(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 arguments.add_megatron_arguments = _add_once
 importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 importlib.metadata.entry_points(group="torch.distributed.backends")
+
+field_flags.field_texts(elastic_config.ElasticConfig)  # read from the source once in a process
+megatron_flags.why_refused("--none")  # all patterns: compiled once in a process

@@ -12,6 +12,7 @@ import types
 import typing
 from argparse import ArgumentParser
 from dataclasses import fields
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +34,7 @@ def add_field_flags(parser: ArgumentParser, cls: type, title: str) -> None:
         )
 
 
+@cache
 def field_texts(cls: type) -> dict[str, str]:
     """The string under each field of the class, in one line; fields without one are left out."""
     (body,) = [node.body for node in ast.parse(inspect.getsource(cls)).body if isinstance(node, ast.ClassDef)]
