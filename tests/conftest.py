@@ -1,6 +1,7 @@
 """Shared pytest set-up: the repository root is importable, and tests marked gpu skip themselves without CUDA."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 GPU = TESTS / "gpu"  # every test marked gpu is in there
+HEARD = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 sys.path.insert(0, str(TESTS.parent))
 
 
@@ -23,10 +25,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Workers of one run share the server that their programs and ranks are forks of (tests/programs)."""
+    hear_signals()
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         from tests import programs
 
         os.environ[programs.SHARED] = str(programs.start())
+
+
+def hear_signals() -> None:
+    """Programs that tests start find every signal at its default, as from a terminal, and none ignored, as under nohup.
+
+    What is ignored would be ignored by programs too; what has a handler is at its default in a new program. This handler
+    does nothing: here the signal is ignored as before.
+    """
+    for number in HEARD:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import programs
-from tests.distributed import is_running, wait_until
+from tests.distributed import REPO, is_running, wait_until
 
 SEEN = """
 import json, os, signal, sys
@@ -134,17 +134,8 @@ while True:
 """
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """SIGINT as in a terminal: a shell's background job ignores it, and so would every program started there."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("name", ["TERM", "INT", "USR1", "HUP"])
 @pytest.mark.parametrize("code", [HANDLED, BUFFERED], ids=["handled", "not handled"])
-@pytest.mark.usefixtures("interruptible")
 def test_a_signal_to_it_is_one_to_the_program(name, code):
     number = getattr(signal, f"SIG{name}")
     seen = []
@@ -155,6 +146,25 @@ def test_a_signal_to_it_is_one_to_the_program(name, code):
             seen.append((output, errors.splitlines()[-1:], process.returncode))
     assert seen[1] == seen[0]
     assert seen[0][2] == (9 if code == HANDLED else -number)
+
+
+DEAF = """
+import os, signal, subprocess, sys
+from tests import conftest
+for number in conftest.HEARD:
+    signal.signal(number, signal.SIG_IGN)
+conftest.hear_signals()
+for number in conftest.HEARD:
+    program = subprocess.run([sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"], stderr=-3)
+    os.kill(os.getpid(), number)
+    print(program.returncode == -number)
+"""
+
+
+def test_programs_of_tests_hear_signals_that_the_tests_were_started_to_ignore():
+    """As under nohup; what ran the tests goes on when such a signal comes."""
+    done = subprocess.run([programs.python(), "-c", DEAF], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 6, done.stderr
 
 
 def test_its_death_is_the_program_s_too():

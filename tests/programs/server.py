@@ -34,7 +34,8 @@ class Server:
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started this
+        for number in (signal.SIGINT, signal.SIGHUP):  # they are for the one who started this
+            signal.signal(number, signal.SIG_IGN)
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
         self.selector.register(self.ended, selectors.EVENT_READ, self.reap)
