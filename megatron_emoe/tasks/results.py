@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from megatron_emoe.settings.result_file import (
     read_checked,
     write_checked,
 )
+from megatron_emoe.tasks.agreement import agreement
 
 
 @dataclasses.dataclass
@@ -67,6 +69,7 @@ class TaskCell:
     rows_per_layer: Annotated[dict[Number, Whole], Field(min_length=1)]
     seconds: NonNegativeFloat
     members: dict[str, Metrics] = dataclasses.field(default_factory=dict)
+    answers: dict[Text, Annotated[tuple[Text, ...], Field(strict=False)]] = dataclasses.field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_rows(self) -> TaskCell:
@@ -190,7 +193,8 @@ def _number(value: Any) -> float | None:
 
 
 def markdown_table(result: TasksResult) -> str:
-    """A row per task and metric, a column per k'; what was not evaluated stays empty."""
+    """A row per task and metric, and one for the answers that agree with those at the trained k; a column per k'. What
+    was not evaluated stays empty."""
     ks = sorted({cell.k for cell in result.cells})
     cells = {(cell.task, cell.k): cell for cell in result.cells}
     rows = [["task", "metric", "samples", *(f"k' = {k}" for k in ks)], ["---", "---", "---:", *["---:"] * len(ks)]]
@@ -199,7 +203,18 @@ def markdown_table(result: TasksResult) -> str:
         for metric in dict.fromkeys(name for cell in of_task for name in cell.metrics):
             values = [_text(cells.get((task, k)), metric) for k in ks]
             rows.append([task, metric.removesuffix(",none"), str(of_task[0].samples), *values])
+        rows += _agreement_row(result.k_train, of_task, ks)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def _agreement_row(k_train: int, of_task: Sequence[TaskCell], ks: Sequence[int]) -> list[list[str]]:
+    """None where there are no answers at the trained k, or at no other k'."""
+    answers = {cell.k: cell.answers for cell in of_task}
+    if not answers.get(k_train) or len(answers) == 1:
+        return []
+    shares = [agreement(answers.get(k, {}), answers[k_train]) for k in ks]
+    texts = ["" if share is None else f"{share:.4f}" for share in shares]
+    return [[of_task[0].task, f"same answer as at k' = {k_train}", str(of_task[0].samples), *texts]]
 
 
 def _text(cell: TaskCell | None, metric: str) -> str:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from megatron_emoe.settings.command_line import is_first_rank
 from megatron_emoe.settings.refusal import NoNumber, fail
+from megatron_emoe.tasks.agreement import answers_of
 from megatron_emoe.tasks.request import PAPER_TASKS, check_asked
 from megatron_emoe.tasks.results import (
     Passage,
@@ -221,7 +222,7 @@ def evaluate_task(
     started = time.perf_counter()
     try:
         with model.active(k) as passage:
-            found = evaluate(model.lm, loaded, limit=limit, log_samples=False, confirm_run_unsafe_code=True)
+            found = evaluate(model.lm, loaded, limit=limit, log_samples=True, confirm_run_unsafe_code=True)
     except (ValueError, NoNumber) as error:
         kind = NoNumber if isinstance(error, NoNumber) else ValueError
         raise kind(f"--k {k} --tasks {name}: {error}") from error
@@ -241,6 +242,7 @@ def evaluate_task(
         rows_per_layer={str(layer): rows for layer, rows in sorted(passage.rows.items())},
         seconds=time.perf_counter() - started,
         members={task: measures(raw) for task, raw in found["results"].items() if task != name},
+        answers=answers_of(found["samples"]),
     )
 
 

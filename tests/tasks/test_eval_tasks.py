@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron_emoe.tasks import results as task_results
 from tests import hf_models, task_files
 from tests.distributed import REPO, run_ranks
 from tests.sweeps import run_tool
@@ -183,10 +184,16 @@ def test_both_files_hold_the_same_scores(agreement, model_type):
         for cell in result["cells"]:
             assert set(cell["rows_per_layer"].values()) == {cell["tokens"] * cell["k"]}
     for theirs, ours in zip(hf["cells"], megatron["cells"], strict=True):
-        assert ours["metrics"] == theirs["metrics"]
+        assert ours["metrics"] == theirs["metrics"] and ours["answers"] == theirs["answers"]
         assert (ours["samples"], ours["shots"]) == ((12, 1) if ours["task"] == "tiny_choice" else (6, 0))
     exact = [cell["metrics"]["exact_match,none"]["value"] for cell in hf["cells"][1::2]]
     assert exact[1] == 1 > exact[2]  # the right answers are those of k' = 2
+    for answers in (cell["answers"] for cell in hf["cells"]):
+        (task,) = answers
+        assert len(answers[task]) == {"tiny_choice": 12, "tiny_generate": 6}[task]
+    table = task_results.markdown_table(task_results.load(folder / "hf.json"))
+    shares = table[table.index("| tiny_generate | same answer as at k' = 2 |") :].splitlines()[0].strip("| ")
+    assert [float(share) for share in shares.split(" | ")[3:]] == pytest.approx(exact, abs=1e-4)
     choice = megatron["cells"][0]["metrics"]["acc,none"]
     p = choice["value"]
     assert 0 < p < 1 and choice["stderr"] == pytest.approx((p * (1 - p) / 11) ** 0.5)  # sample deviation, 12 documents
