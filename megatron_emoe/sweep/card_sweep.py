@@ -162,8 +162,6 @@ def _beside(cell: SweepCell, same: SweepCell | None) -> list[str]:
 
 
 def _origin(result: SweepResult, seed: str) -> Table:
-    entries = sorted((result.tail_scale or {}).items(), key=_first)
-    scales = ", ".join(map(_entry, entries)) if scaled(result) else "none: plain top-k'"
     rows = [
         ("checkpoint", result.checkpoint),
         ("framework", result.framework),
@@ -174,7 +172,7 @@ def _origin(result: SweepResult, seed: str) -> Table:
         ("tokens of training", with_unit(result.trained_tokens)),
         ("seed of training", seed),
         ("selection here", result.selection or ""),
-        ("tail scale", scales),
+        ("tail scale", _scales(result)),
         ("data", ", ".join(result.data.path) or "mock data"),
         ("tokens", _tokens(result)),
         ("digest of the tokens", result.data.digest or ""),
@@ -183,6 +181,15 @@ def _origin(result: SweepResult, seed: str) -> Table:
         ("date", result.date),
     ]
     return Table("How it was produced", ("", "value"), tuple(row for row in rows if row[1]))
+
+
+def _scales(result: SweepResult) -> str:
+    """What weighs the experts at each k' beside their router: learned scales are there at every k'."""
+    entries = sorted((result.tail_scale or {}).items(), key=_first)
+    fitted = ", ".join(map(_entry, entries)) if scaled(result) else ""
+    if "--emoe-budget-scales" in (result.training or {}):
+        return f"{fitted}, on top of scales learned for each k'" if fitted else "scales learned for each k'"
+    return fitted or "none: plain top-k'"
 
 
 def _tokens(result: SweepResult) -> str:

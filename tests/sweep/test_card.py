@@ -189,6 +189,16 @@ def test_tail_scales_past_k():
     )
 
 
+def test_learned_scales_are_no_plain_top_k():
+    trained = {"--emoe-k-schedule": "stratified", "--emoe-budget-scales": ""}
+    learned = dataclasses.replace(ELASTIC, training=trained)
+    fitted = dataclasses.replace(learned, tail_scale={"4": 0.5})
+    said = [
+        column(table(make_card([one]), "How it was produced", 1), "value")["tail scale"] for one in (learned, fitted)
+    ]
+    assert said == ["scales learned for each k'", "0.5 at k' = 4, on top of scales learned for each k'"]
+
+
 def test_how_it_was_produced():
     card = make_card([ELASTIC])
     assert dict(table(card, "How it was produced", 1).rows) == {
