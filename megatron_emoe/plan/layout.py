@@ -175,6 +175,9 @@ def megatron_rules(args: Namespace, layout: Layout) -> Iterator[str]:
     if layout.gpus % model:
         yield f"--tp {layout.tp} x --pp {layout.pp} = {model}: must divide --gpus {layout.gpus}"
     yield from expert_rules(args, layout)
+    if layout.pp > 1 and args.emoe_second_pass:
+        cause = "both passes go through the whole model"
+        yield f"--pp {layout.pp}: must be 1 with --emoe-second-pass {args.emoe_second_pass}, {cause}"
     if layout.pp > args.num_layers:
         yield f"--pp {layout.pp}: more stages than the model's {args.num_layers} layers (--num-layers)"
     yield from _broken_tensor_rules(args, layout)

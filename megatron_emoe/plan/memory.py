@@ -30,7 +30,8 @@ _RARE = 1e-6  # share of the steps that may need more than is planned for a vary
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank. activations: at E[k]. larger_k: what more a step with larger draws keeps. all_to_all: buffers
-    at k_max. working: one layer recomputed at k_max. logits: of one micro-batch, with their gradient."""
+    at k_max. working: one layer recomputed at k_max. logits: of one micro-batch, with their gradient. A second pass of
+    every micro-batch is kept beside the first."""
 
     weights: float = field(metadata={"text": "weights"})
     gradients: float = field(metadata={"text": "gradients"})
@@ -59,24 +60,30 @@ def stage_memory(model: PlannedModel, layout: Layout, stage: int, imbalance: flo
     args = model.args
     spread = imbalance if layout.ep > 1 else 1.0
     parameters = stage_parameters(args, layout, stage)
-    in_flight = min(layout.pp - stage, layout.micro_batches)
+    in_flight = min(layout.pp - stage, layout.micro_batches) * model.passes
     numbers = stage_layers(args.num_layers, layout.pp)[stage]
     with_experts = len(set(moe_layer_numbers(args)) & set(numbers))
     row = kept_per_row(args, layout.etp) * layout.tokens * spread if layout.recompute == "none" else 0
     kept = sum(kept_of_layer(model, layout, number, spread) for number in numbers)
     last = stage == layout.pp - 1
-    experts_above_mean = largest_sum(model.k_distribution, with_experts, model.config.emoe_k_draw == "layer")
-    experts_above_mean -= model.expected_k * with_experts
+    experts_above_mean = _largest_experts(model, with_experts) - model.expected_k * with_experts
     return Memory(
         weights=parameters.total * _BF16 + (_fp8_weights(args, layout, stage) if layout.fp8 else 0),
         gradients=parameters.total * layout.kept.gradient,
         optimizer=layout.kept.optimizer * (parameters.dense / layout.dp + parameters.expert / layout.edp),
-        activations=in_flight * kept + (layout.tokens * 2 * _BF16 * args.hidden_size if last else 0),
+        activations=in_flight * kept + (model.passes * layout.tokens * 2 * _BF16 * args.hidden_size if last else 0),
         larger_k=in_flight * row * max(0.0, experts_above_mean),
         working=_working(model, layout, numbers, spread),
         all_to_all=_buffers(model, layout, spread) if with_experts else 0,
-        logits=_logits(args, layout) if last else 0,
+        logits=model.passes * _logits(args, layout) if last else 0,
     )
+
+
+def _largest_experts(model: PlannedModel, layers: int) -> float:
+    """Experts per token over `layers` layers, in one pass or on average of two: the first is always at the model's."""
+    if model.passes == 2:
+        return layers * (model.args.moe_router_topk + model.largest_k) / 2
+    return largest_sum(model.k_distribution, layers, model.config.emoe_k_draw == "layer")
 
 
 def kept_of_layer(model: PlannedModel, layout: Layout, number: int, spread: float) -> float:

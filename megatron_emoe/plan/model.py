@@ -47,7 +47,6 @@ SETTLED = ["--use-distributed-optimizer", "--moe-token-dispatcher-type", "alltoa
 _NOT_PLANNED = {
     "mtp_num_layers": "layers that predict further tokens",
     "emoe_distill_coeff": "the teacher's forward pass",
-    "emoe_second_pass": "the second pass of every micro-batch",
     "num_layers_per_virtual_pipeline_stage": "interleaved pipelines",
     "num_virtual_stages_per_pipeline_rank": "interleaved pipelines",
     "q_lora_rank": "compressed queries",
@@ -105,6 +104,11 @@ class PlannedModel:
         k = expected_k(self.config, self.args.moe_router_topk, self._end)
         null = self.args.emoe_null_experts or 0
         return k * self.args.num_experts / (self.args.num_experts + null)
+
+    @property
+    def passes(self) -> int:
+        """Of every micro-batch through the model; both are kept until its backward pass. E[k] is their mean."""
+        return 2 if self.config.emoe_second_pass else 1
 
     @property
     def largest_k(self) -> int:

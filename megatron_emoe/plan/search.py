@@ -103,8 +103,9 @@ class Plan:
 
     @property
     def flops_per_token(self) -> float:
-        """Training FLOPs of one token at E[k]: three times the forward pass, without what recomputation repeats."""
-        return 3 * self._forward
+        """Training FLOPs of one token at E[k]: three times the forward pass, for each pass of a micro-batch. What
+        recomputation repeats is not among them."""
+        return 3 * self._forward * self.model.passes
 
     @property
     def flops_per_step(self) -> float:
@@ -128,7 +129,7 @@ class Plan:
         )
         stretch = self._longest_stage * (1 + (self.layout.pp - 1) / self.layout.micro_batches)
         layers = max(len(stage) for stage in self._stages)
-        fixed = LAYER_SECONDS * layers * (self.layout.micro_batches + self.layout.pp - 1)
+        fixed = LAYER_SECONDS * layers * self.model.passes * (self.layout.micro_batches + self.layout.pp - 1)
         return compute * stretch + fixed + max(self._seconds(transfers) for transfers in self.transfers)
 
     @property

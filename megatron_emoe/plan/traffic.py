@@ -47,10 +47,11 @@ class Transfer:
 def stage_transfers(args: Namespace, layout: Layout, stage: int, k: float, *, local: bool = False) -> list[Transfer]:
     """Everything that a rank of the pipeline stage (from 0) transfers in one step.
 
-    k: experts per token, the mean over micro-batches and layers. local: see stage_parameters.
+    k: experts per token, the mean over micro-batches, their passes and layers. local: see stage_parameters.
     """
+    passes = layout.micro_batches * (2 if args.emoe_second_pass else 1)
     each_time = (_layers(args, layout, stage, k, local), _ends(args, layout, stage), _pipeline(args, layout, stage))
-    found = [_times(transfer, layout.micro_batches) for transfer in chain(*each_time) if transfer.ranks > 1]
+    found = [_times(transfer, passes) for transfer in chain(*each_time) if transfer.ranks > 1]
     found += [transfer for transfer in _gradients(args, layout, stage, local) if transfer.ranks > 1]
     return [transfer for transfer in found if transfer.payload]
 

@@ -65,7 +65,7 @@ def planned(args: Any, layout: Layout) -> Any:
     config = ElasticConfig()
     k = args.moe_router_topk
     model = SimpleNamespace(
-        args=args, config=config, moe_layers=[1, 2], expected_k=k, largest_k=k, k_distribution={k: 1.0}
+        args=args, config=config, moe_layers=[1, 2], passes=1, expected_k=k, largest_k=k, k_distribution={k: 1.0}
     )
     return stage_memory(model, layout, 0, 1.0)
 
@@ -151,6 +151,7 @@ BY_HAND = SimpleNamespace(
     normalization="RMSNorm",
     swiglu=True,
     num_experts=4,
+    moe_router_topk=1,
     moe_ffn_hidden_size=6,
     moe_shared_expert_intermediate_size=None,
     moe_shared_expert_gate=False,
@@ -166,10 +167,11 @@ BY_HAND = SimpleNamespace(
 )
 
 
-def model_by_hand(draw: str) -> SimpleNamespace:
+def model_by_hand(draw: str, passes: int = 1) -> SimpleNamespace:
     return SimpleNamespace(
         args=BY_HAND,
         config=SimpleNamespace(emoe_k_draw=draw),
+        passes=passes,
         moe_layers=[1, 2, 3, 4],
         expected_k=1.5,
         largest_k=2,
@@ -194,6 +196,15 @@ def test_by_hand():
     assert memory.all_to_all == 64 * 2 * 20 * 2.5 and memory.working == 0
     assert memory.logits == 64 * 128 * 6
     assert memory.total == sum(memory.parts().values())
+
+
+def test_a_second_pass_is_kept_beside_the_first():
+    layout = Layout(8, 8, 1, 1, 2, 1, 1, 16, 64)
+    one, both = (stage_memory(model_by_hand("step", passes), layout, 0, 1.0) for passes in (1, 2))
+    assert both.activations == 2 * one.activations and both.logits == 2 * one.logits
+    assert (both.weights, both.optimizer, both.all_to_all) == (one.weights, one.optimizer, one.all_to_all)
+    # The first pass is at k = 1 and the second at most at 2, as E[k] = 1.5 has them already.
+    assert (one.larger_k > 0, both.larger_k) == (True, 0)
 
 
 def test_the_first_stage_keeps_more_micro_batches_and_recomputation_less():

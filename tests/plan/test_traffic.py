@@ -201,3 +201,24 @@ def test_bytes_follow_the_k_that_each_layer_drew():
     counted = sum(payloads["all-to-all", "all-to-all"] for payloads, _ in runs)
     transfers = stage_transfers(runs[0][1], layout_of(runs[0][1], 2), 0, sum(ks) / 2, local=True)
     assert counted == 2 * sum(t.payload for t in transfers if t.operation == "all-to-all")
+
+
+@pytest.mark.slow
+def test_a_second_pass_sends_as_the_first_does():
+    """Two micro-batches, each at the model's k and at another one; a plan at the mean k of all passes."""
+    drawn = {"emoe_selection": "prefix", "emoe_k_schedule": "stratified", "emoe_k_grid": [1, 5], "emoe_seed": 5}
+    elastic = ElasticConfig(**drawn, emoe_second_pass=1.0)
+    changes = {"expert_model_parallel_size": 2, "emoe_second_pass": 1.0} | drawn
+    runs = run_ranks(counted_run, 2, flags(**TINY | changes))
+    args = runs[0][1]
+    layout = layout_of(args, 2)
+    places = [Place(1, at, 1, layout.micro_batches, second) for at in range(layout.micro_batches) for second in (0, 1)]
+    ks = [scheduled_k(elastic, TINY["moe_router_topk"], place) for place in places]
+    assert len(set(ks)) > 1
+    counted: Counter = Counter()
+    for payloads, _ in runs:
+        counted.update(payloads)
+    planned: Counter = Counter()
+    for transfer in stage_transfers(args, layout, 0, sum(ks) / len(ks), local=True):
+        planned[transfer.kind, transfer.operation] += transfer.payload * 2
+    assert {key: value for key, value in counted.items() if value and key[0] not in UNCOUNTED} == dict(planned)
