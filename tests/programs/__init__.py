@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Pipe
 from pathlib import Path
+from select import select
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
@@ -55,12 +56,12 @@ class Call:
         self.pid = int(self._said.readline())
 
     def end(self, wait: float) -> None:
-        """Give it `wait` seconds to end by itself, then end it, and all that it left running."""
-        self._server.settimeout(wait or 0.001)
-        with suppress(OSError):
-            self._said.readline()
+        """Give it `wait` seconds to end by itself, then end it, and all that it left running. It has ended on return, so
+        that what it held, as a lock, is free."""
+        select([self._server], [], [], wait)  # the server speaks when it has ended
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        select([self._server], [], [], 60)
         self._said.close()
         self._server.close()
         self.answer.close()
