@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests import programs
 from tests.sweep_results import make_cell, make_result
 
 REPO = Path(__file__).resolve().parents[2]
@@ -41,7 +42,9 @@ def test_an_example_runs_as_printed_and_computes_what_is_right(name, tmp_path):
     (tmp_path / "example.py").write_text(EXAMPLES[name])
     save(sweep_of_the_page(), tmp_path / "sweep.json")
     env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", RUN.format(name=name)]
+    # The core reads its surroundings when it is imported: there the imports are the example's own.
+    interpreter = sys.executable if name == "megatron" else programs.python()
+    command = [interpreter, "-c", RUN.format(name=name)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     printed = "".join(line for line in done.stdout.splitlines(keepends=True) if not line.startswith("WARNING"))
