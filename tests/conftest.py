@@ -35,8 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def hear_signals() -> None:
     """Programs that tests start find every signal at its default, as from a terminal, and none ignored, as under nohup.
 
-    What is ignored would be ignored by programs too; what has a handler is at its default in a new program. This handler
-    does nothing: here the signal is ignored as before.
+    What is ignored would be ignored by programs too; what has a handler is at its default in a new program. This
+    handler does nothing: here the signal is ignored as before.
     """
     for number in HEARD:
         if signal.getsignal(number) == signal.SIG_IGN:

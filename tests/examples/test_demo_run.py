@@ -17,6 +17,8 @@ sys.path.insert(0, str(REPO / "examples"))
 import demo_run  # noqa: E402
 from demo_run import Spent, Step  # noqa: E402
 
+from tests import programs  # noqa: E402
+
 WAIT = """
 import pathlib, sys, time
 until = time.monotonic() + 60
@@ -148,7 +150,7 @@ def test_ranks_are_forked_from_one_process_and_reach_each_other(tmp_path):
         [rank.join() for rank in ranks]
         sys.exit(any(rank.exitcode for rank in ranks))
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, check=True, timeout=300)
+    subprocess.run([programs.python(), "-c", textwrap.dedent(program)], cwd=tmp_path, check=True, timeout=300)
     assert (tmp_path / "log").read_text().count("sum 111 of 3") == 3  # ranks share the stream: two may share a line
 
 

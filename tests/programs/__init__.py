@@ -56,8 +56,10 @@ class Call:
         self.pid = int(self._said.readline())
 
     def end(self, wait: float) -> None:
-        """Give it `wait` seconds to end by itself, then end it, and all that it left running. It has ended on return, so
-        that what it held, as a lock, is free."""
+        """Give it `wait` seconds to end by itself, then end it, and all that it left running.
+
+        It has ended on return: what it held, as a lock, is free.
+        """
         select([self._server], [], [], wait)  # the server speaks when it has ended
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
