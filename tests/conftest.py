@@ -26,6 +26,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_configure(config: pytest.Config) -> None:
     """Workers of one run share the server that their programs and ranks are forks of (tests/programs)."""
     hear_signals()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads wait for one another at work: on a busy machine for long
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         from tests import programs
 
