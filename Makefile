@@ -2,10 +2,11 @@
 SHELL := bash
 VENV ?= .venv
 TE ?= .te
+SERVE_VENV ?= .venv-serve
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-convert test test-fast test-te test-gpu test-slurm check bench bench-gpu study clean
+.PHONY: help setup setup-serve demo demo-convert test test-fast test-te test-gpu test-slurm test-serve check bench bench-gpu study clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -35,6 +36,12 @@ test-te: setup ## build Transformer Engine (20 to 40 minutes, once), and test it
 test-gpu: setup ## tests that need a CUDA device (on one GPU; skipped, with the reason, where there is none)
 	@$(BIN)/python -m pytest -v -rs --tb=short --durations=15 -m gpu tests/gpu $(PYTEST_ARGS)
 
+setup-serve: ## create .venv-serve: vLLM's CPU build and the plugin in serving/ (Python 3.11 to 3.13)
+	@SERVE_VENV="$(SERVE_VENV)" bash tools/setup_serve.sh
+
+test-serve: setup-serve ## the vLLM plugin on the real vLLM, on CPU
+	@$(SERVE_VENV)/bin/python -m pytest -q -c serving/pyproject.toml serving/tests $(PYTEST_ARGS)
+
 test-slurm: setup ## jobs on a real Slurm of two nodes on this machine (as root on Debian or Ubuntu; about 20 minutes)
 	@tests/slurm/cluster.sh with $(BIN)/python -m pytest -q -rs -m slurm tests/slurm $(PYTEST_ARGS)
 
@@ -42,7 +49,7 @@ check: setup ## lint, formatting, types, and which part imports which
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports --no-cache
+	@PYTHONPATH=serving $(BIN)/lint-imports --no-cache
 
 bench: setup ## what elastic training costs against plain top-k, and conversion against copying
 	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
@@ -54,5 +61,5 @@ study: setup ## the regret of each method at every budget: an hour or two, goes 
 	@$(BIN)/python benchmarks/study.py $(STUDY_ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) demo demo-convert build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(SERVE_VENV) demo demo-convert build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,26 @@
+"""One elastic mixture-of-experts checkpoint in vLLM, at every number k' of active experts per token.
+
+vLLM finds `plugin.register` by its entry point. From there on: `plugin.py` decides, when a model's configuration is
+complete, whether it is served elastically; `settings.py` is what was decided, `block.py` what the checkpoint says,
+`layers.py` which layers have experts. `levels.py` numbers the budgets that tokens carry; `routing.py` is the router as
+one pure function; `runner.py` puts it into vLLM's MoE layers, `worker.py` tells it each token's budget. `scheduler.py`
+gives every request its budget, `requests.py` reads what a request asks for. `control.py` and `endpoint.py` change k'
+while the engine runs.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
+__all__ = ["__version__", "set_k", "set_k_async", "status", "status_async"]
+
+if TYPE_CHECKING:
+    from emoe_vllm.control import set_k, set_k_async, status, status_async
+else:
+
+    def __getattr__(name: str) -> Any:
+        """The public `name` at its first use, so that reading settings needs no vLLM."""
+        if name in __all__:
+            from emoe_vllm import control
+
+            return getattr(control, name)
+        raise AttributeError(f"module 'emoe_vllm' has no attribute {name!r}")

@@ -1,0 +1,137 @@
+"""vLLM's MoE layer with a router that knows each token's budget, and expert kernels that get no more than k' experts.
+
+`ElasticMoERunner` takes the place of vLLM's MoERunner by its registry of pluggable layers. Where nothing is elastic it
+is vLLM's own, method by method. Shape suffixes: T tokens, E experts, K ranks, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner, SharedExpertsOrder
+from vllm.platforms import current_platform
+
+from emoe_vllm.levels import PADDING, LayerTable
+from emoe_vllm.routing import Rule, route, rule_of
+from emoe_vllm.settings import ElasticSettings, decided
+
+
+@dataclass
+class Batch:
+    """What the layers of one engine know of the tokens that they get. levels_T: int32, one for every token that a step
+    can have, on the model's device and always the same memory. uniform: the level of all of them, None: several."""
+
+    levels_T: Tensor
+    uniform: int | None
+    rows: dict[int, int] = field(default_factory=dict)
+    """(token, expert) pairs that reached the experts of each layer, by its number in the model. CPU only: elsewhere
+    counting would wait for the device."""
+
+
+class ElasticRouter(BaseRouter):
+    """The router of one layer, in place of `stock`, which vLLM's model made."""
+
+    def __init__(self, stock: BaseRouter, rule: Rule, k_max: int) -> None:
+        super().__init__(k_max, stock.global_num_experts, stock.eplb_state)
+        self.stock, self.rule = stock, rule
+        self.batch: Batch | None = None
+        self.table: LayerTable | None = None
+
+    @property
+    def routing_method_type(self) -> Any:
+        return self.stock.routing_method_type
+
+    def _compute_routing(
+        self, hidden_states: Tensor, router_logits: Tensor, indices_type: torch.dtype | None, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Weights past a token's k' are 0, its experts all different: right in every kernel."""
+        assert self.batch is not None and self.table is not None, "the worker is not emoe_vllm's"
+        levels_T = self.batch.levels_T[: router_logits.shape[0]]
+        return self._as_kernels_read(*route(router_logits, levels_T, self.table, self.rule, self.top_k), indices_type)
+
+    @staticmethod
+    def _as_kernels_read(weights_TK: Tensor, experts_TK: Tensor, kind: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        return weights_TK.contiguous(), experts_TK.to(kind or torch.int32).contiguous()
+
+
+class ElasticMoERunner(MoERunner):
+    """Registered in place of MoERunner. `elastic`: the settings, None where vLLM's own layer runs."""
+
+    elastic: ElasticSettings | None = None
+
+    def __init__(self, layer_name: str, moe_config: Any, router: BaseRouter, *args: Any, **kwargs: Any) -> None:
+        vllm_config = get_current_vllm_config()
+        settings = decided(vllm_config.additional_config)
+        if settings is not None:
+            router = ElasticRouter(router, rule_of(router, vllm_config.model_config.hf_config), settings.k_max)
+            self.elastic = settings
+        super().__init__(layer_name, moe_config, router, *args, **kwargs)
+        if settings is not None and self.layer_id not in settings.layers:
+            raise ValueError(f"layer {self.layer_id} has experts; config.json says that {list(settings.layers)} have")
+
+    def _select_forward(self) -> Any:
+        if self.elastic is None or not current_platform.is_cpu():
+            return super()._select_forward()
+        # On a CPU vLLM lets the compiler trace into the layer, and the k' of the first trace would stay for ever. As
+        # the opaque operator that other devices use, the layer runs eagerly inside compiled code.
+        shared = self._shared_experts is not None
+        return torch.ops.vllm.moe_forward_shared if shared else torch.ops.vllm.moe_forward
+
+    def attach(self, batch: Batch, table: LayerTable) -> None:
+        """Called once by the worker, when the model is loaded."""
+        if self.is_monolithic:
+            kernel = type(self.routed_experts.quant_method).__name__
+            raise ValueError(
+                f"{self.layer_name}: the expert kernel of {kernel} routes by itself, at one k for ever; choose another "
+                "with --moe-backend, such as triton"
+            )
+        self.router.batch, self.router.table = batch, table
+        batch.rows[self.layer_id] = 0
+
+    def _apply_quant_method(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        shared_experts_input: Tensor | None,
+        input_ids: Tensor | None = None,
+        shared_experts_overlapping: bool = False,
+    ) -> tuple[Tensor | None, Any]:
+        """On a CPU, the kernel once for each k' among the tokens; elsewhere vLLM's own, with weights of 0."""
+        if self.elastic is None or not current_platform.is_cpu():
+            return super()._apply_quant_method(
+                hidden_states, router_logits, shared_experts_input, input_ids, shared_experts_overlapping
+            )
+        self._maybe_apply_shared_experts(shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
+        fused_TD = self._by_k(hidden_states, router_logits)
+        return self._shared_experts.output if self._shared_experts is not None else None, fused_TD
+
+    def _by_k(self, hidden_TD: Tensor, logits_TE: Tensor) -> Tensor:
+        router, batch = self.router, self.router.batch
+        assert batch is not None and router.table is not None, "the worker is not emoe_vllm's"
+        if batch.uniform is not None:
+            return self._experts(hidden_TD, logits_TE, batch.levels_T[: len(hidden_TD)], self._k_of(batch.uniform))
+        levels_T = batch.levels_T[: len(hidden_TD)]
+        k_T = router.table.k_V[levels_T]
+        out_TD = torch.zeros_like(hidden_TD)
+        for k in k_T.unique().tolist():
+            if k != PADDING:
+                where = (k_T == k).nonzero().squeeze(1)
+                out_TD[where] = self._experts(hidden_TD[where], logits_TE[where], levels_T[where], k)
+        return out_TD
+
+    def _k_of(self, level: int) -> int:
+        return int(self.router.table.k_V[level])
+
+    def _experts(self, hidden_TD: Tensor, logits_TE: Tensor, levels_T: Tensor, k: int) -> Tensor:
+        """The expert kernel on tokens that all have this k'. It works in proportion to the experts that it is given."""
+        router = self.router
+        weights_TK, experts_TK = route(logits_TE, levels_T, router.table, router.rule, k)
+        kind = self._quant_method.topk_indices_dtype
+        weights_TK, experts_TK = router._as_kernels_read(weights_TK, experts_TK, kind)
+        router.batch.rows[self.layer_id] += experts_TK.numel()
+        return self.routed_experts.forward_modular(x=hidden_TD, topk_weights=weights_TK, topk_ids=experts_TK)

@@ -1,0 +1,114 @@
+"""The scheduler gives every request its budget when it arrives, and keeps apart the cached blocks of different ones.
+
+Keys and values above the first MoE layer depend on k'. So a request's prefix is hashed together with the level of its
+prefill: blocks are shared between equal levels alone. Blocks with tokens that were written at another level than that
+of the prefill are shared with nobody. A policy that follows the load overrides `default_levels` and `level_now`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from emoe_vllm import control
+from emoe_vllm.levels import Levels
+from emoe_vllm.requests import asked_k, pin
+from emoe_vllm.settings import check_budget, decided
+
+logger = init_logger(__name__)
+
+
+class ElasticScheduling(Scheduler):
+    """What both schedulers have in common. `default`: the level of requests that name no k'."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = decided(self.vllm_config.additional_config)
+        assert settings is not None, "the plugin chose this scheduler"
+        self.levels = Levels(settings)
+        self.default = self.levels.of(settings.k)
+        control.register(self)
+
+    def default_levels(self) -> tuple[int, int]:
+        """Of prefill and decoding, where a request names none. A policy gives FOLLOW for decoding."""
+        return self.default, self.default
+
+    def level_now(self) -> int | None:
+        """Of the decoding of requests that FOLLOW, in the step that is being scheduled. None: there are none."""
+        return None
+
+    def add_request(self, request: Any) -> None:
+        if request.request_id not in self.requests and request.sampling_params is not None:
+            self._pin(request)
+        super().add_request(request)
+
+    def _pin(self, request: Any) -> None:
+        prefill, decode = self.default_levels()
+        try:
+            asked = asked_k(request.sampling_params, self.levels.settings)
+        except ValueError as error:  # the front end refuses these; whoever passed it by gets an answer of no tokens
+            logger.error("request %s: %s", request.request_id, error)
+            request.abort_immediately, asked = True, (None, None)
+        prefill, decode = asked[0] or prefill, asked[1] or decode
+        pin(request.sampling_params, prefill, decode)
+        request.cache_salt = f"{request.cache_salt or ''}|emoe:{self.levels.budget(prefill)}"
+        if request._block_hasher is not None:
+            if decode != prefill:
+                request._block_hasher = _Unshared(request._block_hasher, self.hash_block_size)
+            request.block_hashes = []
+            request.update_block_hashes()
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)
+        output.emoe_level = self.level_now()
+        output.emoe_layouts = tuple(self.levels.layouts)
+        return output
+
+    def emoe_set_k(self, k: Any) -> dict[str, Any]:
+        """From now on requests that name no k' get this one (ValueError: out of range)."""
+        settings = self.levels.settings
+        self.default = self.levels.of(check_budget(k, settings.k_min, settings.k_max, len(settings.layers), "k"))
+        return self.emoe_settings()
+
+    def emoe_settings(self) -> dict[str, Any]:
+        """k' now, and what is admitted."""
+        settings, k = self.levels.settings, self.levels.budget(self.default)
+        return {
+            "k": k if isinstance(k, int) else list(k),
+            "k_train": settings.k_train,
+            "k_min": settings.k_min,
+            "k_max": settings.k_max,
+            "layers": list(settings.layers),
+        }
+
+
+class _Unshared:
+    """Hashes the blocks of a request like `inner`, but those that are not wholly of its prompt like no other's."""
+
+    def __init__(self, inner: Any, block_size: int) -> None:
+        self.inner, self.block_size = inner, block_size
+
+    def __call__(self, request: Any) -> list[Any]:
+        of_prompt = request.num_prompt_tokens // self.block_size - len(request.block_hashes)
+        found = self.inner(request)
+        return found[: max(of_prompt, 0)] + [
+            hashlib.sha256(each + request.request_id.encode()).digest() for each in found[max(of_prompt, 0) :]
+        ]
+
+
+class ElasticScheduler(ElasticScheduling):
+    """Where scheduling waits for each step."""
+
+
+class ElasticAsyncScheduler(ElasticScheduling, AsyncScheduler):
+    """Where it runs ahead of the device."""
+
+
+def scheduler(vllm_config: Any, **kwargs: Any) -> ElasticScheduling:
+    """The scheduler of an engine: what vLLM's `scheduler_cls` names. Which one is known only when the engine starts."""
+    kind = ElasticAsyncScheduler if vllm_config.scheduler_config.async_scheduling else ElasticScheduler
+    return kind(vllm_config=vllm_config, **kwargs)

@@ -1,0 +1,93 @@
+"""Workers that tell the MoE layers, before every forward pass, which budget each token has.
+
+Each is a subclass of vLLM's own worker of the device. Shape suffix: T tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from emoe_vllm import control
+from emoe_vllm.levels import PADDING, Levels, Tables
+from emoe_vllm.requests import pinned
+from emoe_vllm.runner import Batch, ElasticMoERunner
+from emoe_vllm.settings import block_of, decided
+
+
+class _ElasticWorker(Worker):
+    """What both workers have in common. `tokens`: of real requests, by level, since the start."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        settings = decided(self.vllm_config.additional_config)
+        assert settings is not None, "the plugin chose this worker"
+        most = self.vllm_config.scheduler_config.max_num_batched_tokens
+        most = max(most, self.vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        self._levels = Levels(settings)
+        self._tables = Tables(self._levels, block_of(self.model_config.hf_config), self.device)
+        # Until there are requests, as in the pass that measures memory, all tokens have the largest budget.
+        self._host_T = torch.full((most,), settings.k_max, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self._batch = Batch(self._host_T.to(self.device), uniform=settings.k_max)
+        self.tokens: Counter[int] = Counter()
+        self._attach()
+        self._forward = self.model_runner._model_forward
+        self.model_runner._model_forward = self._forward_with_levels
+
+    def _attach(self) -> None:
+        numbers = self._levels.settings.layers
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():
+            if isinstance(layer, ElasticMoERunner):
+                layer.attach(self._batch, self._tables.layers[numbers.index(layer.layer_id)])
+        if not self._batch.rows:
+            raise ValueError(f"{type(self.model_runner.model).__name__}: none of its layers can change k'")
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        self._scheduled = scheduler_output
+        self._tables.learn(getattr(scheduler_output, "emoe_layouts", ()))
+        return super().execute_model(scheduler_output)
+
+    def _forward_with_levels(self, *args: Any, **kwargs: Any) -> Any:
+        self._fill(self._scheduled)
+        return self._forward(*args, **kwargs)
+
+    def _fill(self, scheduled: Any) -> None:
+        """Each token's level, in the order of the batch: prefill up to the end of the prompt, decode after it."""
+        levels_T, end = self._host_T.numpy(), 0
+        following = getattr(scheduled, "emoe_level", None)
+        for name in self.model_runner.input_batch.req_ids:
+            request, tokens = self.model_runner.requests[name], scheduled.num_scheduled_tokens[name]
+            prefill, decode = pinned(request.sampling_params, following)
+            prompt = min(max(request.num_prompt_tokens - request.num_computed_tokens, 0), tokens)
+            levels_T[end : end + prompt] = prefill
+            levels_T[end + prompt : end + tokens] = decode
+            self.tokens.update({prefill: prompt, decode: tokens - prompt} if prefill != decode else {decode: tokens})
+            end += tokens
+        levels_T[end:] = PADDING
+        used_T = levels_T[:end]
+        self._batch.uniform = int(used_T[0]) if end and np.all(used_T == used_T[0]) else None
+        if self._batch.levels_T.device.type != "cpu":  # not run: no GPU was at hand
+            self._batch.levels_T.copy_(self._host_T, non_blocking=True)
+
+    def emoe_status(self) -> dict[str, Any]:
+        """By `collective_rpc`: tokens that ran at each budget, and rows that reached the experts of each layer."""
+        budgets = {level: self._levels.budget(level) for level in self.tokens}
+        tokens = [[budgets[level], count] for level, count in sorted(self.tokens.items()) if count]
+        return {"tokens": tokens, "rows": {str(layer): rows for layer, rows in self._batch.rows.items()}}
+
+    def emoe_set_k(self, k: Any) -> dict[str, Any]:
+        """By `collective_rpc`, where worker and scheduler are one process (see control.py for every other)."""
+        return control.in_this_process(self.vllm_config).emoe_set_k(k)
+
+
+class ElasticCPUWorker(_ElasticWorker, CPUWorker):
+    """On a CPU."""
+
+
+class ElasticGPUWorker(_ElasticWorker):
+    """On a GPU. Not run: no GPU was at hand."""
