@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_emoe.settings.command_line import command_line
-from megatron_emoe.settings.flag_types import MOST_WORKERS, a_path, whole_to
+from megatron_emoe.settings.flag_types import MOST_WORKERS, a_path, per_layer, whole_to
 from megatron_emoe.settings.hf_folder import hf_folder
 from megatron_emoe.settings.paths import check_folder, check_out
 from megatron_emoe.settings.refusal import one_line
@@ -48,6 +48,12 @@ def _add_export(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
     verb.add_argument("--megatron", type=a_path, required=True, help="Folder that training or an import made.")
     verb.add_argument("--out", type=a_path, required=True, help="Folder to make.")
     verb.add_argument("--k", type=int, help="Active experts to write into config.json. Default: k in training.")
+    verb.add_argument(
+        "--k-per-layer",
+        type=per_layer,
+        metavar="K,K,...",
+        help="One k' for each MoE layer, noted in config.json for servers that can have it. Default: none.",
+    )
     verb.add_argument("--ckpt-step", type=int, help="Iteration to export. Default: the newest.")
     verb.add_argument("--hf-config", type=a_path, help="Folder of the original model. Default: hf/ in --megatron.")
     verb.add_argument("--sweep", type=a_path, help="Result of tools/sweep_k.py, noted in config.json.")
@@ -103,6 +109,7 @@ def run_export(chosen: argparse.Namespace) -> None:
         chosen.megatron,
         chosen.out,
         k=chosen.k,
+        k_per_layer=chosen.k_per_layer,
         step=chosen.ckpt_step,
         hf_config=chosen.hf_config,
         measured=partial(measured_in, chosen.sweep) if chosen.sweep else None,

@@ -22,6 +22,7 @@ from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, s
 from megatron_emoe.hf.pieces import Group, Layout
 from megatron_emoe.hf.registry import architecture_of, read_config
 from megatron_emoe.hf.safetensors_files import header, write_index, write_shard
+from megatron_emoe.hf.served import served
 from megatron_emoe.hf.torch_dist import TorchDistReader
 from megatron_emoe.model.checkpoint import fitted_tail_scale, iteration_of, locate, stored_args
 from megatron_emoe.model.stored_model import SHAPE_FLAGS, shape_value
@@ -49,6 +50,7 @@ def export_model(
     out: Path,
     *,
     k: int | None = None,
+    k_per_layer: Sequence[int] | None = None,
     step: int | None = None,
     hf_config: Path | None = None,
     measured: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
@@ -60,8 +62,9 @@ def export_model(
     The newest checkpoint in the folder `megatron`, or that of iteration `step`, saved in any parallel layout. Weights
     keep the type they are stored in. config.json, tokenizer and carried tensors come from `megatron`/hf, or from
     `hf_config`, a folder with the original model's config.json. k: num_experts_per_tok to write, by default the k in
-    training. measured: what is known of the model's k' beside what is stored, given the block "emoe" of config.json
-    (see sweep.exported); it goes into that block.
+    training. k_per_layer: a k' for each layer with experts, for servers that can have it. measured: what is known of
+    the model's k' beside what is stored, given the block "emoe" of config.json (see sweep.exported); it goes into that
+    block.
 
     Raises:
         ValueError: a checkpoint that is missing, damaged, or another model than config.json says; k out of range; an
@@ -85,6 +88,7 @@ def export_model(
     if table := stored_budget_table(reader, args):
         settings[KEY] = table.as_json()
     settings |= measured(settings) if measured is not None else {}
+    settings |= served(args, settings, config, k_per_layer)
     state = state_of([*checkpoint.glob("*"), companions / "config.json"])
     with OutputFolder(out).making({"files": state, "k": k, "settings": settings, "to": "safetensors"}) as folder:
         carried = _carried(companions)

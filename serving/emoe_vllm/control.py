@@ -6,6 +6,7 @@ workers. The scheduler adds one method, `emoe`, to those that vLLM's front end c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -38,7 +39,7 @@ def in_this_process(vllm_config: Any) -> Any:
     return found
 
 
-def set_k(llm: Any, k: int | list[int]) -> dict[str, Any]:
+def set_k(llm: Any, k: int | Sequence[int]) -> dict[str, Any]:
     """From now on requests to an `LLM` that name no k' get this one: one number, or one for each layer with experts.
 
     Raises:
@@ -52,7 +53,7 @@ def status(llm: Any) -> dict[str, Any]:
     return _call(llm, None) | llm.collective_rpc("emoe_status")[0]
 
 
-async def set_k_async(engine: Any, k: int | list[int]) -> dict[str, Any]:
+async def set_k_async(engine: Any, k: int | Sequence[int]) -> dict[str, Any]:
     """`set_k` for an AsyncLLM."""
     return await engine.engine_core.call_utility_async(METHOD, k)
 

@@ -37,7 +37,7 @@ _WIDE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "num_key_v
 _SHAPES: dict[str, dict[str, Any]] = {
     "olmoe": {"intermediate_size": 32},
     "qwen2_moe": {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
-    "deepseek_v2": {"moe_intermediate_size": 32, "kv_lora_rank": 32},
+    "deepseek_v2": {"moe_intermediate_size": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64},
     "ernie4_5_moe": {"moe_intermediate_size": 32},
 }
 _OTHERS = {
@@ -95,13 +95,18 @@ def engine(folder: Path, emoe: Any = None, **options: Any) -> Iterator[Any]:
         gc.collect()
 
 
-def params(length: int = 1, **extra: Any) -> Any:
-    """Greedy sampling with the log-probabilities of the prompt and of what is written. extra: vllm_xargs."""
+def params(length: int = 1, prompt: bool = True, **extra: Any) -> Any:
+    """Greedy sampling with the log-probabilities of what is written, and of the `prompt`: these need every position
+    computed, so vLLM then reads nothing from the prefix cache. extra: vllm_xargs."""
     from vllm import SamplingParams
 
-    # Prompt log-probabilities need every position computed: vLLM then reads nothing from the prefix cache.
     return SamplingParams(
-        max_tokens=length, temperature=0, logprobs=0, prompt_logprobs=0, ignore_eos=True, extra_args=extra or None
+        max_tokens=length,
+        temperature=0,
+        logprobs=0,
+        prompt_logprobs=0 if prompt else None,
+        ignore_eos=True,
+        extra_args=extra or None,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_emoe.hf.export_model import elastic_settings
+from megatron_emoe.hf.served import served
 from megatron_emoe.settings.tail_scale import TAIL_SCALE_FILE
 from tests import hf_models
 from tests.distributed import run_ranks
@@ -168,6 +169,8 @@ def test_k_and_the_elastic_settings_are_written(ways):
         "k_max": None,
         "evaluated_k": [],
         "tail_scale": None,
+        "k_range": [1, 4],
+        "k_per_layer": None,
     }
 
 
@@ -250,3 +253,40 @@ def test_what_was_trained_and_what_was_fitted_later(tmp_path):
     assert elastic_settings(trained, tmp_path)["tail_scale"] == ["4:0.5"]
     (tmp_path / TAIL_SCALE_FILE).write_text('{"tail_scale": {"6": 0.25}}')  # what was fitted later counts
     assert elastic_settings(trained, tmp_path)["tail_scale"] == ["6:0.25"]
+
+
+def test_the_range_to_serve_is_what_was_trained_or_evaluated_and_twice_k_at_least():
+    config = hf_models.config("olmoe", num_experts=32)
+
+    def k_range(**emoe: Any) -> list[int]:
+        args = Namespace(moe_router_topk=4, **emoe)
+        return served(args, elastic_settings(args, Path("iter_0000001")), config)["k_range"]
+
+    assert k_range() == [1, 8]
+    assert k_range(emoe_pool_k=11, emoe_selection="coactivation") == [1, 11]
+    assert k_range(emoe_k_schedule="default-or-larger") == [1, 12]
+    assert k_range(emoe_k_schedule="uniform", emoe_k_min=2, emoe_k_max=10) == [1, 10]
+    assert k_range(emoe_k_schedule="default-or-smaller", emoe_k_min=2) == [1, 8]
+    assert k_range(emoe_eval_k=[16, 2]) == [1, 16]
+    assert k_range(emoe_eval_k=[64]) == [1, 32]
+
+
+def test_a_token_of_limited_groups_has_the_experts_of_its_groups():
+    config = hf_models.config("deepseek_v2", n_group=4, topk_group=1)
+    args = Namespace(moe_router_topk=2, emoe_eval_k=[8])
+    assert served(args, elastic_settings(args, Path("iter_0000001")), config)["k_range"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ks", "message"),
+    [
+        ([2], "--k-per-layer 2: 1 numbers; the model has 2 MoE layers"),
+        ([2, 9], r"--k-per-layer 2,9: 9; must lie in \[1, 8\], the experts of a token"),
+    ],
+)
+def test_a_k_per_layer_is_checked(ks, message):
+    args, config = Namespace(moe_router_topk=2), hf_models.config("ernie4_5_moe")
+    settings = elastic_settings(args, Path("iter_0000001"))
+    assert served(args, settings, config, [2, 5]) == {"k_range": [1, 5], "k_per_layer": [2, 5]}
+    with pytest.raises(ValueError, match=message):
+        served(args, settings, config, ks)
