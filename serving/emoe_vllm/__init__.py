@@ -1,11 +1,11 @@
 """One elastic mixture-of-experts checkpoint in vLLM, at every number k' of active experts per token.
 
 vLLM finds `plugin.register` by its entry point. From there on: `plugin.py` decides, when a model's configuration is
-complete, whether it is served elastically; `settings.py` is what was decided, `block.py` what the checkpoint says,
-`layers.py` which layers have experts. `levels.py` numbers the budgets that tokens carry; `routing.py` is the router as
-one pure function; `runner.py` puts it into vLLM's MoE layers, `worker.py` tells it each token's budget. `scheduler.py`
-gives every request its budget, `requests.py` reads what a request asks for. `control.py` and `endpoint.py` change k'
-while the engine runs.
+complete, whether it is served elastically; `settings.py` is what was decided, `refusals.py` what cannot be, `block.py`
+what the checkpoint says, `layers.py` which layers have experts. `levels.py` numbers the budgets that tokens carry;
+`routing.py` is the router as one pure function; `runner.py` puts it into vLLM's MoE layers, where `surplus.py` saves
+work on a GPU; `worker.py` tells the layers each token's budget. `scheduler.py` gives every request its budget,
+`requests.py` reads what a request asks for. `control.py` and `endpoint.py` change k' while the engine runs.
 """
 
 from typing import TYPE_CHECKING, Any

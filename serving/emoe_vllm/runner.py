@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 from emoe_vllm.levels import PADDING, LayerTable
 from emoe_vllm.routing import Rule, route, rule_of
 from emoe_vllm.settings import ElasticSettings, decided
+from emoe_vllm.surplus import elsewhere, without_surplus
 
 
 @dataclass
@@ -41,6 +42,7 @@ class ElasticRouter(BaseRouter):
         self.stock, self.rule = stock, rule
         self.batch: Batch | None = None
         self.table: LayerTable | None = None
+        self.elsewhere: int | None = None
 
     @property
     def routing_method_type(self) -> Any:
@@ -49,10 +51,14 @@ class ElasticRouter(BaseRouter):
     def _compute_routing(
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: torch.dtype | None, **_: Any
     ) -> tuple[Tensor, Tensor]:
-        """Weights past a token's k' are 0, its experts all different: right in every kernel."""
+        """Not run: no GPU was at hand. Weights past a token's k' are 0, its experts all different: right in every
+        kernel; or they are elsewhere, where the kernel leaves such out."""
         assert self.batch is not None and self.table is not None, "the worker is not emoe_vllm's"
         levels_T = self.batch.levels_T[: router_logits.shape[0]]
-        return self._as_kernels_read(*route(router_logits, levels_T, self.table, self.rule, self.top_k), indices_type)
+        weights_TK, experts_TK = route(router_logits, levels_T, self.table, self.rule, self.top_k)
+        if self.elsewhere is not None:
+            experts_TK = without_surplus(experts_TK, self.table.k_V[levels_T], self.elsewhere)
+        return self._as_kernels_read(weights_TK, experts_TK, indices_type)
 
     @staticmethod
     def _as_kernels_read(weights_TK: Tensor, experts_TK: Tensor, kind: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -91,6 +97,8 @@ class ElasticMoERunner(MoERunner):
                 "with --moe-backend, such as triton"
             )
         self.router.batch, self.router.table = batch, table
+        if not current_platform.is_cpu():
+            self.router.elsewhere = elsewhere(self.routed_experts)
         batch.rows[self.layer_id] = 0
 
     def _apply_quant_method(
