@@ -20,12 +20,13 @@ def stored_budget_table(reader: TorchDistReader, args: Namespace) -> BudgetTable
     """The table of a checkpoint, None where it was trained without. args: stored with it."""
     if not getattr(args, "emoe_budget_scales", False):
         return None
-    ks = trained_ks(elastic_settings(args), args.moe_router_topk)
-    return BudgetTable(tuple(ks), tuple(_of_layer(values, ks) for values in _values(reader)))
+    own = args.moe_router_topk
+    ks = trained_ks(elastic_settings(args), own)
+    return BudgetTable(tuple(ks), tuple(_of_layer(values, ks, own) for values in _values(reader)))
 
 
-def _of_layer(values: Tensor, ks: list[int]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(float(f"{value:.7g}") for value in log_scales(values, ks, k).tolist()) for k in ks)
+def _of_layer(values: Tensor, ks: list[int], own: int) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(f"{value:.7g}") for value in log_scales(values, ks, k, own).tolist()) for k in ks)
 
 
 def _values(reader: TorchDistReader) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 Where weights are renormalised the scales say what the ranks weigh against each other at that k, else also how much all
 of them weigh together. They multiply what the tail scale (tail_scale.py) gives, and start at 1: a model without
-training is the one that it was. Own to this package; a router that knows its budget is also in MoE-PHDS (arXiv
-2509.23012).
+training is the one that it was. At the model's own k they stay 1, so that an engine without scales runs the model as it
+is there. Own to this package; a router that knows its budget is also in MoE-PHDS (arXiv 2509.23012).
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ def empty_scales(ks: Sequence[int]) -> Tensor:
     return torch.zeros(len(ks) * max(ks), dtype=torch.float32)
 
 
-def log_scales(parameters: Tensor, ks: Sequence[int], k: int) -> Tensor:
-    """Logarithm of the scales at `k`, by rank, fp32 [k]."""
-    return at_budget(parameters.float().view(len(ks), -1) * RATE, ks, k)
+def log_scales(parameters: Tensor, ks: Sequence[int], k: int, own: int) -> Tensor:
+    """Logarithm of the scales at `k`, by rank, fp32 [k]. own: the model's own k, one of `ks`.
+
+    Part of the parameters' graph at every k: gradient buckets that wait for all their parameters would wait forever.
+    """
+    table_BK = parameters.float().view(len(ks), -1) * RATE
+    row = ks.index(own)
+    fixed_1K = torch.zeros_like(table_BK[row : row + 1])
+    return at_budget(torch.cat([table_BK[:row], fixed_1K, table_BK[row + 1 :]]), ks, k)
 
 
 def at_budget(table_BK: Tensor, ks: Sequence[int], k: int) -> Tensor:

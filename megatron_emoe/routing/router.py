@@ -212,7 +212,7 @@ class ElasticRouter(TopKRouter):
             return None
         if self.budget_scales.device != self.weight.device:  # built on the CPU, as the core builds the router's weight
             self.budget_scales.data = self.budget_scales.data.to(self.weight.device)
-        return log_scales(self.budget_scales, self.budget_ks, k)
+        return log_scales(self.budget_scales, self.budget_ks, k, self.model_k)
 
     @torch.no_grad()
     def _select(

@@ -102,8 +102,8 @@ class ElasticConfig:
 
     emoe_budget_scales: bool = False
     """Learn, for every layer, trained k and rank, a factor on the weights of the selected experts, beside the tail
-    scale and likewise before renormalisation; all start at 1. Between trained k it is interpolated, in evaluation
-    too."""
+    scale and likewise before renormalisation; all start at 1, and at --moe-router-topk stay there. Between trained k
+    it is interpolated, in evaluation too."""
 
     emoe_seed: int = 1234
     """Seed of all elastic draws. They depend on it, the iteration, the micro-batch, the layer and the data-parallel

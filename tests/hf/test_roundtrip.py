@@ -145,7 +145,8 @@ def test_learned_scales_by_budget_go_along_and_transformers_computes_with_them(m
     block = json.loads((out / "config.json").read_text())["emoe"]
     table = block["budget_scales"]
     assert table["k"] == [1, 2, 4] and [[len(row) for row in layer] for layer in table["log"]] == [[1, 2, 4]] * 2
-    assert all(abs(value) > 1e-4 for layer in table["log"] for row in layer[1:] for value in row)
+    assert all(abs(value) > 1e-4 for layer in table["log"] for value in layer[2])
+    assert [layer[1] for layer in table["log"]] == [[0, 0]] * 2  # at the k of training
     curves = [run_ranks(swept, 1, tmp_path, name, model)[0] for name, model in (("load", trained), ("hf", out))]
     assert curves[0] == pytest.approx(curves[1], abs=2e-5)
     (without,) = run_ranks(differs_without, 1, out)

@@ -23,15 +23,18 @@ def test_the_table_by_hand():
     parameters = torch.tensor([[0.1, 9, 9, 9], [0.2, 0.3, 9, 9], [0.4, 0.5, 0.6, 0.8]]).flatten()  # 9: ranks of nobody
     ks = (1, 2, 4)
 
-    def at(k: int) -> list[float]:
-        return [value / RATE for value in log_scales(parameters, ks, k).tolist()]
+    def at(k: int, own: int) -> list[float]:
+        return [value / RATE for value in log_scales(parameters, ks, k, own).tolist()]
 
-    assert at(1) == pytest.approx([0.1])
-    assert at(2) == pytest.approx([0.2, 0.3])
-    assert at(4) == pytest.approx([0.4, 0.5, 0.6, 0.8])
-    assert at(3) == pytest.approx([0.3, 0.4, 0.6])  # half way; of rank 3 the upper one alone has learned
-    assert at(6) == pytest.approx([0.4, 0.5, 0.6, 0.8, 0.8, 0.8])
-    assert [value / RATE for value in log_scales(parameters[4:], (2, 4), 1).tolist()] == pytest.approx([0.2])
+    assert at(1, own=4) == pytest.approx([0.1])
+    assert at(2, own=4) == pytest.approx([0.2, 0.3])
+    assert at(4, own=2) == pytest.approx([0.4, 0.5, 0.6, 0.8])
+    assert at(3, own=1) == pytest.approx([0.3, 0.4, 0.6])  # half way; of rank 3 the upper one alone has learned
+    assert at(6, own=1) == pytest.approx([0.4, 0.5, 0.6, 0.8, 0.8, 0.8])
+    assert [value / RATE for value in log_scales(parameters[4:], (2, 4), 1, 4).tolist()] == pytest.approx([0.2])
+    # At the model's own k they are 1, and so is its share half way.
+    assert at(1, own=1) == [0] and at(2, own=2) == [0, 0] and at(4, own=4) == [0, 0, 0, 0]
+    assert at(3, own=2) == pytest.approx([0.2, 0.25, 0.6])
     assert empty_scales(ks).shape == (12,) and not empty_scales(ks).any()
 
 
@@ -63,6 +66,7 @@ def test_weights_are_the_naive_ones(name):
     # Of k = 1, 3, 5 and five ranks; the tail scale beside them multiplies ranks past the third.
     values = [0.05, 0, 0, 0, 0, 0.02, -0.03, 0.04, 0, 0, -0.02, 0.01, 0.03, -0.05, 0.06]
     table = {k: [RATE * value for value in values[5 * row : 5 * row + k]] for row, k in enumerate((1, 3, 5))}
+    table[3] = [0, 0, 0]  # the model's own k
     table[2] = [(table[1][0] + table[3][0]) / 2, table[3][1]]
     table[4] = [(a + b) / 2 for a, b in zip(table[3], table[5], strict=False)] + [table[5][3]]
     table[6] = [*table[5], table[5][4]]
@@ -95,8 +99,8 @@ def test_a_run_learns_them_from_a_checkpoint_without_and_goes_on_bit_by_bit(tmp_
     whole = run_ranks(train, 2, flags(**RUN | begin | {"save": save}))
     scales_BK = whole[0].weights[NAME].view(3, 5)  # k = 1, 2, 5
     assert torch.equal(whole[0].weights[NAME], whole[1].weights[NAME])
-    assert scales_BK[0, 0] and scales_BK[1, :2].all() and scales_BK[2].all()
-    assert not scales_BK[0, 1:].any() and not scales_BK[1, 2:].any()  # ranks that no k has
+    assert scales_BK[0, 0] and scales_BK[2].all()
+    assert not scales_BK[0, 1:].any() and not scales_BK[1].any()  # ranks that no k has, and the model's own k
     run_ranks(train, 2, flags(**RUN | begin | {"save": part, "exit_interval": 2}))
     resumed = run_ranks(train, 2, flags(**RUN | SCALES | {"load": part, "save": part}))
     for mine, theirs in zip(resumed, whole, strict=True):

@@ -9,13 +9,14 @@ import torch
 from megatron_emoe.routing.budget_scales import RATE, at_budget, log_scales
 from megatron_emoe.settings.budget_table import BudgetTable, read_budget_table
 
-KS = (2, 4, 8)
+KS, OWN = (2, 4, 8), 4
 
 
 def table(seed: int = 3) -> tuple[torch.Tensor, BudgetTable]:
     """Parameters of two layers [2, 24], and the table of them."""
     parameters = torch.randn(2, 3 * 8, generator=torch.Generator().manual_seed(seed))
-    rows = [[(RATE * layer.view(3, 8)[row, :k]).tolist() for row, k in enumerate(KS)] for layer in parameters]
+    learned = [RATE * layer.view(3, 8) * torch.tensor([[1.0], [0.0], [1.0]]) for layer in parameters]  # 0: at OWN
+    rows = [[layer[row, :k].tolist() for row, k in enumerate(KS)] for layer in learned]
     return parameters, BudgetTable(KS, tuple(tuple(tuple(row) for row in layer) for layer in rows))
 
 
@@ -26,7 +27,7 @@ def test_what_is_written_is_read_and_is_the_router_s(k):
     assert again == written
     for layer in (0, 1):
         found = at_budget(torch.tensor(again.padded(layer)), again.ks, k)
-        assert found.tolist() == pytest.approx(log_scales(parameters[layer], KS, k).tolist(), rel=1e-5)
+        assert found.tolist() == pytest.approx(log_scales(parameters[layer], KS, k, OWN).tolist(), rel=1e-5)
 
 
 def test_no_block_has_no_table():
