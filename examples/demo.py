@@ -71,9 +71,9 @@ TITLES = {"topk": "topk", "topk_fitted": "topk + a(k')", "elastic": "elastic + a
 """The curves by the name of their sweep: + a(k') is with the fitted tail scale, as in docs/study.md."""
 
 
-def training(run: str, iterations: int, lr: str, extra: str, ranks: int = 1) -> Step:
+def training(run: str, iterations: int, lr: str, extra: str, ranks: int = 1, micro_batch: int = 8) -> Step:
     save = OUT / "checkpoints" / run
-    flags = f"""{MODEL} {TRAIN} --micro-batch-size {8 // ranks} --train-iters {iterations} {lr}
+    flags = f"""{MODEL} {TRAIN} --micro-batch-size {micro_batch} --train-iters {iterations} {lr}
         --eval-interval {iterations} --data-path {OUT}/data/stdlib --data-cache-path {OUT}/data/cache/{run}
         --tokenizer-type SentencePieceTokenizer --tokenizer-model {OUT}/data/stdlib.model --save {save}
         --save-interval {iterations} --tensorboard-dir {OUT}/tensorboard/{run} {extra}"""
@@ -143,12 +143,13 @@ def base() -> Lane:
     flags = ["--input", *sources(), "--suffix", ".py", "--train-tokenizer", str(VOCAB), "--append-eod"]
     flags += f"--output-prefix {OUT}/data/stdlib --holdout 0.05 --workers 2 --errors ignore".split()
     yield Step("corpus", "tools/preprocess_data.py", flags, (OUT / "data/stdlib.json").exists)
-    yield training("base", BASE_ITERS, "--lr 2e-3 --min-lr 1e-3 --lr-warmup-iters 30", PARALLEL, ranks=2)
+    yield training("base", BASE_ITERS, "--lr 2e-3 --min-lr 1e-3 --lr-warmup-iters 30", PARALLEL, ranks=2, micro_batch=4)
 
 
-def continued(run: str, extra: str) -> Step:
+def continued(run: str, extra: str, micro_batch: int = 8) -> Step:
     low = "--lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 10"
-    return training(run, CONTINUED_ITERS, low, f"--load {OUT}/checkpoints/base --finetune {extra}")
+    start = f"--load {OUT}/checkpoints/base --finetune {extra}"
+    return training(run, CONTINUED_ITERS, low, start, micro_batch=micro_batch)
 
 
 def topk() -> Lane:

@@ -129,15 +129,15 @@ def test_a_selection_in_place_of_the_recipe_s_says_what_stays():
     settings = ElasticConfig(
         **POOL,
         emoe_pool_fixed=True,
-        emoe_k_schedule="default-or-larger",
-        emoe_k_draw="layer",
+        emoe_k_schedule="stratified",
+        emoe_budget_scales=True,
         emoe_tail_scale=["0.25"],
         emoe_eval_k=[2, 4],
         emoe_clip_qkv=8.0,
     )
     assert settings_in_force(settings, words) == (
         "elastic settings: --emoe-selection coactivation (not prefix) --emoe-pool-k 6 --emoe-pool-fixed "
-        "--emoe-k-schedule default-or-larger --emoe-k-draw layer --emoe-tail-scale 0.25 --emoe-eval-k 2 4"
+        "--emoe-k-schedule stratified --emoe-budget-scales --emoe-tail-scale 0.25 --emoe-eval-k 2 4"
     )
 
 

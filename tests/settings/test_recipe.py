@@ -1,6 +1,7 @@
 """examples/recipe.args is what the study measured, and holds for every model that has a flag file."""
 
 import argparse
+import dataclasses
 import sys
 
 import pytest
@@ -23,10 +24,12 @@ def elastic(words: list[str]) -> ElasticConfig:
 
 def test_the_study_measured_the_recipe(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(REPO / "benchmarks"), *sys.path])
-    import study_methods
+    import study_regret_methods as study
 
-    (recipe,) = (method for method in study_methods.MAIN if method.name == "recipe")
-    assert expand([f"@{RECIPE}"]) == recipe.flags.split()
+    (measured,) = (method for method in study.MAIN if method.name == "stratified-scales")
+    (recipe, of_study) = (elastic(words) for words in (expand([f"@{RECIPE}"]), measured.flags.split()))
+    assert recipe.k_grid(study.K) == of_study.k_grid(study.K) == [k for k in study.GRID if k != study.K]
+    assert recipe == dataclasses.replace(of_study, emoe_k_grid=None)
 
 
 @pytest.mark.parametrize("file", sorted((REPO / "examples/models").glob("*.args")), ids=lambda file: file.stem)
@@ -37,7 +40,7 @@ def test_every_model_can_take_it(file):
     settings = elastic(expand([f"@{RECIPE}"]))
     validate_elastic(settings, model_k=k, num_experts=experts)
     chances = k_probabilities(settings, k)
-    assert list(chances) == list(range(k, 3 * k + 1))
-    assert chances[k] == 0.5
+    assert list(chances) == [k // 2, k, 2 * k, 3 * k]
+    assert chances[k] == 0.5 and chances[k // 2] == chances[2 * k] == chances[3 * k] == pytest.approx(1 / 6)
     assert settings.tail_scale_at(3 * k, k) == 0.25
     assert settings.tail_scale_at(k, k) == 1.0

@@ -185,7 +185,7 @@ def test_the_planner_plans_what_will_run(site):
     text = (REPO / "examples/models/olmoe_1b_7b.args").read_text()
     model = site.folder / "base" / "model.args"
     model.write_text(text.replace("--max-position-embeddings 4096", "--max-position-embeddings 2048"))
-    recipe = f"@{REPO}/examples/recipe.args --emoe-k-max 16"
+    recipe = f"@{REPO}/examples/recipe.args --emoe-k-grid 4 16"
     own = ("--train-iters", "70", "--micro-batch-size", "2")
     done = site.run("emoe_7b.sh", "--dry-run", "--", *own, EMOE_RECIPE=recipe)
     assert "k_max = 16 of 64" in done.stdout, done.stderr
