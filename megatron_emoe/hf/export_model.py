@@ -256,7 +256,8 @@ def serving_lines(
     if settings.get(KEY):
         return [
             f"it has learned scales at every k' but {settings['k_train']}, that of training: vLLM and transformers as "
-            f"they are have none, and would compute something else there; transformers with this package, here k' = {k}:",
+            "they are have none, and would compute something else there; transformers with this package, here "
+            f"k' = {k}:",
             f'  model = AutoModelForCausalLM.from_pretrained("{out}")',
             f"  megatron_emoe.set_active_experts(model, {k})",
         ]
