@@ -8,8 +8,8 @@ ARCHITECTURES = {
     "OlmoeForCausalLM": "num_experts_per_tok",
     "Qwen2MoeForCausalLM": "num_experts_per_tok",
     "Qwen3MoeForCausalLM": "num_experts_per_tok",
-    "DeepseekForCausalLM": "num_experts_per_tok",
     "DeepseekV2ForCausalLM": "num_experts_per_tok",
+    "Glm4MoeForCausalLM": "num_experts_per_tok",
     "MixtralForCausalLM": "num_experts_per_tok",
     "Ernie4_5_MoeForCausalLM": "moe_k",
 }
@@ -47,7 +47,7 @@ def _has_experts(config: Any, layer: int) -> bool:
         end = getattr(config, "moe_layer_end_index", config.num_hidden_layers - 1)
         end = config.num_hidden_layers - 1 if end == -1 else end
         return start <= layer <= end and (layer + 1) % getattr(config, "moe_layer_interval", 1) == 0
-    if config.model_type in ("deepseek", "deepseek_v2"):
+    if config.model_type in ("deepseek_v2", "glm4_moe"):
         return layer >= config.first_k_dense_replace and layer % getattr(config, "moe_layer_freq", 1) == 0
     if config.model_type in ("qwen2_moe", "qwen3_moe"):
         return layer not in (getattr(config, "mlp_only_layers", None) or []) and (

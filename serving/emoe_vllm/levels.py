@@ -53,10 +53,12 @@ class Levels:
 
 @dataclass
 class LayerTable:
-    """One layer's meaning of the levels. factors_VK: fp32, of the ranks' scores, 0 from rank k' on. k_V: int32."""
+    """One layer's meaning of the levels. factors_VK: fp32, of the ranks' scores, 0 from rank k' on. k_V: int32; ks: the
+    same on the host."""
 
     factors_VK: Tensor
     k_V: Tensor
+    ks: list[int]
 
 
 class Tables:
@@ -69,6 +71,7 @@ class Tables:
             LayerTable(
                 torch.zeros(shape, dtype=torch.float32, device=device),
                 torch.zeros(shape[0], dtype=torch.int32, device=device),
+                [0] * shape[0],
             )
             for _ in levels.settings.layers
         ]
@@ -84,4 +87,4 @@ class Tables:
         for number, (table, k) in enumerate(zip(self.layers, self.levels.layout(level), strict=True)):
             factors = torch.tensor(self.block.factors(number, k), dtype=torch.float32)
             table.factors_VK[level, :k] = factors.to(table.factors_VK.device)
-            table.k_V[level] = k
+            table.k_V[level] = table.ks[level] = k

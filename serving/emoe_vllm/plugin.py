@@ -7,10 +7,14 @@ and nobody asked for it, the hook does nothing and the layer is vLLM's.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from emoe_vllm.layers import ARCHITECTURES, k_key
 from emoe_vllm.settings import ElasticSettings, asked_for, decide
+
+_RUNNER, _OURS = "VLLM_USE_V2_MODEL_RUNNER", "00"
+"""vLLM reads a whole number, so ours is told from a person's 0."""
 
 
 def register() -> None:
@@ -69,7 +73,8 @@ def _choose_classes(vllm_config: Any) -> None:
     vllm_config.parallel_config.worker_cls = f"emoe_vllm.worker.{kind}"
     if vllm_config.scheduler_config.scheduler_cls is None:
         vllm_config.scheduler_config.scheduler_cls = "emoe_vllm.scheduler.scheduler"
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its processes inherit it
+    if not os.environ.get(_RUNNER):
+        os.environ[_RUNNER] = _OURS  # its processes inherit it
 
 
 def _check_requests(vllm_config: Any, settings: ElasticSettings) -> None:
@@ -82,7 +87,7 @@ def _check_requests(vllm_config: Any, settings: ElasticSettings) -> None:
 
 def _forget() -> None:
     """Another engine of this process may have been elastic."""
-    import sys
-
+    if os.environ.get(_RUNNER) == _OURS:
+        del os.environ[_RUNNER]
     if (requests := sys.modules.get("emoe_vllm.requests")) is not None:
         requests.RequestCheck.settings = None

@@ -67,4 +67,4 @@ def _other_scheduler(found: Any) -> Any:
 
 def _wants_v2() -> Any:
     value = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
-    return value if value not in ("", "0", "false", "False") else None
+    return value if value.strip("0") else None

@@ -42,7 +42,10 @@ def pin(params: Any, prefill: int, decode: int) -> None:
 def pinned(params: Any, following: int | None) -> tuple[int, int]:
     """The levels of a request. following: the scheduler's, for requests that follow it."""
     prefill, decode = params.extra_args[PINNED]
-    return prefill, following if decode == FOLLOW and following is not None else decode
+    if decode != FOLLOW:
+        return prefill, decode
+    assert following is not None, "a scheduler that lets requests follow it says a level in every step"
+    return prefill, following
 
 
 def _arguments(params: Any) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The router as one pure function: from logits and each token's level to experts and weights, for every mode.
+"""The router as one pure function: from logits and the factors of ranks to experts and weights, for every mode.
 
 Scores are fp32. Experts are chosen by score, or by score plus a selection bias, inside a token's best groups where
 there are group limits; they come sorted, so a column is a rank. Shape suffixes: T tokens, E experts, G groups, K ranks.
@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from emoe_vllm.levels import LayerTable
 
 SMALLEST = 1e-20
 """Of a sum that weights are divided by: padding has only weights of 0."""
@@ -55,18 +53,19 @@ def rule_of(router: Any, config: Any) -> Rule:
     )
 
 
-def route(logits_TE: Tensor, levels_T: Tensor, table: LayerTable, rule: Rule, ranks: int) -> tuple[Tensor, Tensor]:
-    """Weights (fp32) and experts (int64) of every token, [T, K] both, K = `ranks`: at least the largest k' in levels_T.
+def route(logits_TE: Tensor, factors_TK: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Weights (fp32) and experts (int64) of every token, [T, K] both. The experts of a token are all different.
 
-    The experts of a token are all different, and their weights past its k' are 0.
+    factors_TK: fp32, of the ranks' scores: what a layer's table has for each token's level, 0 from its k' on; or one
+    row [1, K], where all tokens have the same level.
     """
     logits_TE = logits_TE.float()
     scores_TE = logits_TE.softmax(dim=-1) if rule.score == "softmax" else logits_TE.sigmoid()
     choice_TE = scores_TE if rule.bias_E is None else scores_TE + rule.bias_E.float()
     if rule.kept_groups < rule.groups:
         choice_TE = choice_TE.masked_fill(~_in_best_groups(choice_TE, rule), -torch.inf)
-    experts_TK = choice_TE.topk(ranks, dim=-1, sorted=True).indices
-    weights_TK = scores_TE.gather(1, experts_TK) * table.factors_VK[levels_T, :ranks]
+    experts_TK = choice_TE.topk(factors_TK.shape[1], dim=-1, sorted=True).indices
+    weights_TK = scores_TE.gather(1, experts_TK) * factors_TK
     if rule.renormalise:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=SMALLEST)
     return weights_TK * rule.scale if rule.scale != 1.0 else weights_TK, experts_TK

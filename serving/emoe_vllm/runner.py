@@ -16,19 +16,24 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner, SharedExpertsOrder
 from vllm.platforms import current_platform
 
-from emoe_vllm.levels import PADDING, LayerTable
+from emoe_vllm.layers import ARCHITECTURES
+from emoe_vllm.levels import LayerTable
 from emoe_vllm.routing import Rule, route, rule_of
-from emoe_vllm.settings import ElasticSettings, decided
+from emoe_vllm.settings import ElasticSettings, asked_for, decided
 from emoe_vllm.surplus import elsewhere, without_surplus
+
+Group = tuple[int, Tensor | None]
+"""A level, and which tokens have it: int64 positions, None: all of them."""
 
 
 @dataclass
 class Batch:
     """What the layers of one engine know of the tokens that they get. levels_T: int32, one for every token that a step
-    can have, on the model's device and always the same memory. uniform: the level of all of them, None: several."""
+    can have, on the model's device and always the same memory. groups: the same by level, on the host, without
+    padding; a CPU goes by them."""
 
     levels_T: Tensor
-    uniform: int | None
+    groups: list[Group]
     rows: dict[int, int] = field(default_factory=dict)
     """(token, expert) pairs that reached the experts of each layer, by its number in the model. CPU only: elsewhere
     counting would wait for the device."""
@@ -55,13 +60,14 @@ class ElasticRouter(BaseRouter):
         kernel; or they are elsewhere, where the kernel leaves such out."""
         assert self.batch is not None and self.table is not None, "the worker is not emoe_vllm's"
         levels_T = self.batch.levels_T[: router_logits.shape[0]]
-        weights_TK, experts_TK = route(router_logits, levels_T, self.table, self.rule, self.top_k)
+        weights_TK, experts_TK = route(router_logits, self.table.factors_VK[levels_T], self.rule)
         if self.elsewhere is not None:
             experts_TK = without_surplus(experts_TK, self.table.k_V[levels_T], self.elsewhere)
-        return self._as_kernels_read(weights_TK, experts_TK, indices_type)
+        return self.as_kernels_read(weights_TK, experts_TK, indices_type)
 
     @staticmethod
-    def _as_kernels_read(weights_TK: Tensor, experts_TK: Tensor, kind: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    def as_kernels_read(weights_TK: Tensor, experts_TK: Tensor, kind: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """Expert kernels take no strides, on a CPU int32 alone."""
         return weights_TK.contiguous(), experts_TK.to(kind or torch.int32).contiguous()
 
 
@@ -73,7 +79,9 @@ class ElasticMoERunner(MoERunner):
     def __init__(self, layer_name: str, moe_config: Any, router: BaseRouter, *args: Any, **kwargs: Any) -> None:
         vllm_config = get_current_vllm_config()
         settings = decided(vllm_config.additional_config)
-        if settings is not None:
+        if settings is None:
+            _check_not_asked(vllm_config)
+        else:
             router = ElasticRouter(router, rule_of(router, vllm_config.model_config.hf_config), settings.k_max)
             self.elastic = settings
         super().__init__(layer_name, moe_config, router, *args, **kwargs)
@@ -119,27 +127,32 @@ class ElasticMoERunner(MoERunner):
         return self._shared_experts.output if self._shared_experts is not None else None, fused_TD
 
     def _by_k(self, hidden_TD: Tensor, logits_TE: Tensor) -> Tensor:
-        router, batch = self.router, self.router.batch
-        assert batch is not None and router.table is not None, "the worker is not emoe_vllm's"
-        if batch.uniform is not None:
-            return self._experts(hidden_TD, logits_TE, batch.levels_T[: len(hidden_TD)], self._k_of(batch.uniform))
-        levels_T = batch.levels_T[: len(hidden_TD)]
-        k_T = router.table.k_V[levels_T]
-        out_TD = torch.zeros_like(hidden_TD)
-        for k in k_T.unique().tolist():
-            if k != PADDING:
-                where = (k_T == k).nonzero().squeeze(1)
-                out_TD[where] = self._experts(hidden_TD[where], logits_TE[where], levels_T[where], k)
+        batch, table = self.router.batch, self.router.table
+        assert batch is not None and table is not None, "the worker is not emoe_vllm's"
+        out_TD = None
+        for level, where in batch.groups:
+            factors_1K = table.factors_VK[level : level + 1, : table.ks[level]]
+            if where is None:
+                return self._experts(hidden_TD, logits_TE, factors_1K)
+            out_TD = torch.zeros_like(hidden_TD) if out_TD is None else out_TD
+            out_TD[where] = self._experts(hidden_TD[where], logits_TE[where], factors_1K)
         return out_TD
 
-    def _k_of(self, level: int) -> int:
-        return int(self.router.table.k_V[level])
-
-    def _experts(self, hidden_TD: Tensor, logits_TE: Tensor, levels_T: Tensor, k: int) -> Tensor:
-        """The expert kernel on tokens that all have this k'. It works in proportion to the experts that it is given."""
+    def _experts(self, hidden_TD: Tensor, logits_TE: Tensor, factors_1K: Tensor) -> Tensor:
+        """The expert kernel on tokens that all have k' = K. It works in proportion to the experts that it is given."""
         router = self.router
-        weights_TK, experts_TK = route(logits_TE, levels_T, router.table, router.rule, k)
+        weights_TK, experts_TK = route(logits_TE, factors_1K, router.rule)
         kind = self._quant_method.topk_indices_dtype
-        weights_TK, experts_TK = router._as_kernels_read(weights_TK, experts_TK, kind)
+        weights_TK, experts_TK = router.as_kernels_read(weights_TK, experts_TK, kind)
         router.batch.rows[self.layer_id] += experts_TK.numel()
         return self.routed_experts.forward_modular(x=hidden_TD, topk_weights=weights_TK, topk_ids=experts_TK)
+
+
+def _check_not_asked(vllm_config: Any) -> None:
+    """ValueError where elastic experts were asked for in a model that the plugin does not know."""
+    if vllm_config.model_config is None:  # a layer that vLLM builds without a model
+        return
+    config = vllm_config.model_config.hf_config
+    if asked_for(config, vllm_config.additional_config):
+        found = ", ".join(config.architectures or ["?"])
+        raise ValueError(f"architecture {found}: elastic experts are supported in {', '.join(ARCHITECTURES)}")

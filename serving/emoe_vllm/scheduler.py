@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from emoe_vllm import control
 from emoe_vllm.levels import Levels
-from emoe_vllm.requests import asked_k, pin
+from emoe_vllm.requests import FOLLOW, asked_k, pin, pinned
 from emoe_vllm.settings import check_budget, decided
 
 logger = init_logger(__name__)
@@ -42,7 +42,10 @@ class ElasticScheduling(Scheduler):
         return None
 
     def add_request(self, request: Any) -> None:
-        if request.request_id not in self.requests and request.sampling_params is not None:
+        if (session := self.requests.get(request.request_id)) is not None:  # goes on with what it began with
+            if request.sampling_params is not None:
+                pin(request.sampling_params, *pinned(session.sampling_params, FOLLOW))
+        else:
             self._pin(request)
         super().add_request(request)
 

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from emoe_vllm import control
 from emoe_vllm.levels import PADDING, Levels, Tables
 from emoe_vllm.requests import pinned
-from emoe_vllm.runner import Batch, ElasticMoERunner
+from emoe_vllm.runner import Batch, ElasticMoERunner, Group
 from emoe_vllm.settings import block_of, decided
 
 
@@ -32,8 +32,8 @@ class _ElasticWorker(Worker):
         self._levels = Levels(settings)
         self._tables = Tables(self._levels, block_of(self.model_config.hf_config), self.device)
         # Until there are requests, as in the pass that measures memory, all tokens have the largest budget.
-        self._host_T = torch.full((most,), settings.k_max, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        self._batch = Batch(self._host_T.to(self.device), uniform=settings.k_max)
+        self._host_T = torch.full((most,), settings.k_max, dtype=torch.int32)
+        self._batch = Batch(self._host_T.to(self.device), groups=[(settings.k_max, None)])
         self.tokens: Counter[int] = Counter()
         self._attach()
         self._forward = self.model_runner._model_forward
@@ -66,13 +66,19 @@ class _ElasticWorker(Worker):
             prompt = min(max(request.num_prompt_tokens - request.num_computed_tokens, 0), tokens)
             levels_T[end : end + prompt] = prefill
             levels_T[end + prompt : end + tokens] = decode
-            self.tokens.update({prefill: prompt, decode: tokens - prompt} if prefill != decode else {decode: tokens})
             end += tokens
         levels_T[end:] = PADDING
-        used_T = levels_T[:end]
-        self._batch.uniform = int(used_T[0]) if end and np.all(used_T == used_T[0]) else None
-        if self._batch.levels_T.device.type != "cpu":  # not run: no GPU was at hand
-            self._batch.levels_T.copy_(self._host_T, non_blocking=True)
+        found, counts = np.unique(levels_T[:end], return_counts=True)
+        self.tokens.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+        self._batch.groups = [(int(found[0]), None)] if len(found) == 1 else self._groups(found, levels_T[:end])
+        if self._batch.levels_T.device.type != "cpu":
+            # Not run: no GPU was at hand. In stream order, so after the step that may still read it; from a page of its
+            # own, as the next step is prepared, and _host_T filled, while this copy may still wait.
+            self._batch.levels_T.copy_(self._host_T.pin_memory(), non_blocking=True)
+
+    @staticmethod
+    def _groups(found: Any, levels_T: Any) -> list[Group]:
+        return [(int(level), torch.from_numpy(np.flatnonzero(levels_T == level))) for level in found]
 
     def emoe_status(self) -> dict[str, Any]:
         """By `collective_rpc`: tokens that ran at each budget, and rows that reached the experts of each layer."""

@@ -16,7 +16,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig
 
 from megatron_emoe.hf.active_experts import set_active_experts
 
@@ -44,6 +44,18 @@ _OTHERS = {
     "qwen3_moe": lambda sizes: Qwen3MoeConfig(
         **sizes, moe_intermediate_size=32, num_experts=8, head_dim=32, norm_topk_prob=True, decoder_sparse_step=1
     ),
+    "glm4_moe": lambda sizes: Glm4MoeConfig(
+        **sizes,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=3,
+        first_k_dense_replace=1,
+        moe_intermediate_size=32,
+        n_shared_experts=1,
+        routed_scaling_factor=1.5,
+        norm_topk_prob=True,
+        head_dim=32,
+    ),
     "mixtral": lambda sizes: MixtralConfig(**sizes, num_local_experts=8),
 }
 
@@ -66,7 +78,9 @@ def _save_other(model_type: str, folder: Path, changes: Mapping[str, Any]) -> No
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, tensor in sorted(model.named_parameters()):
+        for name, tensor in [*sorted(model.named_parameters()), *sorted(model.named_buffers())]:
+            if name.endswith("inv_freq"):
+                continue
             noise = torch.randn(tensor.shape, generator=generator)
             tensor.copy_(1 + 0.25 * noise if "norm" in name else 1.5 * noise / tensor.shape[-1] ** 0.5)
     model.save_pretrained(folder)
@@ -133,7 +147,7 @@ class Reference:
         if self.model.config.model_type in hf_models.MODEL_TYPES:
             set_active_experts(self.model, k)
         else:
-            gates = [layer.mlp.gate for layer in self.model.model.layers]
+            gates = [layer.mlp.gate for layer in self.model.model.layers if hasattr(layer.mlp, "gate")]
             for gate, each in zip(gates, [k] * len(gates) if isinstance(k, int) else k, strict=True):
                 gate.top_k = each
 

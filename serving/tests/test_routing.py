@@ -24,7 +24,7 @@ RULES = [
 
 def table():
     factors = torch.rand(MOST + 1, MOST, generator=torch.Generator().manual_seed(6)) + 0.5
-    return LayerTable(factors.tril(-1), torch.arange(MOST + 1, dtype=torch.int32))
+    return LayerTable(factors.tril(-1), torch.arange(MOST + 1, dtype=torch.int32), list(range(MOST + 1)))
 
 
 def naive(logits, k, factors, rule):
@@ -45,7 +45,7 @@ def naive(logits, k, factors, rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_every_mode_is_the_naive_loop(rule):
     found = table()
-    weights_TK, experts_TK = route(LOGITS, LEVELS, found, rule, MOST)
+    weights_TK, experts_TK = route(LOGITS, found.factors_VK[LEVELS], rule)
     for token, k in enumerate(LEVELS.tolist()):
         expected = naive(LOGITS[token], k, found.factors_VK[k], rule)
         assert experts_TK[token].unique().numel() == MOST  # all different
@@ -57,28 +57,27 @@ def test_every_mode_is_the_naive_loop(rule):
 @pytest.mark.parametrize("rule", RULES[:4])
 def test_fewer_ranks_give_the_same_weights(rule):
     levels = LEVELS.clamp(max=3)
-    whole, part = route(LOGITS, levels, table(), rule, MOST), route(LOGITS, levels, table(), rule, 3)
+    factors = table().factors_VK[levels]
+    whole, part = route(LOGITS, factors, rule), route(LOGITS, factors[:, :3], rule)
     torch.testing.assert_close(whole[0][:, :3], part[0])
     assert torch.equal(whole[1][:, :3], part[1])
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_scores_are_fp32_whatever_the_logits_are(kind):
-    weights, _ = route(LOGITS.to(kind), LEVELS, table(), Rule(bias_E=BIAS.to(kind)), MOST)
+    weights, _ = route(LOGITS.to(kind), table().factors_VK[LEVELS], Rule(bias_E=BIAS.to(kind)))
     assert weights.dtype == torch.float32 and torch.isfinite(weights).all()
 
 
 def test_vllms_own_router_at_its_own_k():
     from vllm.model_executor.layers.fused_moe.router.cpu_router import _grouped_topk, _softmax_topk
 
-    plain = LayerTable(torch.ones(MOST + 1, MOST).tril(-1), torch.arange(MOST + 1, dtype=torch.int32))
-    levels = torch.full((TOKENS,), 4)
     for rule, (weights, experts) in (
         (Rule(), _softmax_topk(LOGITS, 4, True)),
         (Rule(renormalise=False), _softmax_topk(LOGITS, 4, False)),
         (Rule("sigmoid", True, 4, 3, 2.5, BIAS), _grouped_topk(LOGITS, 4, True, 4, 3, "sigmoid", 2.5, BIAS)),
     ):
-        mine, chosen = route(LOGITS, levels, plain, rule, 4)
+        mine, chosen = route(LOGITS, torch.ones(1, 4), rule)
         dense = torch.zeros(TOKENS, EXPERTS)
         theirs = dense.scatter(1, experts.long(), weights)
         torch.testing.assert_close(dense.scatter(1, chosen, mine), theirs, rtol=1e-5, atol=1e-6)
@@ -93,7 +92,7 @@ def test_surplus_experts_are_elsewhere():
 def test_a_layer_with_an_expert_elsewhere_does_the_same_on_the_kernels_terms():
     """What vLLM's Triton experts do with an expert that is elsewhere, in torch: leave its rows out of the sum."""
     outputs = torch.randn(TOKENS, EXPERTS, 3, generator=GENERATOR)
-    weights, experts = route(LOGITS, LEVELS, table(), Rule(), MOST)
+    weights, experts = route(LOGITS, table().factors_VK[LEVELS], Rule())
     dropped = without_surplus(experts, table().k_V[LEVELS], EXPERTS)
     held = torch.cat([torch.arange(EXPERTS), torch.tensor([-1])])
     rows = torch.full((TOKENS, MOST, 3), torch.nan)  # what the kernel does not write

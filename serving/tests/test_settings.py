@@ -144,6 +144,17 @@ def test_a_level_is_a_budget_and_padding_is_none():
     assert len(levels.layouts) == 12
 
 
+def test_a_model_that_the_plugin_does_not_know_is_refused():
+    from emoe_vllm.runner import _check_not_asked
+
+    known = ", ".join(["OlmoeForCausalLM", "Qwen2MoeForCausalLM"])
+    other = SimpleNamespace(hf_config=config(architectures=["OtherMoe"]))
+    _check_not_asked(SimpleNamespace(model_config=other, additional_config={}))
+    _check_not_asked(SimpleNamespace(model_config=None, additional_config={}))
+    with pytest.raises(ValueError, match=f"architecture OtherMoe: elastic experts are supported in {known}"):
+        _check_not_asked(SimpleNamespace(model_config=other, additional_config={"emoe": {"k": 2}}))
+
+
 def server(**changes):
     """As much of vLLM's configuration as is looked at."""
     parts = {

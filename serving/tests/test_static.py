@@ -46,6 +46,10 @@ def test_qwen3_moe_without_a_block(tmp_path):
     check(compare("qwen3_moe", tmp_path / "m", None, [1, 2, 4]))
 
 
+def test_glm4_moe_with_sigmoid_scores_bias_and_groups(tmp_path):
+    check(compare("glm4_moe", tmp_path / "m", None, [1, 2, 4]))
+
+
 def test_mixtral_without_a_block(tmp_path):
     check(compare("mixtral", tmp_path / "m", None, [1, 2, 4]))
 
