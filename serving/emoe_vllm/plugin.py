@@ -69,8 +69,8 @@ def configure(vllm_config: Any) -> None:
 def _choose_classes(vllm_config: Any) -> None:
     from vllm.platforms import current_platform
 
-    kind = "ElasticCPUWorker" if current_platform.is_cpu() else "ElasticGPUWorker"
-    vllm_config.parallel_config.worker_cls = f"emoe_vllm.worker.{kind}"
+    kind = "cpu_worker.ElasticCPUWorker" if current_platform.is_cpu() else "worker.ElasticWorker"
+    vllm_config.parallel_config.worker_cls = f"emoe_vllm.{kind}"
     if vllm_config.scheduler_config.scheduler_cls is None:
         vllm_config.scheduler_config.scheduler_cls = "emoe_vllm.scheduler.scheduler"
     if not os.environ.get(_RUNNER):

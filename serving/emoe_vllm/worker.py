@@ -1,16 +1,13 @@
-"""Workers that tell the MoE layers, before every forward pass, which budget each token has.
-
-Each is a subclass of vLLM's own worker of the device. Shape suffix: T tokens.
-"""
+"""A worker that tells the MoE layers each token's budget before every forward pass. Shape suffix: T tokens."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from emoe_vllm import control
@@ -20,8 +17,9 @@ from emoe_vllm.runner import Batch, ElasticMoERunner, Group
 from emoe_vllm.settings import block_of, decided
 
 
-class _ElasticWorker(Worker):
-    """What both workers have in common. `tokens`: of real requests, by level, since the start."""
+class ElasticWorker(Worker):
+    """On a GPU (not run: none was at hand), and what the worker on a CPU has in common with it. `tokens`: of requests,
+    by level, since the start."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -30,7 +28,9 @@ class _ElasticWorker(Worker):
         most = self.vllm_config.scheduler_config.max_num_batched_tokens
         most = max(most, self.vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         self._levels = Levels(settings)
-        self._tables = Tables(self._levels, block_of(self.model_config.hf_config), self.device)
+        # Where the block does not say it, k of training is what config.json said before layers were built for k_max.
+        block = replace(block_of(self.model_config.hf_config), k_train=settings.k_train)
+        self._tables = Tables(self._levels, block, self.device)
         # Until there are requests, as in the pass that measures memory, all tokens have the largest budget.
         self._host_T = torch.full((most,), settings.k_max, dtype=torch.int32)
         self._batch = Batch(self._host_T.to(self.device), groups=[(settings.k_max, None)])
@@ -89,11 +89,3 @@ class _ElasticWorker(Worker):
     def emoe_set_k(self, k: Any) -> dict[str, Any]:
         """By `collective_rpc`, where worker and scheduler are one process (see control.py for every other)."""
         return control.in_this_process(self.vllm_config).emoe_set_k(k)
-
-
-class ElasticCPUWorker(_ElasticWorker, CPUWorker):
-    """On a CPU."""
-
-
-class ElasticGPUWorker(_ElasticWorker):
-    """On a GPU. Not run: no GPU was at hand."""

@@ -54,6 +54,10 @@ def test_mixtral_without_a_block(tmp_path):
     check(compare("mixtral", tmp_path / "m", None, [1, 2, 4]))
 
 
+def test_a_block_that_leaves_k_to_config_json(tmp_path):
+    check(compare("olmoe", tmp_path / "m", {"tail_scale": ["0.3"], "k_range": [1, 8]}, [2, 6]))
+
+
 def test_learned_scales(tmp_path):
     generator = torch.Generator().manual_seed(3)
     log = [[torch.randn(k, generator=generator).tolist() for k in (2, 4, 6)] for _ in range(2)]
