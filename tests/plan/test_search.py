@@ -87,7 +87,7 @@ def test_one_gpu_of_80_gib_needs_lean_gradients_and_moments():
     refused = plan(*job, "--optimizer-state", "bf16")
     assert refused.status == 2 and "77.3 of them" not in refused.err and "no layout fits 1 GPUs" in refused.err
     lean = found(*job, "--optimizer-state", "bf16-grads")
-    parameters = 6_919_161_856  # of OLMoE-1B-7B
+    parameters = 6_919_161_856 + 16 * 4 * 24  # of OLMoE-1B-7B, and a scale for every layer, each of four k, and rank
     (memory,) = lean["memory_bytes"]
     assert (memory["weights"], memory["gradients"]) == (2 * parameters, 2 * parameters)
     assert memory["optimizer"] == 6 * parameters and lean["layout"]["recompute"] == "full"
@@ -122,12 +122,12 @@ def words_of_a_tiny_model() -> list[str]:
 
 def test_the_flags_of_a_run_give_its_length_layout_and_elastic_settings(tmp_path):
     run = tmp_path / "training.args"
-    run.write_text(f"@{REPO}/slurm/train.args --micro-batch-size 2 --emoe-k-max 12 --lr 1 --seq-length 2048 --bf16")
+    run.write_text(f"@{REPO}/slurm/train.args --micro-batch-size 2 --emoe-k-grid 4 12 --lr 1 --seq-length 2048 --bf16")
     job = ["--model", "olmoe-7b", "--gpus", 8, "--recipe", RECIPE, "--training", run]
     what = found(*job, "--precision", "fp8")
     assert what["layout"]["fp8"] and "--fp8-format" in what["flags"]
     assert (what["steps"], what["layout"]["micro_batch"], what["layout"]["seq"]) == (5000, 2, 2048)  # as in train.args
-    assert what["k"] == {"expected": 0.5 * 8 + 0.5 * 10.5, "largest": 12}
+    assert what["k"] == {"expected": 0.5 * 8 + 0.5 * (4 + 12) / 2, "largest": 12}
     assert what["tokens_per_step"] == 256 * 2048
     run.write_text("--train-samples 100 --train-samples 300 --global-batch-size 3 --bf16 --emoe-k-weights 1 2 --lr 1")
     given = Given({"global_batch": 3}, samples=300, elastic=("--emoe-k-weights", "1", "2"), precision="bf16")
