@@ -256,10 +256,9 @@ def serving_lines(
     if settings.get(KEY):
         return [
             f"it has learned scales at every k' but {settings['k_train']}, that of training: vLLM and transformers as "
-            "they are have none, and would compute something else there; transformers with this package, here "
-            f"k' = {k}:",
-            f'  model = AutoModelForCausalLM.from_pretrained("{out}")',
-            f"  megatron_emoe.set_active_experts(model, {k})",
+            "they are have none, and would compute something else there; with the plugin in serving/, or this package, "
+            f"here k' = {k}:",
+            *_with_scales(out, k),
         ]
     said = []
     if (tail := _tail_at(settings, k)) != 1:
@@ -269,9 +268,8 @@ def serving_lines(
         return [
             *said,
             f"to serve it at another k', here k' = {k}, to which the tail scale {tail:g} belongs: vLLM and "
-            "transformers as they are have none, and would compute something else; transformers with this package:",
-            f'  model = AutoModelForCausalLM.from_pretrained("{out}")',
-            f"  megatron_emoe.set_active_experts(model, {k})",
+            "transformers as they are have none, and would compute something else; with the plugin in serving/, or this package:",
+            *_with_scales(out, k),
         ]
     override = json.dumps({architecture.k_key: k})
     return [
@@ -279,6 +277,15 @@ def serving_lines(
         "to serve it at another k', here k' = " + str(k) + ":",
         f"  vllm serve {out} --hf-overrides '{override}'",
         f'  AutoModelForCausalLM.from_pretrained("{out}", {architecture.k_key}={k})',
+    ]
+
+
+def _with_scales(out: Path, k: int) -> list[str]:
+    """What computes with the block's scales: vLLM with our plugin, transformers with this package."""
+    asked = json.dumps({"emoe": {"k": k}})
+    return [
+        f"  VLLM_PLUGINS=emoe vllm serve {out} --additional-config '{asked}'",
+        f'  model = AutoModelForCausalLM.from_pretrained("{out}"); megatron_emoe.set_active_experts(model, {k})',
     ]
 
 

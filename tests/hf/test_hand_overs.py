@@ -68,10 +68,11 @@ def test_an_export_says_that_its_k_has_a_tail_scale(handed):
     assert (k, emoe["k_train"], emoe["tail_scale"]) == (8, 2, WORDS)
     assert (emoe["best_k"], emoe["range_end"], emoe["measured_tail_scale"]) == (8, 8, WORDS)
     text = seen["said"]["fitted"]
-    assert "vllm serve" not in text and "num_experts_per_tok=4" not in text
+    assert "--hf-overrides" not in text and "num_experts_per_tok=4" not in text
+    assert f"""VLLM_PLUGINS=emoe vllm serve {folder}/back --additional-config '{{"emoe": {{"k": 4}}}}'""" in text
     assert f"as it stands, {folder}/back is served without the tail scale 0.125 that belongs to its k' = 8" in text
     assert "here k' = 4, to which the tail scale 0.5 belongs" in text
-    assert "  megatron_emoe.set_active_experts(model, 4)" in text
+    assert "; megatron_emoe.set_active_experts(model, 4)" in text
     assert "vllm serve" in seen["said"]["plain"] and "tail scale" not in seen["said"]["plain"]
 
 

@@ -92,4 +92,4 @@ def check_results(folder: Path, said: str) -> None:
     assert json.loads((folder / "EXPORTED/config.json").read_text())["num_experts_per_tok"] == 8
     assert json.loads((folder / "tasks.json").read_text())
     served = (folder / "served").read_text().splitlines()
-    assert served == ["serve", "EXPORTED", "--hf-overrides", '{"num_experts_per_tok": 12}']
+    assert served == ["serve", "EXPORTED", "--additional-config", '{"emoe": {"k": 12}}']
