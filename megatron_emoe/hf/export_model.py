@@ -268,8 +268,8 @@ def serving_lines(
         return [
             *said,
             f"to serve it at another k', here k' = {k}, to which the tail scale {tail:g} belongs: vLLM and "
-            "transformers as they are have none, and would compute something else; with the plugin in serving/, or this "
-            "package:",
+            "transformers as they are have none, and would compute something else; with the plugin in serving/, or "
+            "this package:",
             *_with_scales(out, k),
         ]
     override = json.dumps({architecture.k_key: k})
