@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def iterations(self) -> int:
-        return self.family.base_iters if self.is_base else self.family.continued_iters
+        return self.family.base_iters if self.is_base else self.family.iterations(self.method)
 
     @property
     def tokens(self) -> int:
@@ -198,7 +198,7 @@ def active_experts(method: Method, seed: int, tensorboard: Path, family: Family 
     elastic = elastic_config(method, seed)
     if elastic.counts_vary:
         return _logged_experts(tensorboard)
-    steps, number = range(family.continued_iters), family.micro_batches
+    steps, number = range(family.iterations(method)), family.micro_batches
     seconds = (False, True) if elastic.emoe_second_pass else (False,)
     places = itertools.product(steps, range(number), range(1, family.layers + 1), seconds)
     drawn = [

@@ -15,6 +15,7 @@ class Method:
 
     flags: what differs from plain top-k. about: a line for the table. lr: schedule. k: --moe-router-topk. ks: the k' it
     is swept at. fit: whether a tail scale is fitted and swept besides plain top-k'. base: of the family's bases.
+    share: of the family's steps, for a run that is to cost what another does.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Method:
     ks: tuple[int, ...]
     fit: bool = False
     base: str = "base"
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Family:
     @property
     def fit_tokens(self) -> int:
         return 2 * self.held_out_tokens
+
+    def iterations(self, method: Method) -> int:
+        """Steps of a run that continues a base."""
+        return round(self.continued_iters * method.share)
 
     def base_method(self, name: str) -> Method:
         """The run that makes a base."""

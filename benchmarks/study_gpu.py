@@ -138,8 +138,7 @@ def main() -> None:
             shutil.rmtree(cell.checkpoint, ignore_errors=True)
             print(f"{cell.name}: {time.monotonic() - began:.0f} s", flush=True)
     found = study_regret_report.rows(options.results)
-    tokens = Cell(methods(GPU)[0], 1, options.work, options.results, TOY if options.toy else GPU).tokens
-    print(study_regret_report.table(found, tokens), end="")
+    print(study_regret_report.table(found), end="")
 
 
 def read_options() -> argparse.Namespace:

@@ -50,12 +50,12 @@ def _each(methods: Sequence[Method], seeds: Sequence[int]) -> list[tuple[Method,
 
 
 def _regret_order() -> list[tuple[Method, int]]:
-    """The main base first; what its other seeds say most of before the rest of them."""
+    """The main base first, and of it what is wanted with every seed."""
     plan = study_regret_methods
-    first, second, third = plan.SEEDS
+    first, *others = plan.SEEDS
     core = [method for method in plan.MAIN if method.name in plan.CORE]
     rest = [method for method in plan.MAIN if method.name not in plan.CORE]
-    order = _each(core, [first, second]) + _each(rest, [first]) + _each(core, [third]) + _each(rest, [second, third])
+    order = _each(core, plan.SEEDS) + _each(rest, [first]) + _each(rest, others)
     return order + _each(plan.RAW, plan.SEEDS)
 
 
@@ -89,8 +89,8 @@ REGRET = Plan(
 )
 QUICK = Plan(
     family=study_regret_methods.QUICK,
-    methods=study_regret_methods.MAIN,
-    order=_each(study_regret_methods.MAIN, study_regret_methods.SEEDS),
+    methods=study_regret_methods.QUICK_MAIN,
+    order=_each(study_regret_methods.QUICK_MAIN, study_regret_methods.SEEDS),
     text=study_corpus.text,
     vocabulary=study_regret_methods.VOCAB,
     held_out=0.03,

@@ -1,8 +1,9 @@
 """What the regret study compares: a converged base with narrow experts, specialists continued from it at one k' each,
 and every way to make one checkpoint for all of those k'.
 
-k = 4 of 24 experts of width 4: at k a quarter of the hidden size is active per token, at 3k three quarters, so more
-experts have something to give. A step of a continued run has 8 micro-batches, so that one step can train several k'.
+k = 4 of 24 experts of half the hidden size, and a vocabulary of 512, so that nearly half of the weights that work on a
+token are those of experts: beside 2048 words narrower ones do not matter. A step of a continued run has 8 micro-batches,
+so that one step can train several k'.
 """
 
 import dataclasses
@@ -15,28 +16,28 @@ GRID = (2, 4, 8, 12)
 """The k' that regret is judged at: k/2, k, 2k, 3k."""
 SEEDS = (1, 2, 3)
 LAYERS, MICRO_BATCHES = 2, 8
-VOCAB = 2048
+VOCAB = 512
 
 SHARED = """--adam-beta2 0.95 --clip-grad 1.0 --weight-decay 0.1 --lr-decay-style cosine --log-interval 10
     --eval-iters 0 --split 99,1,0 --no-create-attention-mask-in-dataloader --no-save-optim"""
-HIGH_LR = "--lr 1.5e-3 --min-lr 1.5e-4 --lr-warmup-iters 10"
+LR = "--lr 1e-3 --min-lr 5e-5 --lr-warmup-iters 10"
 
 FAMILY = Family(
     layers=LAYERS,
     k=K,
     fitted_ks=(8, 12),
     model=f"""--num-layers {LAYERS} --hidden-size 64 --num-attention-heads 4 --seq-length 128
-        --max-position-embeddings 128 --num-experts {E} --moe-router-topk {K} --moe-ffn-hidden-size 4
-        --ffn-hidden-size 4 --swiglu --disable-bias-linear --normalization RMSNorm
+        --max-position-embeddings 128 --num-experts {E} --moe-router-topk {K} --moe-ffn-hidden-size 32
+        --ffn-hidden-size 32 --swiglu --disable-bias-linear --normalization RMSNorm
         --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0
         --untie-embeddings-and-output-weights --moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32
         --moe-token-dispatcher-type alltoall""",
     base_train=f"--micro-batch-size 32 --global-batch-size 32 {SHARED}",
-    train=f"--micro-batch-size 2 --global-batch-size {2 * MICRO_BATCHES} {SHARED}",
+    train=f"--micro-batch-size 4 --global-batch-size {4 * MICRO_BATCHES} {SHARED}",
     base_lr="--lr 5e-3 --min-lr 5e-5 --lr-warmup-iters 100",
     bases={"base": "", "base-raw": "--moe-router-pre-softmax"},
-    base_iters=2700,
-    continued_iters=150,
+    base_iters=5000,
+    continued_iters=300,
     micro_batches=MICRO_BATCHES,
     evaluation="--micro-batch-size 64 --global-batch-size 64 --no-create-attention-mask-in-dataloader",
     held_out_tokens=65_536,
@@ -47,6 +48,8 @@ QUICK = dataclasses.replace(FAMILY, continued_iters=60, held_out_tokens=32_768)
 
 PREFIX = "--emoe-selection prefix"
 OTHERS = " ".join(str(k) for k in GRID if k != K)
+MEAN_K = (K + (sum(GRID) - K) / (len(GRID) - 1)) / 2
+"""Experts of a pass where half of the passes are at K and the others dealt out over the rest of the grid."""
 UNIFORM = " ".join("1" if k in GRID else "0" for k in range(GRID[0], GRID[-1] + 1))
 STRATIFIED = f"{PREFIX} --emoe-k-schedule stratified --emoe-k-grid {OTHERS}"
 SCALES = f"{STRATIFIED} --emoe-budget-scales --emoe-tail-scale 0.25"
@@ -65,7 +68,7 @@ def specialist(k: int, base: str = "base") -> str:
 
 def methods(base: str) -> tuple[Method, ...]:
     """Every way to continue a base, the specialists first."""
-    method = partial(Method, lr=HIGH_LR, ks=GRID, base=base)
+    method = partial(Method, lr=LR, ks=GRID, base=base)
     at_k = partial(method, k=K)
     specialists = (
         at_k(specialist(K), "", "plain top-k at 4, the specialist at 4", fit=True),
@@ -73,7 +76,7 @@ def methods(base: str) -> tuple[Method, ...]:
     )
     stratified = (
         at_k("stratified-scales", SCALES, "half of a step's micro-batches at 4, half at 2, 8, 12; learned scales"),
-        at_k("second-pass", f"{SCALES} --emoe-second-pass 0.3", "each batch at 4, and at 2, 8 or 12, weighted 0.3"),
+        at_k("second-pass", f"{SCALES} --emoe-second-pass 1", "each batch at 4, and at 2, 8 or 12, weighted alike"),
         at_k("below-half", f"{BELOW} --emoe-budget-scales", "half of a step's micro-batches at 4, half at 2", fit=True),
         at_k(
             "below-5-of-8",
@@ -97,6 +100,15 @@ def methods(base: str) -> tuple[Method, ...]:
         at_k("stratified-3-of-4", f"{SCALES} --emoe-k-default-prob 0.75", "stratified-scales, three quarters at 4"),
         at_k("stratified", STRATIFIED, "stratified-scales without the learned scales and the tail scale", fit=True),
     )
+    equal = (  # as many expert FLOPs as plain top-k: fewer tokens
+        at_k("stratified-scales-equal-flops", SCALES, "stratified-scales for fewer steps", share=K / MEAN_K),
+        at_k(
+            "second-pass-equal-flops",
+            f"{SCALES} --emoe-second-pass 1",
+            "second-pass for fewer steps",
+            share=K / (2 * MEAN_K),
+        ),
+    )
     older = (
         at_k(
             "recipe-0.1.0",
@@ -107,11 +119,14 @@ def methods(base: str) -> tuple[Method, ...]:
         at_k("mmoe", f"{MMOE} --emoe-k-weights {UNIFORM}", "M-MoE: each layer draws 2, 4, 8 or 12 a step", fit=True),
         at_k("emoe", f"--emoe-selection coactivation --emoe-pool-k {3 * K}", "EMoE: sampling, K = 3k", fit=True),
     )
-    every = (*specialists, *stratified, *older)
+    every = (*specialists, *stratified, *equal, *older)
     return tuple(dataclasses.replace(one, name=one.name + SUFFIX[base]) for one in every)
 
 
-CORE = (*map(specialist, GRID), "stratified-scales", "below-half", "below-6-of-8")
+CORE = (*map(specialist, GRID), "stratified-scales", "second-pass")
 """Run with all seeds before the others have a second one."""
 MAIN, RAW = methods("base"), methods("base-raw")
 METHODS = (*MAIN, *RAW)
+FITTED_IN_QUICK = (specialist(K), "recipe-0.1.0")
+QUICK_MAIN = tuple(dataclasses.replace(one, fit=one.name in FITTED_IN_QUICK) for one in MAIN)
+"""A fit takes longer than a small run."""

@@ -21,11 +21,14 @@ GRID_HEAD = [f"k' = {k}" for k in plan.GRID]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method's regrets, one for each seed. passes: over every batch, in training."""
+    """A method's regrets, one for each seed. passes: over every batch, in training. tokens: of training; share: of the
+    specialists'."""
 
     name: str
     curves: Sequence[Curve]
     passes: int
+    tokens: int
+    share: float
     regrets: Sequence[dict[int, float]]
     nats: Sequence[dict[int, float]]
 
@@ -44,7 +47,7 @@ class Row:
     @property
     def flops(self) -> float:
         """Expert FLOPs of training against plain top-k."""
-        return self.passes * statistics.mean(one.experts for one in self.curves) / plan.K
+        return self.share * self.passes * statistics.mean(one.experts for one in self.curves) / plan.K
 
 
 def curves_of(folder: Path, base: str) -> list[Curve]:
@@ -57,7 +60,7 @@ def curves_of(folder: Path, base: str) -> list[Curve]:
 def rows(folder: Path, base: str = "base") -> list[Row]:
     """Every method with seeds of which all specialists are there."""
     curves = curves_of(folder, base)
-    passes = {one["method"]: one["passes"] for one in _records(folder)}
+    records = {one["method"]: one for one in _records(folder)}
     experts = specialists(curves, base)
     found = []
     for name in dict.fromkeys(one.row for one in curves):
@@ -68,7 +71,9 @@ def rows(folder: Path, base: str = "base") -> list[Row]:
             for one, regret in zip(own, nats, strict=True)
         ]
         if own:
-            found.append(Row(name, own, passes[own[0].method], percent, nats))
+            record = records[own[0].method]
+            share = record["tokens"] / records[plan.specialist(plan.K, base)]["tokens"]
+            found.append(Row(name, own, record["passes"], record["tokens"], share, percent, nats))
     return found
 
 
@@ -92,14 +97,13 @@ def specialists(curves: Sequence[Curve], base: str = "base") -> dict[int, dict[i
     return {seed: losses for seed, losses in found.items() if len(losses) == len(plan.GRID)}
 
 
-def table(found: Sequence[Row], tokens: int) -> str:
-    """Markdown: regret in percent at each k', its mean and its worst over them, and what training cost. tokens: of a
-    continued run."""
+def table(found: Sequence[Row]) -> str:
+    """Markdown: regret in percent at each k', its mean and its worst over them, and what training cost."""
     head = ["method", *GRID_HEAD, "mean", "worst", "expert FLOPs", "tokens", "seeds"]
     lines = _table_head(head)
     for row in found:
         numbers = [mean_of(row.at(k), "+.2f") for k in plan.GRID]
-        numbers += [mean_of(row.mean, "+.2f"), mean_of(row.worst, "+.2f"), f"{row.flops:.2f}", f"{tokens:,}"]
+        numbers += [mean_of(row.mean, "+.2f"), mean_of(row.worst, "+.2f"), f"{row.flops:.2f}", f"{row.tokens:,}"]
         lines.append("| " + " | ".join([row.name, *numbers, str(len(row.regrets))]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -171,13 +175,12 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 def parts(folder: Path) -> dict[str, str]:
     """What belongs between the report's markers."""
     found, raw = rows(folder), rows(folder, "base-raw")
-    tokens = max((record["tokens"] for record in _records(folder)), default=0)
     return {
         "regret answer": answer(found),
-        "regret": table(found, tokens),
+        "regret": table(found),
         "regret nats": nats_table(found),
         "specialists": specialists_table(folder),
-        "regret raw": table(raw, tokens),
+        "regret raw": table(raw),
         "specialists raw": specialists_table(folder, "base-raw"),
         "regret provenance": provenance(folder),
     }

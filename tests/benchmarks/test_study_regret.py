@@ -34,7 +34,7 @@ def test_every_k_of_the_grid_has_its_specialist(base):
     for k in plan.GRID:
         specialist = methods[plan.specialist(k, base)]
         assert (specialist.k, specialist.flags, specialist.base) == (k, "", base)
-    assert {method.lr for method in methods.values()} == {plan.HIGH_LR}  # nothing but the method differs
+    assert {method.lr for method in methods.values()} == {plan.LR}  # nothing but the method differs
 
 
 def test_names_are_unique():
@@ -50,7 +50,7 @@ def record(folder: Path, method: str, seed: int, losses: dict[int, float], fitte
         "k": k,
         "active_experts": more.get("experts", float(k)),
         "passes": more.get("passes", 1),
-        "tokens": 1000,
+        "tokens": more.get("tokens", 1000),
         "seconds": {"pretrain_emoe": 60.0},
         "date": "2026-01-31",
         "versions": {"torch": "2"},
@@ -69,13 +69,14 @@ def cells(tmp_path) -> Path:
             record(tmp_path, f"specialist-{k}", seed, {2: 3.0, 4: 3.0, 8: 3.0, 12: 3.0} | {k: loss + worse}, k=k)
     record(tmp_path, "mmoe", 1, {2: 2.02, 4: 2.1, 8: 1.68, 12: 1.53}, {4: 2.1, 8: 1.6, 12: 1.485}, experts=6.0)
     record(tmp_path, "second-pass", 1, {2: 1.99, 4: 2.0, 8: 1.6, 12: 1.5015}, experts=5.5, passes=2)
+    record(tmp_path, "second-pass-equal-flops", 1, {2: 2.0, 4: 2.0, 8: 1.6, 12: 1.5}, experts=5.0, passes=2, tokens=400)
     record(tmp_path, "second-pass", 2, {2: 2.4, 4: 2.4, 8: 2.0, 12: 1.9}, experts=5.5, passes=2)
     record(tmp_path, "stratified", 3, {2: 1.0, 4: 1.0, 8: 1.0, 12: 1.0})  # this seed has no specialists
     return tmp_path
 
 
 def test_regret_by_hand(cells):
-    table = rows(report.table(report.rows(cells), tokens=1000))
+    table = rows(report.table(report.rows(cells)))
     assert "stratified" not in table
     mmoe, fitted = table["mmoe"], table["mmoe + a(k')"]
     # 2.02 against 2.0, 2.1 against 2.0, 1.68 against 1.6, 1.53 against 1.5.
@@ -86,6 +87,8 @@ def test_regret_by_hand(cells):
     assert second["k' = 2"] == "-0.25 ± 0.35"  # -0.5 % and 0: half of 0.5, and 0.5 / sqrt(2)
     assert second["k' = 12"] == "+0.05 ± 0.07"  # 0.0015 of 1.5, and 0
     assert (second["expert FLOPs"], second["tokens"]) == ("2.75", "1,000")  # two passes of 5.5 experts, against 4
+    fewer = table["second-pass-equal-flops"]
+    assert (fewer["expert FLOPs"], fewer["tokens"]) == ("1.00", "400")  # 0.4 of the tokens, two passes of 5 experts
     assert table["topk"]["k' = 4"] == "+0.00 ± 0.00"  # it is the specialist there
     assert table["specialist-12"]["k' = 12"] == "+0.00 ± 0.00"
 
@@ -147,15 +150,25 @@ def test_experts_in_training(name, experts):
     assert drawn == pytest.approx(experts, rel=0.05 if name == "mmoe" else 0.002)
 
 
+@pytest.mark.parametrize("name", ["stratified-scales", "second-pass"])
+def test_rows_of_equal_flops_cost_what_plain_top_k_does(name):
+    method = next(method for method in plan.METHODS if method.name == f"{name}-equal-flops")
+    passes = 2 if name == "second-pass" else 1
+    steps = plan.FAMILY.iterations(method)
+    cost = steps * passes * study_cell.active_experts(method, 1, Path("none"), plan.FAMILY)
+    assert cost == pytest.approx(plan.FAMILY.continued_iters * plan.K, rel=0.01)
+    assert method.flags == next(one for one in plan.METHODS if one.name == name).flags
+
+
 def test_a_cell_trains_in_eight_micro_batches_of_its_own_data(tmp_path):
     method = next(method for method in plan.METHODS if method.name == "specialist-8")
     one = study_cell.Cell(method, 2, tmp_path, tmp_path, plan.FAMILY)
     words = " ".join(one.training())
-    for part in ("--micro-batch-size 2 --global-batch-size 16", f"--data-path {tmp_path}/data/text ", "--seed 2"):
+    for part in ("--micro-batch-size 4 --global-batch-size 32", f"--data-path {tmp_path}/data/text ", "--seed 2"):
         assert part in words
     assert words.count("--moe-router-topk") == 1 and "--moe-router-topk 8" in words
     assert f"--load {tmp_path}/checkpoints/base --finetune" in words
-    assert one.tokens == 150 * 16 * 128
+    assert one.tokens == 300 * 32 * 128
     base = study_cell.Cell(plan.FAMILY.base_method("base-raw"), 1, tmp_path, tmp_path, plan.FAMILY)
     assert "--micro-batch-size 32" in (words := " ".join(base.training())) and "--moe-router-pre-softmax" in words
     assert base.tokens == plan.FAMILY.base_iters * 32 * 128
