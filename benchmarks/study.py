@@ -1,6 +1,6 @@
 """The studies of docs/study.md: a small base model, every way to continue it, three seeds, a sweep of k' for each.
 
-    make study                            # regret: all cells, an hour or two on two cores; goes on where it was stopped
+    make study                            # regret: all cells, some hours on two cores; goes on where it was stopped
     make study STUDY_ARGS=--quick         # the same table at small size, one seed; printed
     make study STUDY_ARGS="--only topk,emoe --seeds 1"
     make study STUDY_ARGS="--study reach" # the older one, on another base: hours

@@ -2,8 +2,8 @@
 and every way to make one checkpoint for all of those k'.
 
 k = 4 of 24 experts of half the hidden size, and a vocabulary of 512, so that nearly half of the weights that work on a
-token are those of experts: beside 2048 words narrower ones do not matter. A step of a continued run has 8 micro-batches,
-so that one step can train several k'.
+token are those of experts: beside 2048 words narrower ones do not matter. A step of a continued run has 8 micro-batches
+and can train several k'.
 """
 
 import dataclasses
