@@ -64,7 +64,7 @@ def test_megatron_takes_the_printed_flags(precision, memory, state, expected, tm
     (args,) = run_ranks(checked, 1, tmp_path, words[words.index(str(REPO / "pretrain_emoe.py")) + 1 :])
     always = {"use_precision_aware_optimizer": "True", "use_distributed_optimizer": "True", "moe_grouped_gemm": "True"}
     always |= {"transformer_impl": "transformer_engine", "main_params_dtype": "torch.float32", "lr": "1e-05"}
-    always |= {"emoe_k_schedule": "default-or-larger", "num_experts": "64", "global_batch_size": "32"}
+    always |= {"emoe_k_schedule": "stratified", "num_experts": "64", "global_batch_size": "32"}
     always |= {"micro_batch_size": "1"}
     for name, value in (always | expected).items():
         assert args[name] == value, name

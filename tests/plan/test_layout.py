@@ -25,6 +25,7 @@ MODEL = Namespace(
     moe_layer_freq=[0] + [1] * 27,
     padded_vocab_size=None,
     sequence_parallel=False,
+    emoe_second_pass=0.0,
 )
 GOOD = Layout(gpus=16, gpus_per_node=8, tp=2, pp=2, ep=4, etp=1, micro_batch=1, global_batch=256, seq=4096)
 
@@ -51,6 +52,14 @@ def test_more_stages_than_layers():
 
 def test_a_possible_layout_breaks_no_rule():
     assert list(broken_rules(MODEL, GOOD)) == list(broken_rules(MODEL, replace(GOOD, fp8=True))) == []
+
+
+def test_a_second_pass_needs_one_stage():
+    args = Namespace(**vars(MODEL) | {"emoe_second_pass": 0.5})
+    assert list(broken_rules(args, GOOD)) == [
+        "--pp 2: must be 1 with --emoe-second-pass 0.5, both passes go through the whole model"
+    ]
+    assert list(broken_rules(args, replace(GOOD, pp=1))) == []
 
 
 BROKEN = [
