@@ -30,6 +30,7 @@ from megatron_emoe.settings.budget_table import KEY
 from megatron_emoe.settings.elastic_config import flag
 from megatron_emoe.settings.flag_files import flag_words
 from megatron_emoe.settings.hf_folder import read_config_json
+from megatron_emoe.settings.serving_plugin import serve_command
 from megatron_emoe.settings.tail_scale import parse_tail_scale
 from megatron_emoe.training.arguments import stored_form
 
@@ -283,9 +284,8 @@ def serving_lines(
 
 def _with_scales(out: Path, k: int) -> list[str]:
     """What computes with the block's scales: vLLM with our plugin, transformers with this package."""
-    asked = json.dumps({"emoe": {"k": k}})
     return [
-        f"  VLLM_PLUGINS=emoe vllm serve {out} --additional-config '{asked}'",
+        f"  {serve_command(str(out), k)}",
         f'  model = AutoModelForCausalLM.from_pretrained("{out}"); megatron_emoe.set_active_experts(model, {k})',
     ]
 

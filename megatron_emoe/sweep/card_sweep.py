@@ -11,7 +11,7 @@ from megatron_emoe.sweep.allocation import moe_layers, sensitivities
 from megatron_emoe.sweep.budget import flops_share, is_uniform, name
 from megatron_emoe.sweep.card_table import Column, Section, Table, by_k, number, with_unit, words
 from megatron_emoe.sweep.curve import SweepCell, SweepResult
-from megatron_emoe.sweep.serving import tail_scale_at
+from megatron_emoe.sweep.serving import has_learned_scales, tail_scale_at
 from megatron_emoe.sweep.summary import scaled, speeds_count, to_k
 from megatron_emoe.sweep.uncertainty import signed
 
@@ -187,7 +187,7 @@ def _scales(result: SweepResult) -> str:
     """What weighs the experts at each k' beside their router: learned scales are there at every k'."""
     entries = sorted((result.tail_scale or {}).items(), key=_first)
     fitted = ", ".join(map(_entry, entries)) if scaled(result) else ""
-    if "--emoe-budget-scales" in (result.training or {}):
+    if has_learned_scales(result):
         return f"{fitted}, on top of scales learned for each k'" if fitted else "scales learned for each k'"
     return fitted or "none: plain top-k'"
 

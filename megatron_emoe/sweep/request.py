@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_emoe.model.flops import moe_layer_numbers
+from megatron_emoe.settings.budget_table import KEY as BUDGET_SCALES
 from megatron_emoe.settings.command_line import installed, say
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ONLY_WATCHING, ElasticConfig, flag
 from megatron_emoe.settings.flag_files import own_command
@@ -167,7 +168,8 @@ def _hugging_face(args: Namespace) -> dict[str, Any]:
 def _exported_training(settings: Mapping[str, Any]) -> dict[str, str]:
     """What the block "emoe" in config.json says of the training, as _training has it."""
     known = {flag(f"emoe_{key}"): settings.get(key) for key in ("selection", "pool_k", "k_schedule", "k_min", "k_max")}
-    return {name: str(value) for name, value in known.items() if value not in (None, "topk", "constant")}
+    said = {name: str(value) for name, value in known.items() if value not in (None, "topk", "constant")}
+    return said | ({flag("emoe_budget_scales"): ""} if settings.get(BUDGET_SCALES) else {})
 
 
 def _tail_scale(args: Namespace) -> dict[str, float] | None:

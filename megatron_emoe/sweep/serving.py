@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_emoe.settings import flag_files
 from megatron_emoe.settings.hf_folder import read_config_json
+from megatron_emoe.settings.serving_plugin import serve_command
 from megatron_emoe.settings.tail_scale import TailScale, tail_scale_words
 from megatron_emoe.sweep.allocation import Allocation
 from megatron_emoe.sweep.budget import name
@@ -33,6 +34,11 @@ def tail_scale_at(result: SweepResult, k: int | Allocation) -> float:
     if largest <= result.k_train or not result.tail_scale:
         return 1.0
     return TailScale(tuple(sorted((int(key), scale) for key, scale in result.tail_scale.items()))).at(largest)
+
+
+def has_learned_scales(result: SweepResult) -> bool:
+    """Whether the model has scales of its own for every k' but that of training, as its settings say."""
+    return "--emoe-budget-scales" in (result.training or {})
 
 
 def sweep_command(result: SweepResult, out: Path, ks: Sequence[Allocation] = (), more: str = "") -> str:
@@ -153,22 +159,25 @@ def _hf_lines(result: SweepResult, k: int | Allocation) -> list[str]:
         lines += ["Hugging Face, for a checkpoint that was imported from there, after"]
         lines += [f"  tools/convert_checkpoint.py export --megatron {shlex.quote(result.checkpoint)} --out EXPORTED"]
     tail = tail_scale_at(result, k)
-    if not isinstance(k, int) or tail != 1:
-        return [*lines, *_only_with_hooks(result, k, tail)]
+    if not isinstance(k, int) or tail != 1 or (has_learned_scales(result) and k != result.k_train):
+        return [*lines, *_only_with_ours(result, k, tail, model)]
     named = "" if found else " (in ERNIE-4.5's config.json k is called moe_k)"
     lines += [f"vLLM and transformers{named}:"]
     lines += [f"  vllm serve {shlex.quote(model)} --hf-overrides {shlex.quote(json.dumps({key: k}))}"]
     return [*lines, "  " + _TRANSFORMERS.format(model=model, key=key, k=k)]
 
 
-def _only_with_hooks(result: SweepResult, k: int | Allocation, tail: float) -> list[str]:
-    """What stock software cannot do, and what can."""
+def _only_with_ours(result: SweepResult, k: int | Allocation, tail: float, model: str) -> list[str]:
+    """What stock software cannot do, and what can. Our plugin takes the scales that the folder has, no others."""
     missing = ["one k' per layer"] if not isinstance(k, int) else []
     missing += [f"a tail scale (here {tail:g})"] if tail != 1 else []
+    missing += ["learned scales"] if has_learned_scales(result) else []
     table = f", tail_scale={ {int(key): a for key, a in (result.tail_scale or {}).items()} }" if tail != 1 else ""
     arguments = f"{k if isinstance(k, int) else list(k)}{table}"
     return [
         f"vLLM and transformers as they are do not serve {' and '.join(missing)}: the loss above is not theirs.",
+        "vLLM with the plugin in serving/, with the scales that the folder has:",
+        f"  {serve_command(model, k)}",
         "transformers with this package:",
         "  " + _HOOKS.format(arguments=arguments),
     ]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_emoe.sweep.result import load
+from megatron_emoe.sweep.serving import has_learned_scales
 from tests import hf_models, sweeps
 from tests.distributed import run_ranks
 from tests.hf_models import MODEL_TYPES
@@ -149,6 +150,7 @@ def test_learned_scales_by_budget_go_along_and_transformers_computes_with_them(m
     assert [layer[1] for layer in table["log"]] == [[0, 0]] * 2  # at the k of training
     curves = [run_ranks(swept, 1, tmp_path, name, model)[0] for name, model in (("load", trained), ("hf", out))]
     assert curves[0] == pytest.approx(curves[1], abs=2e-5)
+    assert all(has_learned_scales(load(tmp_path / f"{name}.json")) for name in ("load", "hf"))
     (without,) = run_ranks(differs_without, 1, out)
     assert without > 1e-3
     with pytest.raises(RuntimeError, match="emoe.budget_scales: learned scales by budget cannot be imported; take the"):

@@ -136,16 +136,26 @@ def test_a_megatron_checkpoint_is_exported_first(tmp_path):
 
 def test_stock_software_serves_no_k_per_layer_and_no_tail_scale():
     text = "\n".join(serving_lines(make_result(), (2, 6)))
-    assert "vllm serve" not in text
+    assert "--hf-overrides" not in text
+    assert """VLLM_PLUGINS=emoe vllm serve EXPORTED --additional-config '{"emoe": {"k": [2, 6]}}'""" in text
     assert "do not serve one k' per layer: the loss above is not theirs" in text
     assert "set_active_experts(model, [2, 6])" in text
 
     scaled = make_result(tail_scale={"6": 0.25, "8": 0.1})
     text = "\n".join(serving_lines(scaled, 6))
-    assert "do not serve a tail scale (here 0.25)" in text and "vllm serve" not in text
+    assert "do not serve a tail scale (here 0.25)" in text and "--hf-overrides" not in text
     assert "set_active_experts(model, 6, tail_scale={6: 0.25, 8: 0.1})" in text
     # At most k experts there is no tail: any software serves it.
-    assert any("vllm serve" in line for line in serving_lines(scaled, 2))
+    assert any("--hf-overrides" in line for line in serving_lines(scaled, 2))
+
+
+@pytest.mark.parametrize("k", [1, 6])
+def test_stock_software_serves_learned_scales_at_the_k_of_training_alone(k):
+    learned = make_result(training={"--emoe-k-schedule": "stratified", "--emoe-budget-scales": ""})
+    text = "\n".join(serving_lines(learned, k))
+    assert "do not serve learned scales: the loss above is not theirs" in text and "--hf-overrides" not in text
+    assert f"set_active_experts(model, {k})" in text
+    assert any("--hf-overrides" in line for line in serving_lines(learned, learned.k_train))
 
 
 def test_a_k_is_measured_again_by_the_sweep_s_own_command_into_a_new_file():

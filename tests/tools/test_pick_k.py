@@ -69,7 +69,7 @@ def test_a_measured_allocation_that_is_better_is_the_answer(answer):
     assert "best: k' = 1,3, loss 2.1600 (measured)" in text
     assert "per layer: 1,3 is better than 2 everywhere, measured: loss -0.0400 at 1 times its expert FLOPs" in text
     assert "predicted" not in text
-    assert "--k-per-layer 1,3" in text and "vllm serve" not in text
+    assert "--k-per-layer 1,3" in text and "--hf-overrides" not in text
 
 
 def test_a_measured_allocation_that_is_worse_is_shown_and_not_the_answer(answer):
