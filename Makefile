@@ -57,7 +57,7 @@ bench: setup ## what elastic training costs against plain top-k, and conversion 
 bench-gpu: setup ## stock top-k against elastic on one GPU: step, memory, sweep, router kernel; writes docs/gpu.md
 	@$(BIN)/python benchmarks/bench_gpu.py $(BENCH_ARGS)
 
-study: setup ## the regret of each method at every budget: an hour or two, goes on where it was stopped; writes docs/study.md
+study: setup ## the regret of each method at every budget: some hours, goes on where it was stopped; writes docs/study.md
 	@$(BIN)/python benchmarks/study.py $(STUDY_ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote

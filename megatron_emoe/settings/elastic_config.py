@@ -60,9 +60,9 @@ class ElasticConfig:
     """The number of active experts in training. constant: --moe-router-topk. uniform: any k in [k-min, k-max].
     weighted: likewise with --emoe-k-weights. default-or-smaller: --moe-router-topk with probability
     --emoe-k-default-prob, else uniform in [k-min, k - 1] (ERNIE 5.0). default-or-larger: likewise, else uniform in
-    [k + 1, k-max]; with --emoe-tail-scale the recipe of docs/study.md. ramp: linear from k-min to k-max over
-    --emoe-k-ramp-iters. stratified: every step trains --moe-router-topk and others together: a share of its
-    micro-batches, --emoe-k-default-prob, at --moe-router-topk, the rest dealt out over --emoe-k-grid."""
+    [k + 1, k-max]. ramp: linear from k-min to k-max over --emoe-k-ramp-iters. stratified, with --emoe-budget-scales
+    the recipe of docs/study.md: every step trains --moe-router-topk and others together: a share of its micro-batches,
+    --emoe-k-default-prob, at --moe-router-topk, the rest dealt out over --emoe-k-grid."""
 
     emoe_k_grid: list[int] | None = None
     """Experts: the k that stratified deals out beside --moe-router-topk, each as often as the others. Unset: half of
@@ -89,7 +89,7 @@ class ElasticConfig:
 
     emoe_k_draw: Literal["step", "microbatch", "layer"] = "step"
     """How often k is drawn: once per optimizer step, once per micro-batch, or per step and layer (each layer its own k:
-    best in M-MoE, and part of the recipe)."""
+    best in M-MoE)."""
 
     emoe_other_weight: float = 1.0
     """With stratified, how much a micro-batch at another k than --moe-router-topk counts in the loss and in the
