@@ -139,8 +139,8 @@ BUDGETS = "--emoe-selection prefix --emoe-k-schedule stratified --emoe-k-grid 1 
 @pytest.mark.parametrize("model_type", ["ernie4_5_moe"])  # weights by hand on all four: test_active_experts.py
 def test_learned_scales_by_budget_go_along_and_transformers_computes_with_them(model_type, tmp_path):
     run_ranks(import_here, 1, model_type, tmp_path, {})
-    load, trained, out = tmp_path / "megatron", tmp_path / "trained", tmp_path / "out"
-    run_ranks(train, 1, words(load, load, trained, *BUDGETS, "--emoe-tail-scale", "0.5", steps=4))
+    imported, trained, out = tmp_path / "megatron", tmp_path / "trained", tmp_path / "out"
+    run_ranks(train, 1, words(imported, imported, trained, *BUDGETS, "--emoe-tail-scale", "0.5", steps=4))
     (found,) = run_ranks(export_here, 1, trained, out)
     assert all(row["ours"]["max_difference"] < 1e-4 for row in found["report"]["rows"]), found["report"]["rows"]
     block = json.loads((out / "config.json").read_text())["emoe"]
