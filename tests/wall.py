@@ -70,10 +70,12 @@ class Program:
     paths: tuple[str, ...] = ()
     reads: dict[str, str] = field(default_factory=dict)
     """Files that it reads, by the kind that MANGLED knows."""
+    use: str | None = None
+    """What tells this command line from another of the same program."""
 
     @property
     def name(self) -> str:
-        return Path(self.path).name + (f" {self.verb}" if self.verb else "")
+        return " ".join(filter(None, (Path(self.path).name, self.verb, self.use)))
 
 
 class _Parser(Exception):
@@ -344,6 +346,9 @@ def programs() -> list[Program]:
         Program("tools/fit_tail_scale.py", [*_without(evaluated, "--out"), "--k", "4"], paths=("--out",), reads=tokens),
         Program("tools/eval_tasks.py", ["--model", "megatron", "--load", "ckpt", *tasks], reads=megatron),
         Program("tools/pick_k.py", ["sweep.json", "--max-flops", "2"], reads=sweep),
+        Program(
+            "tools/pick_k.py", ["sweep.json", "--budgets", "b.json"], None, ("--budgets",), sweep, "with --budgets"
+        ),
         Program("tools/plot_sweep.py", ["sweep.json", "--out", "curve.png"], reads=sweep),
         Program("tools/report.py", ["sweep.json", "--baseline", "other.json", "--out", "card.html"], reads=sweep),
         Program("tools/join_sweeps.py", ["sweep.json", "--out", "joined.json"], paths=("--out",), reads=sweep),

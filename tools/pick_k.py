@@ -3,12 +3,16 @@
     python tools/pick_k.py sweep.json --max-flops 0.6
     python tools/pick_k.py sweep.json --max-latency-ms 12 --at batch1
     python tools/pick_k.py sweep.json --min-quality 0.98
+    python tools/pick_k.py sweep.json --budgets budgets.json
 
 The answer is the measured k' of the lowest loss within the budget (with --min-quality: of the fewest expert FLOPs).
 Where the sweep measured layers alone (tools/sweep_k.py --layer-sensitivity), a greedy search looks for a k' per layer
 that is better at the same cost. Its loss is a prediction until that very cell is measured; the command for it is
 printed, and the answer changes only for a measured, lower loss. Exit status 1 where no measured k' fits, 2 for bad
 input.
+
+With --budgets no single k' is picked: the measured k' that no cheaper one equals are written with names (fast, default,
+best), for a server that offers them all. --min-quality is then the floor of the cheapest.
 """
 
 import argparse
@@ -19,6 +23,7 @@ from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.flag_types import a_path
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep import curve as sweep
+from megatron_emoe.sweep import named_budgets
 from megatron_emoe.sweep.allocation import Allocation, moe_layers, sensitivities
 from megatron_emoe.sweep.budget import (
     Answer,
@@ -39,7 +44,7 @@ from megatron_emoe.sweep.uncertainty import signed
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument("result", type=a_path, metavar="SWEEP.json", help="a result of tools/sweep_k.py")
-    budget = parser.add_mutually_exclusive_group(required=True)
+    budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--max-flops",
         type=float,
@@ -64,10 +69,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("batch1", "large"),
         help="which latency: of one token alone, or of a token in a full batch (default: batch1)",
     )
+    parser.add_argument(
+        "--budgets",
+        type=a_path,
+        metavar="TABLE.json",
+        help="write a table of named budgets there; alone, or with --min-quality as the floor of the cheapest "
+        f"(default: {named_budgets.FLOOR:g})",
+    )
     args = parser.parse_args(argv)
     if args.at and args.max_latency_ms is None:
         parser.error("--at: only with --max-latency-ms")
+    _check_asked(parser, args)
     return args
+
+
+def _check_asked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    asked = [flag for flag in ("--max-flops", "--max-latency-ms", "--min-quality") if _value(args, flag) is not None]
+    if not asked and args.budgets is None:
+        parser.error("one of --max-flops, --max-latency-ms, --min-quality, --budgets is required")
+    if args.budgets is not None and asked not in ([], ["--min-quality"]):
+        parser.error(f"{asked[0]} {_value(args, asked[0]):g}: not with --budgets, which lists every budget")
+
+
+def _value(args: argparse.Namespace, flag: str) -> float | None:
+    return getattr(args, flag.removeprefix("--").replace("-", "_"))
 
 
 def limit_of(result: SweepResult, args: argparse.Namespace) -> Limit:
@@ -167,8 +192,25 @@ def _verdict(found: Answer) -> str:
     return f"measured, and not better than {name(single.k)} everywhere"
 
 
+def write_budgets(args: argparse.Namespace) -> None:
+    """The table of named budgets, whole or not at all, and what is printed of it."""
+    floor = named_budgets.FLOOR if args.min_quality is None else args.min_quality
+    try:
+        named_budgets.check_target(args.budgets, args.result)
+        result = sweep.load(args.result)
+        table = named_budgets.budget_table(result, floor)
+        named_budgets.save(table, args.budgets)
+    except ValueError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"--budgets {args.budgets}: cannot be written ({error.strerror})")
+    print("\n".join(named_budgets.lines(result, table, args.budgets, floor)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.budgets is not None:
+        return write_budgets(args)
     try:
         result = sweep.load(args.result)
         limit = limit_of(result, args)

@@ -41,6 +41,8 @@ IS_RIGHT = {
     "report.py --seeds 0": "the same",
     f"report.py --seeds {wall.HUGE[:12]}": "the same",
     "plan_job.py --recipe empty": "the same",
+    "pick_k.py with --budgets --budgets empty": "replaced",
+    "pick_k.py with --budgets --budgets dangling": "replaced",
     "join_sweeps.py --out empty": "replaced",
     "join_sweeps.py --out dangling": "replaced",
     "sweep_k.py --out dangling": "replaced",

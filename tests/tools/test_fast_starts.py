@@ -167,6 +167,8 @@ REFUSED = {
     "pick_k.py": [
         (["/nowhere.json", "--max-flops", "1"], "/nowhere.json: cannot be read"),
         (["a", "--max-flops", "x"], "--max-flops x: must be a number"),
+        (["a", "--budgets", "/nowhere/b"], "--budgets /nowhere/b: the folder /nowhere does not exist"),
+        (["a", "--budgets", "b", "--max-flops", "1"], "--max-flops 1: not with --budgets, which lists every budget"),
     ],
     "plot_sweep.py": [
         (["/nowhere.json", "--out", "a.png"], "/nowhere.json: cannot be read"),

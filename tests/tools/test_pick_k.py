@@ -1,5 +1,7 @@
 """The command that picks a k': its answer, what it prints to run and measure, and how it fails."""
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_emoe.sweep import curve as sweep
+from megatron_emoe.sweep import named_budgets
 from megatron_emoe.sweep.curve import SweepResult
 from tests import sweep_results
 
@@ -125,7 +128,10 @@ def test_nothing_fits_is_one_line_and_a_bad_status(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "one of the arguments --max-flops --max-latency-ms --min-quality is required"),
+        ([], "one of --max-flops, --max-latency-ms, --min-quality, --budgets is required"),
+        (["--budgets", "b.json", "--max-flops", "2"], "--max-flops 2: not with --budgets, which lists every budget"),
+        (["--budgets", "b.json", "--max-latency-ms", "2"], "--max-latency-ms 2: not with --budgets"),
+        (["--budgets", "b.json", "--min-quality", "1", "--at", "large"], "--at: only with --max-latency-ms"),
         (["--max-flops", "1", "--min-quality", "1"], "not allowed with argument --max-flops"),
         (["--max-flops", "1", "--at", "large"], "--at: only with --max-latency-ms"),
     ],
@@ -170,3 +176,99 @@ def test_errors_and_a_cpu_are_named(answer):
     text = answer(make_result(cells), "--max-latency-ms", "2")
     assert "--max-latency-ms: at most 2 ms per token, one token alone (measured on a CPU)\n" in text
     assert rows(text)[0][4] == "-0.2000 ± 0.1000"
+
+
+@pytest.fixture
+def budgets(answer, tmp_path):
+    """The file that --budgets writes, and what is printed."""
+
+    def run(result: SweepResult, *flags: str) -> tuple[dict, str]:
+        text = answer(result, "--budgets", str(tmp_path / "budgets.json"), *flags)
+        return json.loads((tmp_path / "budgets.json").read_text()), text.replace(str(tmp_path), "AT")
+
+    return run
+
+
+def test_budgets_are_the_frontier_with_names(budgets):
+    curve = {1: 2.5, 2: 2.045, 3: 2.03, 4: 2.0, 6: 1.99, 8: 1.995, 12: 1.98}
+    latency = {2: 1.0, 4: 1.5}
+    table, text = budgets(make_result(curve, latency=latency, command="", checkpoint="runs/a b"))
+    # Quality: exp(2 - loss). k' = 1 is below the floor of 0.95, k' = 8 no better than 6.
+    assert table == {
+        "version": 1,
+        "checkpoint": "runs/a b",
+        "k_train": 4,
+        "num_experts": 16,
+        "budgets": [
+            {"name": "fast", "k": 2, "loss": 2.045, "quality": 0.955997, "expert_flops": 0.5, "latency_ms_batch1": 1.0},
+            {"name": "k3", "k": 3, "loss": 2.03, "quality": 0.970446, "expert_flops": 0.75},
+            {"name": "default", "k": 4, "loss": 2.0, "quality": 1.0, "expert_flops": 1.0, "latency_ms_batch1": 1.5},
+            {"name": "k6", "k": 6, "loss": 1.99, "quality": 1.01005, "expert_flops": 1.5},
+            {"name": "best", "k": 12, "loss": 1.98, "quality": 1.020201, "expert_flops": 3.0},
+        ],
+    }
+    assert rows(text)[0] == ["fast", "2", "0.5", "2.0450", "+0.0450", "0.9560", "1"]
+    assert "fast: the cheapest k' with a quality of at least 0.95 (--min-quality sets another floor)\n" in text
+    assert "below that quality: k' = 1\nno better than a cheaper k': k' = 8\n" in text
+    assert "tools/convert_checkpoint.py export --megatron 'runs/a b' --out EXPORTED" in text
+    asked = '\'{"emoe": {"budgets": "AT/budgets.json"}}\''
+    assert f"  VLLM_PLUGINS=emoe vllm serve EXPORTED --additional-config {asked}\n" in text
+
+
+def test_a_floor_of_ones_own_and_a_budget_per_layer(budgets):
+    # (2, 5) costs less than 4 everywhere and is better than 3; (6, 6) is 6 and no other budget.
+    cells = {2: 2.2, 3: 2.1, 4: 2.0, 6: 1.95, (2, 5): 2.05, (6, 6): 1.94}
+    table, text = budgets(make_result(cells), "--min-quality", "0.9")
+    found = [(each["name"], each["k"], each["expert_flops"]) for each in table["budgets"]]
+    assert found == [("fast", 3, 0.75), ("k2-5", [2, 5], 0.875), ("default", 4, 1.0), ("best", 6, 1.5)]
+    assert "a quality of at least 0.9 (" in text and "below that quality: k' = 2\n" in text
+
+
+@pytest.mark.parametrize(
+    ("cells", "names", "said"),
+    [
+        ({2: 2.2, 4: 2.0, 6: 1.9}, ["default", "best"], "no budget fast: nothing cheaper than default has a quality"),
+        ({3: 2.01, 4: 2.0, 6: 2.1}, ["fast", "default"], "no budget best: default has the lowest loss"),
+        ({2: 2.01, 3: 1.99, 4: 2.0}, ["fast", "best", "default"], "default is listed although a cheaper k' is as good"),
+        ({3: 1.99, 4: 2.0}, ["fast", "default"], "no budget best: fast has the lowest loss"),
+        ({4: 2.0}, ["default"], "no budget best: default has the lowest loss"),
+    ],
+)
+def test_names_that_have_no_budget_of_their_own_are_left_out(budgets, cells, names, said):
+    table, text = budgets(make_result(cells))
+    assert [each["name"] for each in table["budgets"]] == names and said in text
+
+
+def test_a_table_is_read_as_it_was_written_and_checked(tmp_path):
+    table = named_budgets.budget_table(make_result(CURVE | {(1, 6): 2.02}))
+    path = tmp_path / "budgets.json"
+    named_budgets.save(table, path)
+    assert named_budgets.load(path) == table
+    found = json.loads(path.read_text())
+    wrong = {
+        "names fast; must be unique, and one of them default": found["budgets"][:1],
+        "must be ascending in expert_flops": found["budgets"][::-1],
+    }
+    for message, budgets in wrong.items():
+        path.write_text(json.dumps(found | {"budgets": budgets}))
+        with pytest.raises(ValueError, match=message):
+            named_budgets.load(path)
+
+
+def test_a_table_is_whole_or_not_there(tmp_path, capsys, monkeypatch):
+    path, out = tmp_path / "sweep.json", tmp_path / "budgets.json"
+    sweep.save(make_result({2: 2.2}), path)
+    out.write_text("before")
+    refuses(capsys, [str(path), "--budgets", str(out)], "no cell at k' = 4")
+    sweep.save(make_result(CURVE), path)
+    refuses(capsys, [str(path), "--budgets", str(path)], f"--budgets {path}: is the sweep itself; must be another")
+    refuses(capsys, [str(path), "--budgets", str(tmp_path)], f"--budgets {tmp_path}: is a folder; must be a file")
+    refuses(capsys, [str(path), "--budgets", str(out), "--min-quality", "1.1"], "--min-quality 1.1: must be at most 1")
+    refuses(capsys, [str(path), "--budgets", str(out), "--min-quality", "0"], "--min-quality 0: must be a finite")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    refuses(capsys, [str(path), "--budgets", str(out)], f"--budgets {out}: cannot be written (No space left on device)")
+    assert out.read_text() == "before" and sorted(os.listdir(tmp_path)) == ["budgets.json", "sweep.json"]
