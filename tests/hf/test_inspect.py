@@ -5,7 +5,6 @@ import os
 import re
 import struct
 import subprocess
-import sys
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron_emoe.hf.import_model import import_model
 from megatron_emoe.hf.inspect_model import Inspection, inspect
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder
 from megatron_emoe.hf.torch_dist import TorchDistReader
-from tests import hf_models
+from tests import hf_models, programs
 from tests.distributed import REPO, run_ranks
 from tests.hf.full_size import CONFIGS, MODELS, PUBLISHED, meta_model, on_disk
 from tests.tiny import flags, train
@@ -185,14 +184,14 @@ def test_text_and_json_hold_all_of_it(pair, trained):
 
 
 def test_the_command_prints_nothing_but_json(trained):
-    command = [sys.executable, "tools/convert_checkpoint.py", "inspect", trained, "--json"]
+    command = [programs.python(), "tools/convert_checkpoint.py", "inspect", trained, "--json"]
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["parameters"] == inspect(trained).parameters
 
 
 def test_the_command_refuses_with_one_line(tmp_path):
-    command = [sys.executable, "tools/convert_checkpoint.py", "inspect", tmp_path / "none"]
+    command = [programs.python(), "tools/convert_checkpoint.py", "inspect", tmp_path / "none"]
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

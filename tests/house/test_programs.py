@@ -16,6 +16,8 @@ import pytest
 from tests import programs
 from tests.distributed import REPO, is_running, wait_until
 
+pytestmark = pytest.mark.slow
+
 SEEN = """
 import json, os, signal, sys
 seen = {name: getattr(sys, name) for name in ("argv", "orig_argv", "executable")}

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import programs
+
 REPO = Path(__file__).resolve().parents[2]
 README = (REPO / "README.md").read_text()
 TREE = README.split("## What is where")[1].split("```")[1]
@@ -90,9 +92,10 @@ def of_megatron() -> frozenset[str]:
     return frozenset(option for action in parser._actions for option in action.option_strings)
 
 
+@cache
 def flags_of(program: str, *verb: str) -> set[str]:
     """The flags in the help that a program prints, and Megatron's where it says that it takes them."""
-    done = subprocess.run([sys.executable, program, *verb, "--help"], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run([programs.python(), program, *verb, "--help"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     own = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", done.stdout))
     return own | of_megatron() if program in TAKE_MEGATRON_S else own
@@ -129,7 +132,7 @@ def test_every_flag_in_a_command_is_one_of_its_program(page):
 
 def test_every_flag_in_the_readme_s_words_is_one_of_ours_or_of_megatron():
     words = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    programs = [
+    ours = [
         "tools/sweep_k.py",
         "tools/pick_k.py",
         "tools/flag_table.py",
@@ -137,5 +140,5 @@ def test_every_flag_in_the_readme_s_words_is_one_of_ours_or_of_megatron():
         "tools/eval_tasks.py",
         "examples/demo_convert.py",
     ]
-    known = of_megatron().union(*map(flags_of, programs))
+    known = of_megatron().union(*map(flags_of, ours))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", words)) <= known

@@ -4,11 +4,11 @@ import contextlib
 import io
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import programs
 from tests.distributed import REPO, run_ranks
 from tests.tiny import COACTIVATION, flags, train
 
@@ -194,7 +194,7 @@ def test_the_size_of_a_checkpoint_is_what_one_takes_on_disk(precision, tmp_path)
 
 def test_the_tool_takes_the_flags_after_two_dashes_and_ends_with_status_2(tmp_path):
     env = os.environ | {"PYTHONPATH": str(REPO)}
-    tool = [sys.executable, str(REPO / "tools" / "check_job.py"), "--nodes", "2", "--processes", "1", "--gpus", "0"]
+    tool = [programs.python(), str(REPO / "tools" / "check_job.py"), "--nodes", "2", "--processes", "1", "--gpus", "0"]
     words = [str(word).format(save=tmp_path / "save") for word in flags(**JOB | {"save_interval": None})]
     done = subprocess.run([*tool, "--save", tmp_path / "save", "--", *words], capture_output=True, text=True, env=env)
     assert done.returncode == 2

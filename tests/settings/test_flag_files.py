@@ -9,6 +9,7 @@ import pytest
 
 from megatron_emoe.host import mode as host_mode
 from megatron_emoe.settings.flag_files import expand, flag_file, flag_words, own_command
+from tests import programs
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -142,7 +143,7 @@ def test_entry_points_expand_before_anything_else_sees_the_words(write, monkeypa
 
 @pytest.mark.parametrize("script", ["pretrain_emoe.py", "tools/sweep_k.py"])
 def test_a_bad_file_ends_an_entry_point_with_one_message(script, tmp_path):
-    done = subprocess.run([sys.executable, script, "@none.args"], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run([programs.python(), script, "@none.args"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"{Path(script).name}: error: @none.args: no flag file none.args\n"
 

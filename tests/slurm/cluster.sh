@@ -143,7 +143,7 @@ case ${1:-} in
   start) start ;;
   with) shift; with "$@" ;;
   stop) stop ;;
-  status) both_answer ;;
+  status) alive slurmctld && both_answer ;; # Slurm itself waits ten seconds for a controller that is not there
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
   *) say "start, stop, status, with or env"; exit 2 ;;
 esac
