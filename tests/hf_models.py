@@ -17,14 +17,22 @@ from torch import Tensor, nn
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Ernie4_5_MoeConfig,
     Ernie4_5_MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
@@ -32,8 +40,15 @@ CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "ernie4_5_moe": (Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
 }
-MODEL_TYPES = tuple(CLASSES)
+MODEL_TYPES = ("olmoe", "qwen2_moe", "deepseek_v2", "ernie4_5_moe")
+"""Those that every test of conversion is run on."""
+LATER_TYPES = ("llama", "qwen3_moe", "mixtral", "deepseek_v3")
+"""Those of which most parts are a model's above: hf/test_later_models.py has what is theirs."""
 
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
@@ -46,6 +61,16 @@ YARN: dict[str, Any] = {
     "original_max_position_embeddings": 4096,
 }
 """DeepSeek-V2-Lite's position embedding."""
+
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 500000,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""LLaMA 3.2's. With heads of width 8 one of four frequencies is left, one smoothed, one divided by the factor."""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -109,10 +134,63 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000},
     },
+    "llama": {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": LLAMA3,
+    },
+    "qwen3_moe": {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
+    },
+    "mixtral": {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
+    },
+    "deepseek_v3": {
+        "num_hidden_layers": 3,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.446,
+        "norm_topk_prob": True,
+        "rms_norm_eps": 1e-5,
+        "num_nextn_predict_layers": 0,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000},
+    },
 }
 _RENAMED = {  # what the other architectures call a setting
     "deepseek_v2": {"num_experts": "n_routed_experts"},
     "ernie4_5_moe": {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"},
+    "deepseek_v3": {"num_experts": "n_routed_experts"},
+    "mixtral": {"num_experts": "num_local_experts"},
 }
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -120,6 +198,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_experts": 10, "num_experts_per_tok": 4, "num_key_value_heads": 1, "tied": True},
     "deepseek_v2": {"num_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 0, "tied": True},
     "ernie4_5_moe": {"num_experts": 10, "num_experts_per_tok": 6, "num_key_value_heads": 4, "tied": False},
+    "llama": {
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000},
+        "tied": True,
+    },
+    "qwen3_moe": {"num_experts": 10, "num_experts_per_tok": 4, "num_key_value_heads": 1, "tied": True},
+    "mixtral": {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 4, "tied": True},
+    "deepseek_v3": {"num_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 0, "tied": True},
 }
 """A second model of each architecture: uneven numbers of experts, grouped queries, clamps, the other tying."""
 
@@ -139,21 +226,23 @@ def build(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     tied: bool | None = None,
-    score_bias: tuple[float, float] = (40.0, 0.08),
+    score_bias: tuple[float, float] | None = None,
     router_scale: float = 1.5,
     **config_changes: Any,
 ) -> PreTrainedModel:
     """A random model in evaluation mode, on the CPU, with transformers' plain (eager) attention and experts.
 
     tied: whether the head is the embedding; None: the architecture's default (ERNIE: tied). score_bias: offset and
-    spread (standard deviation) of ERNIE's selection bias, fp32; on the released 21B model the offset is 22 to 63 and
-    the spread is of the order of one expert's mean score, here 1/8. router_scale: standard deviation of router logits.
+    spread (standard deviation) of the selection bias, fp32; None: (40, 0.08), for DeepSeek-V3 (0.1, 0.08). On the
+    released ERNIE of 21B the offset is 22 to 63 and the spread is of the order of one expert's mean score, here 1/8.
+    router_scale: standard deviation of router logits.
     """
     made = config(model_type, tied=tied, **config_changes)
     made._attn_implementation = "eager"
     made._experts_implementation = "eager"
     model = CLASSES[model_type][1](made).eval()
     generator = torch.Generator().manual_seed(seed)
+    score_bias = score_bias or ((0.1, 0.08) if model_type == "deepseek_v3" else (40.0, 0.08))
     with torch.no_grad():
         for name, tensor in _parameters(model):
             _randomise(name, tensor, generator, score_bias, router_scale)
@@ -197,8 +286,9 @@ def tokens(vocab_size: int = 128, *, batch: int = 2, length: int = 24, seed: int
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Every parameter once: a tied head is the embedding."""
-    return sorted(model.named_parameters(remove_duplicate=True))
+    """Every parameter once: a tied head is the embedding. DeepSeek-V3's selection bias is a buffer."""
+    biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    return sorted([*model.named_parameters(remove_duplicate=True), *biases])
 
 
 def _randomise(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from megatron_emoe.hf.comparison import gate_of, selection_scores
+from megatron_emoe.hf.comparison import gate_of, gate_scores, selection_scores
 from megatron_emoe.hf.config_file import check_block
 from megatron_emoe.hf.registry import architectures
 from megatron_emoe.routing.budget_scales import at_budget
@@ -60,6 +60,8 @@ def set_active_experts(
         )
     check_block(getattr(model.config, "emoe", None), model.config)
     gates = [gate for layer in model.model.layers if (gate := gate_of(layer)) is not None]
+    if not gates:
+        raise ValueError(f"model_type {model.config.model_type!r}: has no experts, and so no k'")
     ks = _one_per_gate(k, gates)
     tail = _own_tail(model.config) if tail_scale is None else given_tail_scale(tail_scale)
     model_k = trained_k(model.config)
@@ -108,7 +110,7 @@ def _rank_hook(factors: Sequence[float]) -> Any:
         ranked_TK = selection_scores(gate, logits_TE).gather(1, indices_TK)
         order_TK = ranked_TK.argsort(dim=1, descending=True, stable=True)
         factors_K = torch.tensor(factors, device=logits_TE.device)
-        scores_TK = logits_TE.float().softmax(dim=-1).gather(1, indices_TK)
+        scores_TK = gate_scores(gate, logits_TE).gather(1, indices_TK)
         scaled_TK = scores_TK * factors_K[order_TK.argsort(dim=1)]
         return logits_TE, _combined(gate, scaled_TK).to(weights_TK.dtype), indices_TK
 
@@ -117,11 +119,16 @@ def _rank_hook(factors: Sequence[float]) -> Any:
 
 def _combined(gate: nn.Module, scores_TK: Tensor) -> Tensor:
     """The rule by which each architecture makes weights of scores."""
-    if hasattr(gate, "routed_scaling_factor"):  # DeepSeek-V2
-        return scores_TK * gate.routed_scaling_factor
     if hasattr(gate, "norm_min"):  # ERNIE 4.5
         return scores_TK / scores_TK.sum(dim=-1, keepdim=True).clamp(min=gate.norm_min)
-    return scores_TK / scores_TK.sum(dim=-1, keepdim=True) if gate.norm_topk_prob else scores_TK
+    if hasattr(gate, "e_score_correction_bias"):  # DeepSeek-V3
+        if gate.norm_topk_prob:
+            scores_TK = scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        return scores_TK * gate.routed_scaling_factor
+    if hasattr(gate, "routed_scaling_factor"):  # DeepSeek-V2
+        return scores_TK * gate.routed_scaling_factor
+    normalises = getattr(gate, "norm_topk_prob", True)  # Mixtral always does
+    return scores_TK / scores_TK.sum(dim=-1, keepdim=True) if normalises else scores_TK
 
 
 @contextmanager

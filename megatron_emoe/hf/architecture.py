@@ -1,4 +1,4 @@
-"""What the four architectures have in common: from a config.json to Megatron's flags and to the name table."""
+"""What all architectures have in common: from a config.json to Megatron's flags and to the name table."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ class Architecture(ABC):
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
     balancing_key: ClassVar[str] = "router_aux_loss_coef"
     """The name of the load-balancing loss's weight in config.json."""
+    moe_block: ClassVar[str] = "mlp"
+    """The name of a layer's experts and router, as published models have it on disk."""
+    expert_matrices: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    dense: ClassVar[bool] = False
+    """Whether no layer has experts, so that there is no k either."""
 
     @abstractmethod
     def refuse(self, config: PretrainedConfig) -> None:
@@ -40,18 +45,18 @@ class Architecture(ABC):
     def attention(self, config: PretrainedConfig, layer: int) -> list[Piece]:
         """Attention of a layer, with the norm before it."""
 
-    @abstractmethod
     def shared_experts(self, config: PretrainedConfig, layer: int) -> list[Piece]:
-        """Shared experts of a MoE layer, with their gate."""
+        """Shared experts of a MoE layer, with their gate; by default there are none."""
+        return []
 
     def is_moe(self, config: PretrainedConfig, layer: int) -> bool:
         """Whether a layer (0-based) has experts."""
-        return True
+        return not self.dense
 
     def router(self, config: PretrainedConfig, layer: int) -> list[Piece]:
         """Router of a MoE layer, with its selection bias."""
-        shape = (config.num_experts, config.hidden_size)
-        return [linear("mlp.router.weight", f"{_prefix(layer)}.mlp.gate.weight", shape, layer)]
+        shape = (experts_in(config), config.hidden_size)
+        return [linear("mlp.router.weight", f"{_prefix(layer)}.{self.moe_block}.gate.weight", shape, layer)]
 
     def expert_width(self, config: PretrainedConfig) -> int:
         return config.moe_intermediate_size
@@ -74,9 +79,12 @@ class Architecture(ABC):
             raise ValueError(
                 f"rope_theta {rope['rope_theta']}: must be a whole number, Megatron's --rotary-base is one"
             )
-        if not 1 <= config.num_experts_per_tok <= config.num_experts:
-            raise ValueError(f"{self.k_key} {config.num_experts_per_tok}: must lie in [1, {config.num_experts}]")
         self.refuse(config)
+        if self.dense:
+            return
+        experts = experts_in(config)
+        if not 1 <= config.num_experts_per_tok <= experts:
+            raise ValueError(f"{self.k_key} {config.num_experts_per_tok}: must lie in [1, {experts}]")
         if not any(self.is_moe(config, layer) for layer in range(config.num_hidden_layers)):
             raise ValueError(f"num_hidden_layers {config.num_hidden_layers}: no layer has experts: a dense model")
 
@@ -101,13 +109,18 @@ class Architecture(ABC):
             "hidden_dropout": 0.0,
             "vocab_size": config.vocab_size,
             **({} if config.tie_word_embeddings else {"untie_embeddings_and_output_weights": True}),
-            "num_experts": config.num_experts,
+            **({} if self.dense else self._expert_flags(config)),
+            **self.own_flags(config),
+            **({"bf16": True} if dtype == "bfloat16" else {"fp16": True} if dtype == "float16" else {}),
+        }
+
+    def _expert_flags(self, config: PretrainedConfig) -> Flags:
+        return {
+            "num_experts": experts_in(config),
             "moe_router_topk": config.num_experts_per_tok,
             "moe_ffn_hidden_size": self.expert_width(config),
             "moe_router_dtype": "fp32",
             **self.layer_frequency(config),
-            **self.own_flags(config),
-            **({"bf16": True} if dtype == "bfloat16" else {"fp16": True} if dtype == "float16" else {}),
         }
 
     def balancing(self, config: PretrainedConfig) -> Flags:
@@ -135,7 +148,7 @@ class Architecture(ABC):
     def layer_frequency(self, config: PretrainedConfig) -> Flags:
         """--moe-layer-freq where some layers are dense. (Where none is, Megatron's default stacks all layers.)"""
         kinds = [int(self.is_moe(config, layer)) for layer in range(config.num_hidden_layers)]
-        if all(kinds):
+        if all(kinds) or self.dense:
             return {}
         first = kinds.index(1)
         if all(kinds[first:]):
@@ -146,7 +159,7 @@ class Architecture(ABC):
         """Layout of the checkpoint that these flags lead to, or of one that stacks its layers as told."""
         if stacked is None:
             stacked = not self.layer_frequency(config)
-        return Layout(stacked, config.num_hidden_layers, config.num_experts)
+        return Layout(stacked, config.num_hidden_layers, experts_in(config))
 
     def groups(self, config: PretrainedConfig) -> list[Group]:
         """The whole name table: embedding, layers, head."""
@@ -169,9 +182,10 @@ class Architecture(ABC):
             before = linear("mlp.linear_fc1.layer_norm_weight", norm, (hidden,), layer)
             return [before, *gated("mlp", hf, config.intermediate_size, hidden, layer)]
         pieces = [linear("pre_mlp_layernorm.weight", norm, (hidden,), layer), *self.router(config, layer)]
-        for expert in range(config.num_experts):
+        experts, called = f"{_prefix(layer)}.{self.moe_block}.experts", self.expert_matrices
+        for expert in range(experts_in(config)):
             width = self.expert_width(config)
-            pieces += gated("mlp.experts.experts", f"{hf}.experts.{expert}", width, hidden, layer, expert)
+            pieces += gated("mlp.experts.experts", f"{experts}.{expert}", width, hidden, layer, expert, called=called)
         return pieces + self.shared_experts(config, layer)
 
 
@@ -196,6 +210,30 @@ def self_attention(config: PretrainedConfig, layer: int, *, bias: bool = False) 
         *([qkv("bias")] if bias else []),
         linear("self_attention.linear_proj.weight", f"{hf}.o_proj.weight", (hidden, rows["q"]), layer),
     ]
+
+
+def head_norms(config: PretrainedConfig, layer: int, *, whole: bool) -> list[Piece]:
+    """Norms of queries and keys. whole: over all heads together, else one weight for every head."""
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    return [
+        linear(
+            f"self_attention.{letter}_layernorm.weight",
+            f"{_prefix(layer)}.self_attn.{letter}_norm.weight",
+            ((count if whole else 1) * head_dim(config),),
+            layer,
+        )
+        for letter, count in heads.items()
+    ]
+
+
+def experts_in(config: PretrainedConfig) -> int:
+    """Routed experts of a layer; 0 in a dense model."""
+    return getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
+
+
+def own_k(config: PretrainedConfig) -> int | None:
+    """The model's number of active experts; None in a dense model."""
+    return config.num_experts_per_tok if experts_in(config) else None
 
 
 def head_dim(config: PretrainedConfig) -> int:

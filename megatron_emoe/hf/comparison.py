@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 TIE = 1e-5
-"""Routing scores are softmax probabilities, for ERNIE plus a selection bias. Where the same hidden states are routed in
-fp32, two experts are a tie if their scores differ by no more than this: near ERNIE's offset of 40 a step of fp32 is
-3.8e-6."""
+"""Routing scores are softmax probabilities or sigmoids, for ERNIE and DeepSeek-V3 plus a selection bias. Where the same
+hidden states are routed in fp32, two experts are a tie if their scores differ by no more than this: near ERNIE's offset
+of 40 a step of fp32 is 3.8e-6."""
 
 
 @dataclass
@@ -124,9 +124,18 @@ def set_hf_k(layers: nn.ModuleList, k: int) -> None:
             gate.top_k = k
 
 
+def gate_scores(gate: nn.Module, logits_TE: Tensor) -> Tensor:
+    """What the gate makes weights of: sigmoids in DeepSeek-V3's, which has a bias of its own, else a softmax."""
+    if hasattr(gate, "e_score_correction_bias"):
+        return logits_TE.float().sigmoid()
+    return logits_TE.float().softmax(dim=-1)
+
+
 def selection_scores(gate: nn.Module, logits_TE: Tensor) -> Tensor:
-    """What the gate ranks by: probabilities, plus ERNIE's selection bias."""
-    scores_TE = logits_TE.float().softmax(dim=-1)
+    """What the gate ranks by: its scores, plus the selection bias of ERNIE and DeepSeek-V3."""
+    scores_TE = gate_scores(gate, logits_TE)
+    if hasattr(gate, "e_score_correction_bias"):
+        return scores_TE + gate.e_score_correction_bias
     bias = getattr(gate, "moe_statics", None)
     return scores_TE if bias is None else bias(scores_TE)
 
@@ -164,7 +173,7 @@ def distance(expected: Answer, found: Answer, where_BS: Tensor) -> Distance:
         max_difference=float((a_TV - b_TV).abs().max()),
         kl=float((p_TV.exp() * (p_TV - q_TV)).sum(-1).mean()),
         other_top1=float((a_TV.argmax(-1) != b_TV.argmax(-1)).double().mean()),
-        other_sets=float(torch.stack(differs).double().mean()),
+        other_sets=float(torch.stack(differs).double().mean()) if differs else 0.0,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from megatron_emoe.hf.architecture import experts_in
 from megatron_emoe.settings.elastic_rules import check_tail_scale
 
 _QUANTISED = ("quantization_config", "compression_config")
@@ -54,7 +55,9 @@ def completed(raw: Mapping[str, Any], path: Path) -> PretrainedConfig:
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{path}: {text.partition('TypeError: ')[2] or text}") from error  # what is before says it too
-    config.num_experts_per_tok = (getattr(config, "emoe", None) or {}).get("k_train", config.num_experts_per_tok)
+    k_train = (getattr(config, "emoe", None) or {}).get("k_train")
+    if k_train is not None:
+        config.num_experts_per_tok = k_train
     return config
 
 
@@ -140,7 +143,9 @@ def check_block(block: Any, config: PretrainedConfig) -> None:
         return
     if not isinstance(block, dict):
         raise ValueError(f"emoe {block!r}: must be an object")
-    experts, k = config.num_experts, block.get("k_train", config.num_experts_per_tok)
+    if not experts_in(config):
+        raise ValueError("emoe: a block about active experts, in a model that has none")
+    experts, k = experts_in(config), block.get("k_train", config.num_experts_per_tok)
     if type(k) is not int or not 1 <= k <= experts:
         raise ValueError(f"emoe.k_train {k!r}: must be a whole number in [1, {experts}]")
     if type(block.get("iteration", 0)) is not int:

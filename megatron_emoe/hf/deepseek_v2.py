@@ -3,7 +3,7 @@ without a gate, a dense first layer."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -18,34 +18,33 @@ _YARN_FIXED = {
     "truncate": True,
     "attention_factor": None,
 }
-_LATENT_EPS = 1e-6  # transformers gives kv_a_layernorm no other
 
 
 class DeepseekV2(Architecture):
     model_type = "deepseek_v2"
     rope_types = ("default", "yarn")
     balancing_key = "aux_loss_alpha"
+    known_as: ClassVar[str] = "DeepSeek-V2-Lite"
+    must_be: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "q_lora_rank": (None,),
+        "attention_bias": (False,),
+        "mlp_bias": (False, None),
+        "topk_method": ("greedy",),
+        "n_group": (1, None),
+        "topk_group": (1, None),
+        "norm_topk_prob": (False, None),
+        "scoring_func": ("softmax", None),
+        "moe_layer_freq": (1, None),
+    }
+    """Key of config.json -> the values that are supported, None where it may be left out."""
 
     def refuse(self, config: PretrainedConfig) -> None:
-        must_be = {
-            "q_lora_rank": (None,),
-            "attention_bias": (False,),
-            "mlp_bias": (False, None),
-            "topk_method": ("greedy",),
-            "n_group": (1, None),
-            "topk_group": (1, None),
-            "norm_topk_prob": (False, None),
-            "scoring_func": ("softmax", None),
-            "moe_layer_freq": (1, None),
-        }
-        for key, allowed in must_be.items():
+        for key, allowed in self.must_be.items():
             value = getattr(config, key, None)
             if value not in allowed:
-                raise ValueError(f"{key} {value!r}: deepseek_v2 is supported with {allowed[0]!r} (DeepSeek-V2-Lite)")
-        if config.rms_norm_eps != _LATENT_EPS:
-            raise ValueError(
-                f"rms_norm_eps {config.rms_norm_eps}: must be {_LATENT_EPS}, the fixed epsilon of kv_a_layernorm"
-            )
+                raise ValueError(
+                    f"{key} {value!r}: {self.model_type} is supported with {allowed[0]!r} ({self.known_as})"
+                )
         if config.num_key_value_heads != config.num_attention_heads:
             raise ValueError(
                 f"num_key_value_heads {config.num_key_value_heads}: must be num_attention_heads "
@@ -83,10 +82,14 @@ class DeepseekV2(Architecture):
             "emoe_qk_norm": "latent",
             **self._rope(config),
             "no_rope_fusion": True,
-            "moe_router_pre_softmax": True,
+            **self.scoring(config),
             "moe_router_topk_scaling_factor": float(config.routed_scaling_factor),
             **self._shared_width(config),
         }
+
+    def scoring(self, config: PretrainedConfig) -> Flags:
+        """How scores are made and become weights."""
+        return {"moe_router_pre_softmax": True}
 
     def balancing(self, config: PretrainedConfig) -> Flags:
         """Its aux_loss_alpha is defined as Megatron's coefficient: per layer, counts divided by k."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from megatron_emoe.hf.architecture import Architecture
+from megatron_emoe.hf.architecture import Architecture, experts_in
 from megatron_emoe.hf.budget_scales import STORED, stored_budget_table
 from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
 from megatron_emoe.hf.config_file import with_floats
@@ -38,6 +38,7 @@ from megatron_emoe.training.arguments import stored_form
 _COMPUTES = (
     *("layernorm_epsilon", "add_bias_linear", "softmax_type", "mtp_num_layers"),
     *("rotary_base", "rotary_percent", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling"),
+    "rope_scaling_factor",
     *("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
     *("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "emoe_combine"),
     *("moe_router_pre_softmax", "moe_router_score_function", "moe_router_topk_scaling_factor"),
@@ -78,28 +79,46 @@ def export_model(
     config = read_config(companions)
     architecture = architecture_of(config)
     check_same_model(architecture, config, args, companions)
-    k = args.moe_router_topk if k is None else k
-    if not 1 <= k <= config.num_experts:
-        raise ValueError(f"--k {k}: must lie in [1, {config.num_experts}], the number of experts")
+    k = _asked_k(config, args, k, k_per_layer)
     reader = TorchDistReader(checkpoint)
     groups = architecture.groups(config)
     layout = architecture.layout(config, stacked=not any(key.startswith("decoder.layers.0.") for key in reader.tensors))
     _check_tensors(reader, groups, layout, config)
-    settings = elastic_settings(args, checkpoint)
-    if table := stored_budget_table(reader, args):
-        settings[KEY] = table.as_json()
-    settings |= measured(settings) if measured is not None else {}
-    settings |= served(args, settings, config, k_per_layer)
+    settings: dict[str, Any] = {}
+    if not architecture.dense:
+        settings = elastic_settings(args, checkpoint)
+        if table := stored_budget_table(reader, args):
+            settings[KEY] = table.as_json()
+        settings |= measured(settings) if measured is not None else {}
+        settings |= served(args, settings, config, k_per_layer)
     state = state_of([*checkpoint.glob("*"), companions / "config.json"])
     with OutputFolder(out).making({"files": state, "k": k, "settings": settings, "to": "safetensors"}) as folder:
         carried = _carried(companions)
         folder.check_space(_total(groups, layout, reader) + sum(carried.values()) + (16 << 20))
         _write_shards(folder, reader, groups, layout, companions if carried else None, carried, workers)
         copy_companions(companions, folder.path)
-        _write_config(folder.path, reader, {architecture.k_key: k, "emoe": settings})
+        _write_config(folder.path, reader, {architecture.k_key: k, "emoe": settings} if settings else {})
+    if k is None:
+        report(f"{out}: {config.model_type}, dense")
+        return
     report(f"{out}: {config.model_type}, {architecture.k_key} {k}")
-    for line in serving_lines(out, architecture, settings, config.num_experts, k):
+    for line in serving_lines(out, architecture, settings, experts_in(config), k):
         report(line)
+
+
+def _asked_k(config: PretrainedConfig, args: Namespace, k: int | None, k_per_layer: Sequence[int] | None) -> int | None:
+    """The k to write into config.json; None for a dense model, which is asked for none (ValueError)."""
+    experts = experts_in(config)
+    if not experts:
+        for name, given in (("--k", k), ("--k-per-layer", k_per_layer)):
+            if given is not None:
+                words = given if isinstance(given, int) else ",".join(map(str, given))
+                raise ValueError(f"{name} {words}: a {config.model_type} has no experts, and so no k'")
+        return None
+    k = args.moe_router_topk if k is None else k
+    if not 1 <= k <= experts:
+        raise ValueError(f"--k {k}: must lie in [1, {experts}], the number of experts")
+    return k
 
 
 def _check_selection(args: Namespace) -> None:
@@ -148,6 +167,7 @@ def _value(args: Namespace, name: str) -> Any:
     """A setting in a form that two commands for the same model share."""
     every = args.moe_layer_freq
     layers = [int(n % every == 0) for n in range(args.num_layers)] if isinstance(every, int) else every
+    layers = layers if args.num_experts else [0] * args.num_layers
     if name == "moe_layer_freq":
         return layers
     if name == "ffn_hidden_size" and all(layers):

@@ -74,7 +74,7 @@ def import_model(
     tail = _block(config).get("tail_scale")
     if tail:
         report(f"tail scale {' '.join(tail)}: of config.json's block emoe; evaluations of {out} use it")
-    for line in said_of_balancing(hf, architecture.balancing_key, balancing):
+    for line in [] if architecture.dense else said_of_balancing(hf, architecture.balancing_key, balancing):
         report(line)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-_EXPERTS = ".mlp.experts."
+_EXPERTS = ".experts."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _MODEL_KEYS = ("embedding", "decoder", "output_layer", "mtp")  # the rest is the optimizer's
 _LAYOUT = {
@@ -54,10 +54,10 @@ class Tensors:
 class Inspection:
     """What a checkpoint is. active: parameters by number of active experts, at k, 2k and 3k (at most all experts).
 
-    k: of training. emoe: a Hugging Face folder's "emoe" block; k_served: the k in its config.json. The fields after
-    them are a Megatron folder's: iteration ("release" after an import), elastic settings and model features that differ
-    from the defaults, ranks by kind of parallelism, bytes of optimizer state, and whether hf/ is there, which an export
-    needs.
+    experts, k: of training; 0 and None in a dense model. emoe: a Hugging Face folder's "emoe" block; k_served: the k in
+    its config.json. The fields after them are a Megatron folder's: iteration ("release" after an import), elastic
+    settings and model features that differ from the defaults, ranks by kind of parallelism, bytes of optimizer state,
+    and whether hf/ is there, which an export needs.
     """
 
     folder: str
@@ -66,7 +66,7 @@ class Inspection:
     layers: int
     hidden_size: int
     experts: int
-    k: int
+    k: int | None
     parameters: int
     active: dict[int, int]
     beside: dict[str, int]
@@ -93,7 +93,8 @@ class Inspection:
 
     def _model_facts(self) -> list[tuple[str, str]]:
         served = f" ({self.k_served} in config.json)" if self.k_served not in (None, self.k) else ""
-        shape = f"{self.layers} layers, hidden size {self.hidden_size}, {self.experts} experts, k = {self.k}{served}"
+        experts = f"{self.experts} experts, k = {self.k}{served}" if self.experts else "dense: no experts"
+        shape = f"{self.layers} layers, hidden size {self.hidden_size}, {experts}"
         facts = [
             ("architecture", self.architecture or "not recorded (no hf/ folder)"),
             ("shape", shape),
@@ -139,6 +140,7 @@ def inspect(folder: Path) -> Inspection:
 
 
 def _inspect_hf(folder: Path) -> Inspection:
+    from megatron_emoe.hf.architecture import experts_in, own_k
     from megatron_emoe.hf.registry import architecture_of, read_config
     from megatron_emoe.hf.safetensors_files import SafetensorsFolder
 
@@ -151,13 +153,13 @@ def _inspect_hf(folder: Path) -> Inspection:
         for name, tensor in stored.items()
         if name not in unused and not name.endswith("rotary_emb.inv_freq")
     )
-    k, experts = config.num_experts_per_tok, config.num_experts
+    k, experts = own_k(config), experts_in(config)
     model = (config.model_type, config.num_hidden_layers, config.hidden_size, experts, k)
     return Inspection(
         *(str(folder), "Hugging Face model (safetensors)", *model),
         **_sizes(tensors, k, experts),
         emoe=_emoe(config),
-        k_served=read_config_json(folder).get(architecture.k_key, k),
+        k_served=read_config_json(folder).get(architecture.k_key, k) if experts else None,
     )
 
 
@@ -180,7 +182,8 @@ def _inspect_megatron(checkpoint: Path, folder: Path) -> Inspection:
         (_kind_of_megatron(key), key, _unpadded(key, tensor.size, vocabulary), tensor.properties.dtype)
         for key, tensor in model.items()
     )
-    k, experts, name = args.moe_router_topk, args.num_experts, config and config.model_type
+    experts, name = args.num_experts or 0, config and config.model_type
+    k = args.moe_router_topk if experts else None
     imported = checkpoint.name == "release"
     return Inspection(
         str(folder),
@@ -222,8 +225,8 @@ def _count(tensors: Iterable[tuple[str | None, str, Iterable[int], torch.dtype]]
     return Tensors(parameters, routed, dict(beside), dict(dtypes.most_common()), size)
 
 
-def _sizes(tensors: Tensors, k: int, experts: int) -> dict[str, Any]:
-    at = sorted({min(times * k, experts) for times in (1, 2, 3)})
+def _sizes(tensors: Tensors, k: int | None, experts: int) -> dict[str, Any]:
+    at = sorted({min(times * k, experts) for times in (1, 2, 3)}) if k else []
     return {
         "parameters": tensors.parameters,
         "active": {number: tensors.active(number, experts) for number in at},

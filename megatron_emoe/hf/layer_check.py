@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from megatron_emoe.hf.architecture import experts_in, own_k
 from megatron_emoe.hf.comparison import (
     Trace,
     differing_sets,
@@ -109,7 +110,7 @@ def _comparisons(hf: HFLayers, ours: MegatronLayers, tokens_BS: Tensor) -> Itera
         moe = hf.is_moe(layer)
         mine, theirs = ours.layer(layer, moe), hf.layer(layer)
         given_BSD = hidden_BSD
-        for k in (hf.config.num_experts_per_tok, hf.config.num_experts) if moe else (None,):
+        for k in (hf.config.num_experts_per_tok, experts_in(hf.config)) if moe else (None,):
             row, output_BSD = _compare_layer(theirs, mine, given_BSD, f"layer {layer}", k)
             hidden_BSD = output_BSD if hidden_BSD is given_BSD else hidden_BSD
             yield row
@@ -123,7 +124,7 @@ def _compare_layer(
 ) -> tuple[LayerRow, Tensor]:
     """One layer on both sides; the comparison and transformers' output."""
     expected = _run_hf(theirs, hidden_BSD, k)
-    own = k == theirs.config.num_experts_per_tok  # then the checkpoint must say the same
+    own = k == own_k(theirs.config)  # then the checkpoint must say the same
     found = _run_megatron(mine, hidden_BSD, None if own else k)
     ties_BS = torch.zeros(hidden_BSD.shape[:2], dtype=torch.bool)
     if k is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from megatron_emoe.hf.architecture import Architecture, Flags, head_dim, self_attention
-from megatron_emoe.hf.pieces import Piece, linear
+from megatron_emoe.hf.architecture import Architecture, Flags, head_norms, self_attention
+from megatron_emoe.hf.pieces import Piece
 
 
 class Olmoe(Architecture):
@@ -27,17 +27,4 @@ class Olmoe(Architecture):
         return config.intermediate_size
 
     def attention(self, config: PretrainedConfig, layer: int) -> list[Piece]:
-        widths = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-        norms = [
-            linear(
-                f"self_attention.{letter}_layernorm.weight",
-                f"model.layers.{layer}.self_attn.{letter}_norm.weight",
-                (heads * head_dim(config),),
-                layer,
-            )
-            for letter, heads in widths.items()
-        ]
-        return self_attention(config, layer) + norms
-
-    def shared_experts(self, config: PretrainedConfig, layer: int) -> list[Piece]:
-        return []
+        return self_attention(config, layer) + head_norms(config, layer, whole=True)

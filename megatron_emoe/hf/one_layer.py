@@ -40,7 +40,8 @@ class HFLayers:
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer (0-based) has experts."""
-        return any(name.startswith(f"model.layers.{layer}.mlp.experts.") for name in self._files.tensors)
+        prefix = f"model.layers.{layer}."
+        return any(name.startswith(prefix) and ".experts." in name for name in self._files.tensors)
 
     def layer(self, layer: int) -> PreTrainedModel:
         """A model with this layer as its only one, and a vocabulary of one token."""
@@ -85,6 +86,10 @@ def _one_layer(config: PreTrainedConfig, moe: bool) -> PreTrainedConfig:
     first_moe = 0 if moe else 1
     kinds: dict[str, dict[str, Any]] = {
         "olmoe": {},
+        "llama": {},
+        "mixtral": {},
+        "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [0] * first_moe},
+        "deepseek_v3": {"first_k_dense_replace": first_moe},
         "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [0] * first_moe},
         "deepseek_v2": {"first_k_dense_replace": first_moe},
         "ernie4_5_moe": {"moe_layer_start_index": first_moe, "moe_layer_end_index": 0, "moe_layer_interval": 1},

@@ -76,7 +76,7 @@ def evaluating(folder: Path, *, length: int, bf16: bool, flags: Sequence[str] = 
         "fp16": False,
     }
     with command_line(["--load", str(folder), *_RUN, "--seq-length", str(length), *flags]), quiet():
-        args = parse_evaluation(lambda parser: parser, **fixed, mtp_num_layers=None)
+        args = parse_evaluation(lambda parser: parser, needs_experts=False, **fixed, mtp_num_layers=None)
     with alone(), quiet():
         try:
             initialize_megatron()

@@ -160,20 +160,31 @@ def linear(name: str, hf: str, shape: Shape, layer: int | None = None) -> Piece:
     return Piece(name, shape, ((hf, shape),), layer)
 
 
-def gated(name: str, hf: str, width: int, hidden: int, layer: int, expert: int | None = None) -> list[Piece]:
-    """A gated MLP: linear_fc1 is [gate; up] by rows, linear_fc2 is down. hf: prefix of {gate,up,down}_proj."""
+def gated(
+    name: str,
+    hf: str,
+    width: int,
+    hidden: int,
+    layer: int,
+    expert: int | None = None,
+    *,
+    called: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> list[Piece]:
+    """A gated MLP: linear_fc1 is [gate; up] by rows, linear_fc2 is down. hf: prefix of these matrices. called: their
+    names there."""
     fc1, fc2 = f"{name}.linear_fc1.weight", f"{name}.linear_fc2.weight"
+    gate, up, down_name = called
     halves = [
         Piece(
             fc1,
             (2 * width, hidden),
-            ((f"{hf}.{half}_proj.weight", (width, hidden)),),
+            ((f"{hf}.{half}.weight", (width, hidden)),),
             layer,
             expert,
             first_row=start,
             rows=width,
         )
-        for half, start in (("gate", 0), ("up", width))
+        for half, start in ((gate, 0), (up, width))
     ]
-    down = Piece(fc2, (hidden, width), ((f"{hf}.down_proj.weight", (hidden, width)),), layer, expert)
+    down = Piece(fc2, (hidden, width), ((f"{hf}.{down_name}.weight", (hidden, width)),), layer, expert)
     return [*halves, down]

@@ -6,19 +6,24 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from megatron_emoe.hf.architecture import Architecture
+from megatron_emoe.hf.architecture import Architecture, experts_in
 from megatron_emoe.hf.config_file import completed
 from megatron_emoe.hf.deepseek_v2 import DeepseekV2
+from megatron_emoe.hf.deepseek_v3 import DeepseekV3
 from megatron_emoe.hf.ernie4_5_moe import Ernie45Moe
+from megatron_emoe.hf.llama import Llama
+from megatron_emoe.hf.mixtral import Mixtral
 from megatron_emoe.hf.olmoe import Olmoe
 from megatron_emoe.hf.qwen2_moe import Qwen2Moe
+from megatron_emoe.hf.qwen3_moe import Qwen3Moe
 from megatron_emoe.settings.budget_table import read_budget_table
 from megatron_emoe.settings.hf_folder import CONFIG, read_config_json
 
 
 def architectures() -> dict[str, Architecture]:
     """Every supported architecture, by model_type."""
-    return {cls.model_type: cls() for cls in (Olmoe, Qwen2Moe, DeepseekV2, Ernie45Moe)}
+    kinds = (Olmoe, Qwen2Moe, DeepseekV2, Ernie45Moe, Llama, Qwen3Moe, Mixtral, DeepseekV3)
+    return {kind.model_type: kind() for kind in kinds}
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -45,7 +50,16 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         known[model_type].check(config)
         layers = sum(known[model_type].is_moe(config, layer) for layer in range(config.num_hidden_layers))
-        read_budget_table(getattr(config, "emoe", None), layers, config.num_experts)
+        if layers:
+            read_budget_table(getattr(config, "emoe", None), layers, experts_in(config))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    return config
+
+
+def read_moe_config(folder: Path) -> PretrainedConfig:
+    """The same of a model with experts (ValueError for a dense one, too)."""
+    config = read_config(folder)
+    if not experts_in(config):
+        raise ValueError(f"{folder / CONFIG}: model_type {config.model_type!r} has no experts, and so no k'")
     return config

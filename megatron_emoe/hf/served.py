@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from megatron_emoe.hf.architecture import experts_in
 from megatron_emoe.hf.registry import architectures
 from megatron_emoe.settings.elastic_config import ElasticConfig
 
@@ -33,7 +34,8 @@ def served(
 def reachable_experts(config: PretrainedConfig) -> int:
     """Experts that a token can have: with group limits those of its groups."""
     groups, kept = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
-    return config.num_experts // groups * kept if kept < groups else config.num_experts
+    experts = experts_in(config)
+    return experts // groups * kept if kept < groups else experts
 
 
 def _largest_trained(args: Namespace) -> int:

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from megatron_emoe.hf.architecture import experts_in, own_k
 from megatron_emoe.hf.comparison import (
     Answer,
     Distance,
@@ -76,7 +77,7 @@ LAYER_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-5}
 
 @dataclass(frozen=True)
 class KRow:
-    """The comparison at one k'.
+    """The comparison at one k' (None: a dense model, which has none).
 
     tokens: all of them; compared: those that no tie reaches; ties: (token, MoE layer) pairs that differ by a tie alone.
     ours: our distance from transformers over the compared tokens; noise: that of transformers from itself. first_layer:
@@ -84,7 +85,7 @@ class KRow:
     a routed set does, and not by a tie; None where there is none. failures: what is out of bounds, in words.
     """
 
-    k: int
+    k: int | None
     tokens: int
     compared: int
     ties: int
@@ -119,11 +120,12 @@ class VerifyReport:
         for row in self.rows:
             ours, noise = row.ours, row.noise
             lines.append(
-                f"{row.k:>4} {ours.max_difference:>10.1e} ({noise.max_difference:.1e}) "
+                f"{row.k or '-':>4} {ours.max_difference:>10.1e} ({noise.max_difference:.1e}) "
                 f"{ours.kl:>10.1e} ({noise.kl:.1e}) {1 - ours.other_top1:>11.2%} {1 - ours.other_sets:>10.2%} "
                 f"{row.compared:>5}/{row.tokens}"
             )
-        lines += [f"k = {row.k}: {failure}" for row in self.rows for failure in row.failures]
+        at = {row.k: "" if row.k is None else f"k = {row.k}: " for row in self.rows}
+        lines += [f"{at[row.k]}{failure}" for row in self.rows for failure in row.failures]
         return "\n".join([*lines, f"{self.dtype}: {'the same model' if self.passed else 'NOT the same model'}"])
 
 
@@ -131,7 +133,7 @@ def verify(
     hf: Path,
     checkpoint: Path,
     *,
-    ks: Sequence[int] | None = None,
+    ks: Sequence[int | None] | None = None,
     tokens: Tensor | None = None,
     bf16: bool = False,
     flags: Sequence[str] = (),
@@ -151,9 +153,9 @@ def verify(
     config = read_config(hf)
     SafetensorsFolder(hf)
     _check_shapes(config, stored_args(locate(str(checkpoint), source="checkpoint"), "checkpoint"), hf)
-    each_its_own, ks = not ks, list(dict.fromkeys(ks or [config.num_experts_per_tok]))
+    each_its_own, ks = not ks, list(dict.fromkeys(ks or [own_k(config)]))
     tokens = random_tokens(config.vocab_size) if tokens is None else tokens
-    _check(ks, config.num_experts, tokens, config.vocab_size)
+    _check(ks, config, tokens)
     dtype = torch.bfloat16 if bf16 else torch.float32
     report(f"{hf} and {checkpoint}, {tokens.numel()} tokens, {'bf16' if bf16 else 'fp32'}; in brackets the noise")
     with torch.no_grad():
@@ -176,10 +178,13 @@ def _check_shapes(config: PretrainedConfig, stored: Namespace, hf: Path) -> None
         )
 
 
-def _check(ks: Sequence[int], num_experts: int, tokens: Tensor, vocab_size: int) -> None:
+def _check(ks: Sequence[int | None], config: PretrainedConfig, tokens: Tensor) -> None:
+    experts, vocab_size = experts_in(config), config.vocab_size
     for k in ks:
-        if not 1 <= k <= num_experts:
-            raise ValueError(f"--k {k}: must lie in [1, {num_experts}], the number of experts")
+        if k is not None and not experts:
+            raise ValueError(f"--k {k}: a {config.model_type} has no experts, and so no k'")
+        if k is not None and not 1 <= k <= experts:
+            raise ValueError(f"--k {k}: must lie in [1, {experts}], the number of experts")
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise ValueError(f"tokens {int(tokens.min())} to {int(tokens.max())}: the model has 0 to {vocab_size - 1}")
 
@@ -205,13 +210,16 @@ def text_tokens(hf: Path, text: Path, *, sequences: int = SEQUENCES, length: int
     return torch.tensor(ids[: sequences * length]).view(sequences, length)
 
 
-def _run_hf(folder: Path, tokens_BS: Tensor, ks: Sequence[int], dtype: torch.dtype) -> dict[int, tuple[Answer, Answer]]:
+def _run_hf(
+    folder: Path, tokens_BS: Tensor, ks: Sequence[int | None], dtype: torch.dtype
+) -> dict[int | None, tuple[Answer, Answer]]:
     """By k': transformers' answer, and its answer with noise."""
     model = load_hf(folder, dtype)
     tokens_BS = tokens_BS.to(current_device())
     answers = {}
     for k in ks:
-        set_hf_k(model.model.layers, k)
+        if k is not None:
+            set_hf_k(model.model.layers, k)
         answer = _answer_hf(model, tokens_BS)
         with _noise(model.model.layers):
             answers[k] = answer, _answer_hf(model, tokens_BS)
@@ -297,7 +305,7 @@ def _load(args: Namespace) -> nn.Module:
         raise ValueError(f"{args.load}: cannot be loaded as the model of its own flags ({reason})") from error
 
 
-def _row(k: int, theirs: tuple[Answer, Answer], ours: Answer, dtype: torch.dtype) -> KRow:
+def _row(k: int | None, theirs: tuple[Answer, Answer], ours: Answer, dtype: torch.dtype) -> KRow:
     """The numbers of one k', and which of them are out of bounds for this type."""
     expected, noisy = theirs
     tie = TIE if dtype == torch.float32 else None  # in bf16 they are everywhere

@@ -91,9 +91,19 @@ class ClippedSelfAttention(SelfAttention):
         return *(tensor.clamp(-limit, limit) for tensor in (query, key, value)), *gate
 
 
+LATENT_EPSILON = 1e-6
+"""Of the norm of compressed keys and values, in every model of DeepSeek's whatever the epsilon of its other norms."""
+
+
 class LatentSelfAttention(MLASelfAttention):
     """Multi-latent attention that can leave queries without a norm (DeepSeek-V2-Lite, arXiv 2405.04434, equation 9 and
     appendix B), and whose local form has right gradients with tensor parallelism."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.emoe_qk_norm == "latent":
+            fused = isinstance(self.kv_layernorm, IdentityOp)  # into the projection behind it (Transformer Engine)
+            (self.linear_kv_up_proj if fused else self.kv_layernorm).eps = LATENT_EPSILON
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         """What to build. With --emoe-qk-norm latent that is what the spec says; the core's rule would put a norm of the

@@ -235,6 +235,7 @@ def elastic_model_config(args: Namespace) -> ElasticGPTModelConfig:
     transformer = elastic_config_from_args(args)
     config = gpt_config_from_args(copy(args), config=transformer, model_config_cls=ElasticGPTModelConfig)
     config.transformer_layer_spec = elastic_layer_spec
+    config.rope_scaling_factor = args.rope_scaling_factor  # the core reads the flag, and leaves its own default of 8
     config.checkpoint = checkpoint_to_load(args)
     config.starts_anew = starts_anew(args)
     config.recovery = recovery_of(args)

@@ -63,6 +63,7 @@ _MODEL_FLAGS = [
     "rotary_percent",
     "rotary_interleaved",
     "use_rope_scaling",
+    "rope_scaling_factor",
     "rotary_seq_len_interpolation_factor",
     "add_position_embedding",
     "group_query_attention",

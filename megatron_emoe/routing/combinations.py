@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from dataclasses import fields
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_emoe.settings.baseline_rules import BASELINES, check_baseline_settings
-from megatron_emoe.settings.elastic_config import ElasticConfig, flag
+from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ElasticConfig, flag
 from megatron_emoe.settings.elastic_rules import validate_elastic
 
 
@@ -19,7 +20,8 @@ class BothConfigs(TransformerConfig, ElasticConfig):
 def check_elastic(config: BothConfigs) -> None:
     """Refuse what cannot work, by flag, value and rule, before anything is built (ValueError)."""
     if not config.num_moe_experts:
-        raise ValueError("--num-experts is not given: an elastic mixture of experts needs experts")
+        _check_dense(config)
+        return
     validate_elastic(
         config,
         model_k=config.moe_router_topk,
@@ -36,6 +38,18 @@ def check_elastic(config: BothConfigs) -> None:
     _refuse_machinery(config)
     _refuse_more_places_than_tokens(config)
     _refuse_two_passes(config)
+    _check_qk_norm(config)
+    _refuse_attention_features(config)
+
+
+def _check_dense(config: BothConfigs) -> None:
+    """A model without experts can be converted and compared; nothing elastic can be asked of it."""
+    for field in fields(ElasticConfig):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in (*MODEL_FEATURES, "emoe_seed"):
+            words = " ".join(map(str, value)) if isinstance(value, list) else value
+            given = flag(field.name) if value is True else f"{flag(field.name)} {words}"
+            raise ValueError(f"{given}: needs experts, and --num-experts is not given")
     _check_qk_norm(config)
     _refuse_attention_features(config)
 

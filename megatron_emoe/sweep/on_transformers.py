@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from megatron_emoe.data.datasets import build_datasets
 from megatron_emoe.hf.active_experts import counting_rows, set_active_experts, trained_k
+from megatron_emoe.hf.architecture import experts_in
 from megatron_emoe.hf.comparison import gate_of
 from megatron_emoe.hf.one_process import alone, quiet
 from megatron_emoe.hf.verify import load_hf
@@ -155,7 +156,7 @@ def parameters(model: PreTrainedModel) -> tuple[int, int]:
 def watching_gates(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[Evidence]:
     """Gather evidence from the gates of a model that runs inside."""
     gates = {gate: n for n, layer in enumerate(model.model.layers, start=1) if (gate := gate_of(layer)) is not None}
-    evidence = Evidence(layers, model.config.num_experts, current_device())
+    evidence = Evidence(layers, experts_in(model.config), current_device())
 
     def keep(gate: nn.Module, _inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         logits_TE, _, indices_TK = output

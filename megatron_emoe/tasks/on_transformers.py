@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_emoe.hf.active_experts import counting_rows, set_active_experts, trained_k
+from megatron_emoe.hf.architecture import experts_in
 from megatron_emoe.hf.import_model import tokenizer_flags
 from megatron_emoe.hf.one_process import silent_transformers
-from megatron_emoe.hf.registry import read_config
+from megatron_emoe.hf.registry import read_config, read_moe_config
 from megatron_emoe.settings.elastic_rules import check_tail_scale
 from megatron_emoe.settings.refusal import NoNumber
 from megatron_emoe.settings.tail_scale import parse_tail_scale
@@ -109,13 +110,13 @@ def run(args: Namespace, header: Callable[..., TasksResult]) -> None:
     """tools/eval_tasks.py on a Hugging Face folder (ValueError: refused before the model is loaded)."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(f"WORLD_SIZE {os.environ['WORLD_SIZE']}: --model hf runs in one process, without torchrun")
-    config = read_config(args.load)
-    max_length = check(args, config.num_experts, config.max_position_embeddings)
+    config = read_moe_config(args.load)
+    max_length = check(args, experts_in(config), config.max_position_embeddings)
     if args.micro_batch_size < 1:
         raise ValueError(f"--micro-batch-size {args.micro_batch_size}: must be at least 1")
     stored = getattr(config, "emoe", None) or {}  # what an export says of its training
     words = args.emoe_tail_scale or stored.get("tail_scale")
-    check_tail_scale(words, trained_k(config), config.num_experts)
+    check_tail_scale(words, trained_k(config), experts_in(config))
     tail = dict(parse_tail_scale(words).table) if words else {}
     dtype = str(config.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype
     settings = TaskSettings(shots=args.num_fewshot, limit=args.limit, max_length=max_length, dtype=dtype)
@@ -124,7 +125,7 @@ def run(args: Namespace, header: Callable[..., TasksResult]) -> None:
         framework="transformers",
         iteration=0,
         k_train=trained_k(config),
-        num_experts=config.num_experts,
+        num_experts=experts_in(config),
         tail_scale={str(k): scale for k, scale in tail.items()},
         settings=settings,
     )

@@ -91,12 +91,16 @@ HfArguments = Callable[[Path], tuple[Namespace, dict[str, Any] | None]]
 
 
 def parse_evaluation(
-    add_more: Callable[[ArgumentParser], ArgumentParser], hf_arguments: HfArguments | None = None, **fixed: object
+    add_more: Callable[[ArgumentParser], ArgumentParser],
+    hf_arguments: HfArguments | None = None,
+    *,
+    needs_experts: bool = True,
+    **fixed: object,
 ) -> Namespace:
     """The same for a tool that evaluates --load (or --hf, which `hf_arguments` then reads): the model's flags come from
     there unless given; its k and its shape cannot be given otherwise. With --hf, `hf_settings` of the result is the
-    block "emoe" of config.json, or None."""
-    return _parse(partial(_complete_evaluation, hf_arguments), add_more, fixed)
+    block "emoe" of config.json, or None. needs_experts: refuse a dense model, which has no k'."""
+    return _parse(partial(_complete_evaluation, hf_arguments, needs_experts), add_more, fixed)
 
 
 def _parse(
@@ -181,11 +185,13 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
 
 
 def _complete_evaluation(
-    hf_arguments: HfArguments | None, args: Namespace, parser: ArgumentParser, fixed: dict
+    hf_arguments: HfArguments | None, needs_experts: bool, args: Namespace, parser: ArgumentParser, fixed: dict
 ) -> None:
     given = _given(parser) | fixed
     stored = _evaluated(args, hf_arguments)
     source = f"--hf {args.hf}" if getattr(args, "hf", None) else f"--load {args.load}"
+    if needs_experts and not stored.num_experts:
+        raise ValueError(f"{source}: a dense model, it has no experts and so no k'")
     check_given(given, stored, source)
     for name, value in model_flags(stored).items():
         if name not in given:

@@ -12,6 +12,8 @@ from megatron_emoe.settings.k_schedule import drawn_ks
 def check_elastic_training(args: Namespace) -> None:
     """Refuse, by flag, value and rule, what would train nothing or do nothing (ValueError). args: Megatron's,
     completed."""
+    if not args.num_experts:
+        raise ValueError("--num-experts is not given: an elastic mixture of experts needs experts")
     elastic = elastic_settings(args)
     _refuse_idle(elastic, args)
     if elastic.emoe_gradient_check == "stop" and not elastic.counts_vary:

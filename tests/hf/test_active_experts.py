@@ -134,8 +134,8 @@ def test_groups_limit_k():
 
 def test_another_architecture_is_refused():
     model = hf_models.build("olmoe")
-    model.config.model_type = "mixtral"
-    with pytest.raises(ValueError, match="^model_type 'mixtral' is not supported; supported: olmoe, "):
+    model.config.model_type = "phimoe"
+    with pytest.raises(ValueError, match="^model_type 'phimoe' is not supported; supported: olmoe, "):
         set_active_experts(model, 2)
 
 

@@ -56,7 +56,7 @@ def test_no_configuration(tmp_path):
 
 def test_an_architecture_that_is_not_supported(copy):
     refused(
-        copy("olmoe", model_type="llama"), "model_type 'llama' is not supported; supported: olmoe, qwen2_moe, deepse"
+        copy("olmoe", model_type="phimoe"), "model_type 'phimoe' is not supported; supported: olmoe, qwen2_moe, deepse"
     )
 
 

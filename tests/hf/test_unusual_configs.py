@@ -28,7 +28,7 @@ EXACT: dict[str, list[dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "routed_scaling_factor": 2.5},
         {"rope_parameters": YARN, "v_head_dim": 24},
         {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.0}},
-        {"rope_parameters": YARN | BOTH_SCALES, "first_k_dense_replace": 2},
+        {"rope_parameters": YARN | BOTH_SCALES, "first_k_dense_replace": 2, "rms_norm_eps": 1e-5},
     ],
     "ernie4_5_moe": [
         {"moe_layer_interval": 2},
@@ -39,7 +39,6 @@ EXACT: dict[str, list[dict[str, Any]]] = {
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("olmoe", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000, "factor": 2.0}}, "rope_type 'linear'"),
     ("qwen2_moe", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    ("deepseek_v2", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05: must be 1e-06"),
     ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads 2: must be num_attention_heads 4"),
     ("deepseek_v2", {"rope_parameters": YARN | {"mscale": 0.707}}, "mscale and mscale_all_dim must be given together"),
     ("deepseek_v2", {"rope_parameters": YARN | {"mscale_all_dim": 0.707}}, "must be given together"),
@@ -49,6 +48,25 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v2", {"topk_method": None}, "topk_method None"),
     ("deepseek_v2", {"first_k_dense_replace": 9}, "no layer has experts: a dense model"),
     ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min 0.5: must be at most 1e-9"),
+    (
+        "llama",
+        {"rope_parameters": hf_models.LLAMA3 | {"low_freq_factor": 2.0}},
+        "rope_scaling.low_freq_factor 2.0",
+    ),
+    ("llama", {"rope_parameters": hf_models.LLAMA3 | {"factor": 0.5}}, "rope_scaling.factor 0.5: must be a number of"),
+    ("llama", {"attention_bias": True}, "attention_bias true: llama is supported without"),
+    ("llama", {"mlp_bias": True}, "mlp_bias true: llama is supported without"),
+    ("llama", {"num_experts": 4}, "num_experts 4: a llama has no experts"),
+    ("llama", {"emoe": {"k_train": 2}}, "emoe: a block about active experts, in a model that has none"),
+    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window true"),
+    ("qwen3_moe", {"attention_bias": True}, "attention_bias true: qwen3_moe is supported without"),
+    ("mixtral", {"sliding_window": 4096}, "sliding_window 4096: sliding-window attention is not supported"),
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok 9: must lie in [1, 8]"),
+    ("deepseek_v3", {"q_lora_rank": 8}, "q_lora_rank 8: deepseek_v3 is supported with None (Moonlight-16B-A3B)"),
+    ("deepseek_v3", {"n_group": 2, "topk_group": 1}, "n_group 2: deepseek_v3 is supported with 1 (Moonlight"),
+    ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob False: deepseek_v3 is supported with True"),
+    ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False: deepseek_v3 is supported with True"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax': deepseek_v3 is supported with 'sigmoid'"),
 ]
 
 

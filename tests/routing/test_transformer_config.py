@@ -170,9 +170,12 @@ def test_group_limits_reach_the_check():
         elastic(**COACTIVATION | groups)
 
 
-def test_a_model_without_experts_is_refused():
-    with pytest.raises(ValueError, match="^--num-experts is not given: an elastic mixture of experts needs experts$"):
-        ElasticTransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=2)
+def test_of_a_model_without_experts_nothing_elastic_can_be_asked():
+    dense = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
+    assert ElasticTransformerConfig(**dense).num_moe_experts is None
+    for settings, given in (({"emoe_eval_k": [2, 4]}, "--emoe-eval-k 2 4"), (COACTIVATION, "--emoe-selection coactiv")):
+        with pytest.raises(ValueError, match=f"^{given}.*: needs experts, and --num-experts is not given$"):
+            ElasticTransformerConfig(**dense, **settings)
 
 
 # What the core and elastic settings cannot do together. Each cause: settings, and how the message names them.
