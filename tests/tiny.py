@@ -137,6 +137,8 @@ class Watch:
             offset = router.config.num_layers if router.is_mtp_layer else 0
             self._layer_of[id(module.experts)] = module.layer_number + offset
             self._layer_of[id(router)] = module.layer_number + offset
+        elif name == "LoraMLP":
+            self._layer_of[id(module.router)] = module.router.layer_number
         elif name == "SequentialMLP":
             self.run.rows.append(Rows(*self._place(module), args[0].shape[0]))
 

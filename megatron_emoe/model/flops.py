@@ -10,6 +10,8 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 
+from megatron_emoe.settings.elastic_config import elastic_settings
+
 _NOT_COUNTED = ("moe_latent_size", "experimental_attention_variant", "attention_output_gate", "window_size")
 """Flags that change what a layer computes in ways that this formula does not know."""
 
@@ -37,16 +39,28 @@ def flops_per_token(args: Namespace, ks: Sequence[float]) -> float | None:
     """
     if any(getattr(args, name, None) for name in _NOT_COUNTED):
         return None
-    dense_layers = args.num_layers - len(ks)
+    low_rank = args.emoe_lora_experts is not None
+    dense_layers = args.num_layers if low_rank else args.num_layers - len(ks)
     matrices = 3 if is_gated(args) else 2
     weights, per_context = _latent_attention(args) if args.multi_latent_attention else _attention(args)
     products = args.num_layers * weights
     products += dense_layers * matrices * args.hidden_size * args.ffn_hidden_size
     routed_to = args.num_experts + (args.emoe_null_experts or 0)
     products += len(ks) * (args.hidden_size * routed_to + _shared_experts(args, matrices))
-    products += sum(ks) * matrices * args.hidden_size * args.moe_ffn_hidden_size
+    if low_rank:
+        products += len(ks) * lora_products(args)
+    else:
+        products += sum(ks) * matrices * args.hidden_size * args.moe_ffn_hidden_size
     products += args.hidden_size * args.padded_vocab_size
     return 2.0 * products + args.num_layers * per_context * (args.seq_length + 1)
+
+
+def lora_products(args: Namespace) -> int:
+    """Multiply-adds of the low-rank experts on both linear layers of one MLP for one token. All of them are computed,
+    at every k'."""
+    rank = elastic_settings(args).lora_rank
+    first = (2 if is_gated(args) else 1) * args.ffn_hidden_size
+    return args.emoe_lora_experts * rank * (2 * args.hidden_size + first + args.ffn_hidden_size)
 
 
 def is_gated(args: Namespace) -> bool:

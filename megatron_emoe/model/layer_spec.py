@@ -22,6 +22,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -42,6 +43,7 @@ from megatron_emoe.model.checkpoint import checkpoint_to_load, recovery_of, star
 from megatron_emoe.model.quantization_state import take_what_is_there
 from megatron_emoe.model.recovery import Recovery, carry_out_together
 from megatron_emoe.routing.dynamic_router import NEW_WEIGHTS, build_router
+from megatron_emoe.routing.lora_mlp import LORA_WEIGHTS, LoraExperts, LoraMLP
 from megatron_emoe.routing.moe_layer import ElasticMoELayer
 from megatron_emoe.routing.router import ElasticRouter
 from megatron_emoe.routing.transformer_config import ElasticTransformerConfig, elastic_config_from_args
@@ -75,6 +77,27 @@ def _class_of(mlp: Any) -> Any:
 def _is_moe(mlp: Any) -> bool:
     target = _class_of(mlp)
     return isinstance(target, type) and issubclass(target, MoELayer)
+
+
+def lora_layer(spec: ModuleSpec) -> ModuleSpec:
+    """A copy of a dense transformer layer's spec whose MLP has low-rank experts.
+
+    Transformer Engine's spec fuses the norm before the MLP into its first linear layer. Router and experts need what it
+    gives: it becomes a layer of its own, as before experts, and its checkpoint keys stay (canonical_keys).
+
+    Raises:
+        TypeError: the layer's MLP is not the core's.
+    """
+    mlp, layer = spec.submodules.mlp, spec.submodules
+    if not isinstance(mlp, functools.partial) or mlp.func != MLP.as_mlp_submodule:
+        raise TypeError(f"{mlp} in the layer spec is not the core's MLP: it would get no low-rank experts")
+    parts = mlp.keywords["submodules"]
+    if getattr(parts.linear_fc1, "__name__", "") == "TELayerNormColumnParallelLinear":
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        parts = replace(parts, linear_fc1=TESpecProvider().column_parallel_linear())
+        layer = replace(layer, pre_mlp_layernorm=TESpecProvider().layer_norm())
+    return replace(spec, submodules=replace(layer, mlp=functools.partial(LoraMLP, submodules=parts)))
 
 
 def attention_layer(spec: ModuleSpec, config: ElasticTransformerConfig) -> ModuleSpec:
@@ -122,7 +145,8 @@ def canonical_keys(spec: ModuleSpec) -> ModuleSpec:
 
 def our_layer(spec: ModuleSpec, config: ElasticTransformerConfig) -> ModuleSpec:
     """A copy of a transformer layer's spec with everything that this package adds to it (TypeError as above)."""
-    return canonical_keys(attention_layer(elastic_layer(spec), config))
+    layer = elastic_layer(spec) if config.emoe_lora_experts is None else lora_layer(spec)
+    return canonical_keys(attention_layer(layer, config))
 
 
 def elastic_spec(spec: Any, config: ElasticTransformerConfig) -> Any:
@@ -142,7 +166,12 @@ def elastic_spec(spec: Any, config: ElasticTransformerConfig) -> Any:
 
 def elastic_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     """`transformer_layer_spec` of the model: the core's default spec for these flags, with what this package adds."""
-    return elastic_spec(gpt.default_layer_spec(config, vp_stage), config.transformer)
+    core = config
+    if config.transformer.emoe_lora_experts is not None:  # the core's spec of a model without experts
+        core = copy(config)
+        core.transformer = copy(config.transformer)
+        core.transformer.num_moe_experts = None
+    return elastic_spec(gpt.default_layer_spec(core, vp_stage), config.transformer)
 
 
 def _elastic_mtp_block(config: GPTModelConfig, *args: Any, **kwargs: Any) -> Any:
@@ -185,24 +214,29 @@ class ElasticGPTModelBuilder(GPTModelBuilder):
         with _elastic_mtp():
             model = super().build_model(*args, **kwargs)
         if self._model_config.checkpoint is not None:
-            new_weights = NEW_WEIGHTS if self._model_config.starts_anew else ()
+            new_weights = self._new_weights() if self._model_config.starts_anew else ()
             take_what_is_there(model, self._model_config.checkpoint, new_weights)
         for name, module in model.named_modules():
             assert not isinstance(module, MoELayer) or isinstance(module, ElasticMoELayer), f"{name} stayed stock"
             assert not isinstance(module, TopKRouter) or isinstance(module, ElasticRouter), f"{name} stayed stock"
         if self._model_config.transformer.emoe_train == "router":
-            train_routers_only(model)
+            train_only(model, ElasticRouter)
+        elif self._model_config.transformer.emoe_lora_experts is not None:
+            train_only(model, ElasticRouter, LoraExperts)
         return model
 
+    def _new_weights(self) -> tuple[str, ...]:
+        return NEW_WEIGHTS if self._model_config.transformer.emoe_lora_experts is None else NEW_WEIGHTS + LORA_WEIGHTS
 
-def train_routers_only(model: nn.Module) -> None:
-    """Freeze every weight of the model but those of its routers.
+
+def train_only(model: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Freeze every weight of the model but those of modules of these kinds.
 
     Hidden states then ask for a gradient where they enter: recomputation and pipeline stages pass none to others.
     """
     model.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, ElasticRouter):
+        if isinstance(module, kinds):
             module.requires_grad_(True)
     cut = model.config.recompute_granularity is not None or model.config.pipeline_model_parallel_size > 1
     if cut and getattr(model, "embedding", None) is not None:  # the first stage's

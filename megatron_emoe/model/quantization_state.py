@@ -12,7 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from torch import nn
 
 from megatron_emoe.model.stored_files import contents
@@ -42,5 +47,6 @@ def take_what_is_there(model: nn.Module, checkpoint: Path, new_weights: tuple[st
 def _or_its_own(entry: Any, held: Any, new_weights: tuple[str, ...]) -> Any:
     """`entry` where the checkpoint holds it or must hold it, else what the model has now."""
     lacks_state = isinstance(entry, ShardedObject) and "_extra_state" in entry.key and entry.unique_key not in held
-    lacks_weight = isinstance(entry, ShardedTensor) and entry.key.endswith(new_weights) and entry.key not in held
+    weight = isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    lacks_weight = weight and entry.key.endswith(new_weights) and entry.key not in held
     return LocalNonpersistentObject(entry.data) if lacks_state or lacks_weight else entry

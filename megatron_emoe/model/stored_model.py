@@ -33,6 +33,8 @@ SHAPE_FLAGS = (
     "normalization",
     "untie_embeddings_and_output_weights",
     "moe_router_enable_expert_bias",
+    "emoe_lora_experts",
+    "emoe_lora_rank",
 )
 """What makes a model another one: compared when a checkpoint is loaded."""
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_emoe.routing.lora_combinations import check_lora
 from megatron_emoe.settings.baseline_rules import BASELINES, check_baseline_settings
 from megatron_emoe.settings.elastic_config import MODEL_FEATURES, ElasticConfig, flag
 from megatron_emoe.settings.elastic_rules import validate_elastic
@@ -22,6 +23,7 @@ def check_elastic(config: BothConfigs) -> None:
     if not config.num_moe_experts:
         _check_dense(config)
         return
+    check_lora(config)
     validate_elastic(
         config,
         model_k=config.moe_router_topk,

@@ -19,6 +19,7 @@ DEFAULT_LARGEST = 3  # times k: the end of the range that docs/study.md asks for
 DEFAULT_TOP_P = 0.4
 DEFAULT_ENTROPY_LOSS_COEFF = 1e-4
 DEFAULT_NOISE_LOSS_COEFF = 0.1
+DEFAULT_LORA_RANK = 8
 
 
 @dataclass
@@ -155,7 +156,19 @@ class ElasticConfig:
     output at --moe-router-topk is added to the loss. It costs a second forward pass of those micro-batches. 0: none."""
 
     emoe_train: Literal["all", "router"] = "all"
-    """Which weights are trained. router: the routers alone, everything else stays as it is."""
+    """Which weights are trained. all: with --emoe-lora-experts the low-rank experts and the routers. router: the
+    routers alone, everything else stays as it is."""
+
+    emoe_lora_experts: int | None = None
+    """E, low-rank experts on the MLP of every layer of a dense model, which stays as it is (LoRAMoE, arXiv 2312.09979).
+    A router chooses --moe-router-topk of them for each token; they and the routers are trained. Takes the place of
+    --num-experts."""
+
+    emoe_lora_rank: int | None = None
+    """R, rank of each low-rank expert. Unset: 8 with --emoe-lora-experts."""
+
+    emoe_lora_alpha: float | None = None
+    """A low-rank expert's output is multiplied by alpha / R (LoRA, arXiv 2106.09685). Unset: 2 R, so by 2."""
 
     emoe_gradient_check: Literal["stop", "off"] = "stop"
     """What to do where a weight that is to be trained gets no gradient. stop: end the run and name it where it had none
@@ -229,6 +242,16 @@ class ElasticConfig:
         default = DEFAULT_NOISE_LOSS_COEFF if self.adds_noise else 0.0
         importance, load = self.emoe_importance_loss_coeff, self.emoe_load_loss_coeff
         return default if importance is None else importance, default if load is None else load
+
+    @property
+    def lora_rank(self) -> int:
+        """R with its default resolved."""
+        return DEFAULT_LORA_RANK if self.emoe_lora_rank is None else self.emoe_lora_rank
+
+    @property
+    def lora_scale(self) -> float:
+        """alpha / R with alpha's default resolved."""
+        return 2.0 if self.emoe_lora_alpha is None else self.emoe_lora_alpha / self.lora_rank
 
     @property
     def default_prob(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_emoe.settings.elastic_config import ElasticConfig, flag
 from megatron_emoe.settings.k_schedule import drawn_ks
+from megatron_emoe.settings.lora_rules import check_lora_settings
 from megatron_emoe.settings.tail_scale import TailScale, parse_tail_scale
 
 _SCHEDULE_NEEDS = {
@@ -43,6 +44,7 @@ def validate_elastic(
     Raises:
         ValueError: with flag, value and rule, for the first setting that cannot hold.
     """
+    check_lora_settings(elastic)
     _check_schedule(elastic, model_k, num_experts)
     _check_selection(elastic, model_k, num_experts)
     _check_eval_k(elastic, num_experts)

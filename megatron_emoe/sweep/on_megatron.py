@@ -14,9 +14,10 @@ from megatron.training.initialize import initialize_megatron
 from torch import nn
 
 from megatron_emoe.data.datasets import get_batch
-from megatron_emoe.model.flops import flops_per_token, is_gated, moe_layer_numbers
+from megatron_emoe.model.flops import flops_per_token, is_gated, lora_products, moe_layer_numbers
 from megatron_emoe.model.layer_spec import elastic_model_config
 from megatron_emoe.routing.active_k import get_active_k
+from megatron_emoe.routing.lora_mlp import LoraMLP
 from megatron_emoe.routing.moe_layer import ElasticMoELayer
 from megatron_emoe.settings.command_line import say
 from megatron_emoe.settings.elastic_config import ElasticConfig
@@ -131,12 +132,15 @@ class CostModel:
 
     def __init__(self, args: Namespace, model: list[nn.Module]) -> None:
         self.args = args
-        layers = [m for chunk in model for m in chunk.modules() if isinstance(m, ElasticMoELayer)]
-        routed = {id(p) for layer in layers for p in layer.experts.parameters()}
+        modules = [module for chunk in model for module in chunk.modules()]
+        experts = [m.experts for m in modules if isinstance(m, ElasticMoELayer)]
+        low_rank = [m.lora for m in modules if isinstance(m, LoraMLP)]
+        routed = {id(p) for part in (*experts, *low_rank) for p in part.parameters()}
+        spread = routed if experts else set()  # over expert-parallel ranks
         counts = torch.zeros(2, dtype=torch.float64, device=current_device())
         for chunk in model:
             for parameter in chunk.parameters():
-                counts[int(id(parameter) in routed)] += _whole_size(parameter, id(parameter) in routed)
+                counts[int(id(parameter) in routed)] += _whole_size(parameter, id(parameter) in spread)
         torch.distributed.all_reduce(counts, group=parallel_state.get_pipeline_model_parallel_group())
         self.shared, self.routed = (int(count) for count in counts.tolist())
 
@@ -156,13 +160,6 @@ def costed_cell(
     ks: list[float] = [k] * layers if isinstance(k, int) else list(k)
     if ElasticConfig(emoe_selection=args.emoe_selection).counts_vary:
         ks = [count / measured.positions for count in rows.values()]
-    expert = expert_flops_per_token(
-        hidden_size=args.hidden_size,
-        moe_ffn_hidden_size=args.moe_ffn_hidden_size,
-        num_moe_layers=1,
-        k=1,
-        gated=is_gated(args),
-    )
     return SweepCell(
         k=k,
         loss=measured.loss,
@@ -170,13 +167,27 @@ def costed_cell(
         seconds=measured.seconds,
         tokens_per_second=measured.tokens / measured.seconds,
         rows_per_layer={str(layer): count for layer, count in rows.items()},
-        expert_flops_per_token=float(expert * sum(ks)),
+        expert_flops_per_token=_expert_flops(args, ks),
         active_params=shared + int(routed * sum(ks) // (args.num_experts * layers)),
         flops_per_token=flops_per_token(args, ks),
         block_losses=block_losses(measured.sums, measured.tokens),
         device=device_name(),
         ranks=torch.distributed.get_world_size(),
     )
+
+
+def _expert_flops(args: Namespace, ks: list[float]) -> float:
+    """Of one token, forward; low-rank experts are all computed, whatever k' is."""
+    if args.emoe_lora_experts is not None:
+        return 2.0 * len(ks) * lora_products(args)
+    expert = expert_flops_per_token(
+        hidden_size=args.hidden_size,
+        moe_ffn_hidden_size=args.moe_ffn_hidden_size,
+        num_moe_layers=1,
+        k=1,
+        gated=is_gated(args),
+    )
+    return float(expert * sum(ks))
 
 
 def _whole_size(parameter: nn.Parameter, routed: bool) -> int:

@@ -38,6 +38,7 @@ from megatron_emoe.settings.companion_folder import tokenizer_now
 from megatron_emoe.settings.elastic_config import elastic_settings, flag
 from megatron_emoe.settings.field_flags import add_elastic_flags
 from megatron_emoe.settings.in_force import settings_in_force
+from megatron_emoe.settings.lora_rules import settle_experts
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.training.batch_schedule import check_batch_schedule, settle_ramp
 from megatron_emoe.training.first_look import check_source
@@ -168,6 +169,7 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
             locate(args.load, args.ckpt_step)  # the core ends the process with status 0 where this raises
         load_args_from_checkpoint(args)
         _keep_asked_k(args, _given(parser))
+    settle_experts(args)
     if args.eval_interval is None:
         args.eval_interval = sys.maxsize  # by its help no evaluation during training; the core then divides by it
     check_sizes(args)
@@ -279,6 +281,7 @@ def completed(args: Namespace, world_size: int = 1) -> Namespace:
         ValueError: what they refuse.
     """
     with refusing():
+        settle_experts(args)
         check_sizes(args)
         args.rank, args.world_size = 0, world_size
         args.micro_batch_size = args.micro_batch_size or 1

@@ -19,7 +19,9 @@ from megatron.core.utils import get_model_config
 from torch import nn
 
 from megatron_emoe.routing.active_k import get_active_k
+from megatron_emoe.routing.lora_mlp import LoraMLP
 from megatron_emoe.routing.moe_layer import ElasticMoELayer
+from megatron_emoe.routing.router import ElasticRouter
 from megatron_emoe.settings.refusal import NoNumber
 
 Batches = Mapping[int, Sequence[Any]]
@@ -171,15 +173,19 @@ def counting_rows(model: list[nn.Module]) -> Iterator[Callable[[], dict[int, int
     """Count the rows that reach the experts inside; the value is a collective function giving rows by layer number.
 
     Rows, not flags, prove which k ran: tokens x k over all ranks. Shapes are read on the host: no sync. Rows that a
-    dispatcher adds to fill the blocks of FP8 kernels do not count; see ElasticMoELayer.rows_of_tokens.
+    dispatcher adds to fill the blocks of FP8 kernels do not count; see ElasticMoELayer.rows_of_tokens. Low-rank experts
+    receive no rows: the tokens that each of them has a weight for count, on the device.
     """
     local: Counter[int] = Counter()
-    hooks = []
-    for chunk in model:
-        for layer in (module for module in chunk.modules() if isinstance(module, ElasticMoELayer)):
+    hooks, copies = [], parallel_state.get_expert_tensor_parallel_world_size()
+    for layer in (module for chunk in model for module in chunk.modules()):
+        if isinstance(layer, ElasticMoELayer):
             hooks.append(layer.experts.register_forward_pre_hook(_row_counter(local, layer)))
+        elif isinstance(layer, LoraMLP):
+            hooks.append(layer.router.register_forward_hook(_pair_counter(local)))
+            copies = 1 if layer.config.sequence_parallel else layer.tp_group.size()
     try:
-        yield lambda: _sum_over_ranks(local)
+        yield lambda: _sum_over_ranks(local, copies)
     finally:
         for hook in hooks:
             hook.remove()
@@ -194,13 +200,20 @@ def _row_counter(rows: Counter[int], layer: ElasticMoELayer) -> Callable[[nn.Mod
     return count
 
 
-def _sum_over_ranks(local: Counter[int]) -> dict[int, int]:
-    """Every rank's rows; ranks that share an expert by tensor parallelism see the same rows, which count once."""
+def _pair_counter(rows: Counter[int]) -> Callable[[ElasticRouter, tuple, tuple], None]:
+    def count(router: ElasticRouter, _inputs: tuple, output: tuple) -> None:
+        rows[router.global_layer_number] += output[1].sum()
+
+    return count
+
+
+def _sum_over_ranks(local: Counter[int], copies: int) -> dict[int, int]:
+    """Every rank's rows. copies: ranks that see the same rows, as those that share an expert by tensor parallelism do;
+    they count once."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    mine = {layer: int(rows) for layer, rows in local.items()}  # sync: padded rows only, once per evaluation
+    mine = {layer: int(rows) for layer, rows in local.items()}  # sync: where counted on the device, once per evaluation
     torch.distributed.all_gather_object(everyone, mine)
     total = sum((Counter(rows) for rows in everyone), Counter())
-    copies = parallel_state.get_expert_tensor_parallel_world_size()
     return {layer: total[layer] // copies for layer in sorted(total)}
 
 

@@ -23,6 +23,7 @@ from megatron_emoe.settings.elastic_rules import read_tail_scale, validate_elast
 from megatron_emoe.settings.field_flags import add_elastic_flags
 from megatron_emoe.settings.flag_types import path_word
 from megatron_emoe.settings.hf_folder import hf_folder
+from megatron_emoe.settings.lora_rules import check_no_experts
 from megatron_emoe.settings.paths import check_folder, same_folder
 from megatron_emoe.settings.quiet import leave_out_noise
 from megatron_emoe.settings.refusal import fail
@@ -134,9 +135,10 @@ def check_training(args: Namespace) -> None:
     experts, and that --load is there (ValueError). A run that goes on where it saves may find nothing there yet."""
     if args.load is not None and (args.finetune or not same_folder(args.load, args.save)):
         check_folder("--load", args.load)
-    model_k, num_experts = args.moe_router_topk, args.num_experts
+    model_k, num_experts = args.moe_router_topk, args.num_experts or args.emoe_lora_experts
     if not model_k or not num_experts or args.use_checkpoint_args:  # the checkpoint's may be others
         return
+    check_no_experts(args)
     elastic = elastic_settings(args)
     groups = {"num_groups": args.moe_router_num_groups, "group_topk": args.moe_router_group_topk}
     validate_elastic(elastic, model_k=model_k, num_experts=num_experts, **groups)

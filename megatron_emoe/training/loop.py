@@ -20,6 +20,7 @@ from megatron.training.utils import print_rank_last
 from torch import Tensor
 
 from megatron_emoe.data.datasets import get_batch
+from megatron_emoe.model.flops import lora_products
 from megatron_emoe.routing.active_k import Place, get_active_k, keep_place_out_of_checkpoints, loss_weight
 from megatron_emoe.routing.metrics import get_elastic_tracker
 from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
@@ -274,12 +275,23 @@ def _count_both(elastic: Namespace, config: ElasticTransformerConfig, *rest: Any
     return total
 
 
+def _count_frozen(dense: Namespace, config: ElasticTransformerConfig, batch: int, *rest: Any, **kwargs: Any) -> float:
+    """FLOPs of a dense model whose low-rank experts alone are trained: its own weights have no gradient, which are a
+    third of what the core counts. The routers' are left out."""
+    experts = 3 * 2.0 * batch * dense.seq_length * config.num_layers * lora_products(dense)
+    dense.num_experts = None
+    passes = 2 if config.emoe_second_pass else 1
+    return passes * (_count_flops(dense, batch, *rest, **kwargs) * 2 / 3 + experts)
+
+
 def _report_expected_flops(args: Namespace, config: ElasticTransformerConfig) -> None:
     """Let the log's FLOPs and MFU use E[k], or the measured mean where every token has its own: the core reads
     --moe-router-topk there, and has no seam for it."""
 
     def at_expected_k(namespace: Namespace, *rest: Any, **kwargs: Any) -> float:
         elastic = copy(namespace)
+        if config.emoe_lora_experts is not None:
+            return _count_frozen(elastic, config, *rest, **kwargs)
         k = expected_k(config, config.moe_router_topk, getattr(args, "curr_iteration", 0))
         if config.emoe_second_pass:
             return _count_both(elastic, config, *rest, **kwargs)
