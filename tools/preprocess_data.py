@@ -4,10 +4,12 @@
     python tools/preprocess_data.py --input corpus/ --output-prefix data/corpus --train-tokenizer 8192 --append-eod
     python tools/preprocess_data.py --input 'part-*.jsonl' --output-prefix data/web --append-eod --holdout 0.01 \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/model
+    python tools/preprocess_data.py --chat --input chats.jsonl --output-prefix data/chats --seq-length 4096 \\
+        --holdout 0.01 --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/model
 
 Reads JSONL, Parquet and plain text, also as .gz, .bz2, .xz or .zst. What a file is comes from its content; where that
-does not tell, --input-format must. The result is the same for every number of workers. It appears whole at the end; a
-run that fails leaves nothing.
+does not tell, --input-format must. With --chat, records are chats (docs/sft.md has of which kinds), for training with
+--sft. The result is the same for every number of workers. It appears whole at the end; a run that fails leaves nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +25,22 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from megatron_emoe.data.corpus import cut, group
+from megatron_emoe.data.chat_request import (
+    ANSWER_TOKENS,
+    CHATS,
+    TEMPLATE_HELP,
+    add_chat_flags,
+    check_chat,
+    check_template_file,
+    left_out,
+    look_at_chats,
+    schemas_of,
+)
+from megatron_emoe.data.corpus import Piece, cut, group
 from megatron_emoe.data.input_files import FORMATS, InputFile, find_files, look, not_read
 from megatron_emoe.data.result_files import check_prefix, check_results, publish, staging
 from megatron_emoe.settings.command_line import HELP_ALL, CommandLine, command_line
@@ -35,7 +49,8 @@ from megatron_emoe.settings.hf_folder import check_tokenizer_place
 from megatron_emoe.settings.refusal import one_line
 
 if TYPE_CHECKING:  # these, and Megatron's tokenizers, take ten seconds to import: not before the flags are checked
-    from megatron_emoe.data.encoder import Encoder
+    from megatron_emoe.data.encoder import Encodes
+    from megatron_emoe.data.files import Sidecar
     from megatron_emoe.data.preprocess import TokenWriter
 
 # Remarks of the libraries on a machine without a GPU, which encoding text does not need.
@@ -57,7 +72,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
     args = parser.parse_args(argv)
     args.pad_vocab_size = False  # padding is a matter of the model's embedding, not of the ids
+    _settle(args)
     return args
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """Defaults that depend on other flags (ValueError as check_chat)."""
+    check_chat(args)
+    args.json_keys = args.json_keys or ([] if args.chat else ["text"])
 
 
 def first_look(argv: list[str]) -> list[InputFile]:
@@ -67,11 +89,16 @@ def first_look(argv: list[str]) -> list[InputFile]:
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", metavar="KIND", help="Megatron's name of the kind, as HuggingFaceTokenizer")
     group.add_argument("--tokenizer-model", type=path_word, metavar="PATH", help="a file, or the folder of a model")
+    group.add_argument("--chat-template", metavar="NAME", help=TEMPLATE_HELP)
     args, _ = parser.parse_known_args(argv)
     check(args)
     paths, skipped = find_files(args.input, args.suffix)
     check_outputs(args, paths)
-    files = [look(path, tuple(args.json_keys), args.input_format) for path in paths]
+    if args.chat:
+        files = [look_at_chats(path, args.input_format) for path in paths]
+        schemas_of(args, files)
+    else:
+        files = [look(path, tuple(args.json_keys), args.input_format) for path in paths]
     if all(file.size == 0 for file in files):
         raise ValueError(f"--input {' '.join(args.input)}: all {len(files)} files are empty")
     if skipped:
@@ -85,7 +112,7 @@ def own_flags() -> CommandLine:
     add = parser.add_argument_group("input").add_argument
     add("--input", nargs="+", type=path_word, required=True, metavar="PATH", help="files, folders, globs")
     add("--input-format", choices=FORMATS, default="auto", help="what the files are (default: their content tells)")
-    add("--json-keys", nargs="+", default=["text"], help="keys to take; several make a data set each, <prefix>_<key>")
+    add("--json-keys", nargs="+", help="keys to take (default: text); several make a data set each, <prefix>_<key>")
     add("--suffix", nargs="+", default=FOLDER_SUFFIXES, help="a folder's files ('' is all; default: %(default)s)")
     add("--errors", choices=["strict", "replace", "ignore"], default="strict", help="for bytes that are not UTF-8")
     add = parser.add_argument_group("output").add_argument
@@ -94,6 +121,7 @@ def own_flags() -> CommandLine:
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add("--holdout", type=float, default=0.0, help="share of documents, by a hash of each, for <prefix>_heldout")
     add("--workers", type=whole_to(MOST_WORKERS), default=CPUS, help="processes (default: %(default)s)")
+    add_chat_flags(parser)
     add = parser.add_argument_group("tokenizer training").add_argument
     size = whole_to(MOST_ENTRIES)
     add("--train-tokenizer", type=size, metavar="VOCAB", help="first train a SentencePiece model, <prefix>.model")
@@ -126,6 +154,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError for flags that cannot work, before any file is read."""
+    _settle(args)
     trains = args.train_tokenizer is not None
     rules = [
         (not 0 <= args.holdout < 1, f"--holdout {args.holdout}: must be at least 0 and below 1"),
@@ -164,7 +193,7 @@ def run(args: argparse.Namespace, files: list[InputFile]) -> None:
         ValueError: for everything that is wrong with the flags or the input.
         OSError: the results cannot be written.
     """
-    from megatron_emoe.data.files import Sidecar, write_sidecar
+    from megatron_emoe.data.files import write_sidecar
 
     started = time.perf_counter()
     source_bytes = sum(file.size for file in files)
@@ -176,13 +205,16 @@ def run(args: argparse.Namespace, files: list[InputFile]) -> None:
         about = _about(args, staged, tokenizer, files, source_bytes)
         for writer in writers.values():
             writer.close()
-            counts = {"documents": writer.documents, "tokens": writer.tokens, "max_token_id": writer.max_token_id}
-            write_sidecar(f"{writer.prefix}.json", Sidecar(**about, **counts))
+            write_sidecar(f"{writer.prefix}.json", _sidecar(args, about, writer))
+        if args.chat:
+            _write_template(args, os.path.join(folder, f"{name}.jinja"))
         stale = publish(folder, directory)
     seconds = time.perf_counter() - started
     for writer in writers.values():
         path = os.path.join(os.path.dirname(args.output_prefix), os.path.basename(writer.prefix))
-        print(f"{path}: {writer.documents} documents, {writer.tokens} tokens, ids up to {writer.max_token_id}")
+        print(f"{path}: {_told(args, writer)}")
+    for line in left_out(writers[CHATS, False].counts, writers[CHATS, False].first_left_out) if args.chat else ():
+        print(line)
     for cache in stale:
         print(f"{cache}: removed, was of the earlier data; remove what a --data-cache-path holds of it too")
     kinds = collections.Counter(file.kind for file in files if file.size)
@@ -190,9 +222,38 @@ def run(args: argparse.Namespace, files: list[InputFile]) -> None:
     print(f"{len(files)} files ({told}), {source_bytes / 1e6:.1f} MB in {seconds:.1f} s")
 
 
+def _sidecar(args: argparse.Namespace, about: dict[str, Any], writer: TokenWriter) -> Sidecar:
+    from megatron_emoe.data.files import Sidecar
+
+    counts = {"documents": writer.documents, "tokens": writer.tokens, "max_token_id": writer.max_token_id}
+    if not args.chat:
+        return Sidecar(**about, **counts)
+    from megatron_emoe.data.chat_encoder import chat_sidecar
+
+    return chat_sidecar(about | counts, args.chat_template, writer)
+
+
+def _write_template(args: argparse.Namespace, path: str) -> None:
+    from megatron_emoe.data.chat_encoder import chat_tokenizer
+    from megatron_emoe.data.chat_template import template_text
+
+    text = template_text(args.chat_template, chat_tokenizer(args.tokenizer_model, args.trust_remote_code))
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _told(args: argparse.Namespace, writer: TokenWriter) -> str:
+    """What a data set holds, in one line."""
+    if not args.chat:
+        return f"{writer.documents} documents, {writer.tokens} tokens, ids up to {writer.max_token_id}"
+    answers, longest = writer.counts[ANSWER_TOKENS], writer.longest
+    return f"{writer.documents} chats, {writer.tokens} tokens, {answers} of them answers; the longest has {longest}"
+
+
 def _outputs(args: argparse.Namespace) -> dict[tuple[str, bool], str]:
     """Prefix of every result by (key, is held out)."""
-    names = {key: f"_{key}" if len(args.json_keys) > 1 else "" for key in args.json_keys}
+    keys = [CHATS] if args.chat else args.json_keys
+    names = {key: f"_{key}" if len(keys) > 1 else "" for key in keys}
     sides = {False: ""} | ({True: "_heldout"} if args.holdout else {})
     return {(key, side): names[key] + end for key in names for side, end in sides.items()}
 
@@ -201,6 +262,8 @@ def check_outputs(args: argparse.Namespace, files: list[str]) -> None:
     """No result takes the place of an input, nor of an earlier result without --overwrite."""
     names = _outputs(args).values()
     check_results(args.output_prefix, names, bool(args.train_tokenizer), files, args.overwrite)
+    if args.chat:
+        check_template_file(args.output_prefix, files, args.overwrite)
 
 
 def _with_tokenizer(args: argparse.Namespace, files: list[InputFile], model_path: str) -> argparse.Namespace:
@@ -227,6 +290,9 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     named = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
+    if args.chat:
+        args = copy.copy(args)
+        args.chat_template = None  # a name, or the template itself, which the ids do not depend on
     try:
         tokenizer = build_tokenizer(args)
         eod = tokenizer.eod if args.append_eod else 0
@@ -237,12 +303,16 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
     return tokenizer
 
 
-def make_encoder(args: argparse.Namespace) -> Encoder:
+def make_encoder(args: argparse.Namespace, files: list[InputFile]) -> Encodes:
     """What one worker process encodes with."""
     from megatron.core.datasets.indexed_dataset import DType
 
     from megatron_emoe.data.encoder import Encoder
 
+    if args.chat:
+        from megatron_emoe.data.chat_encoder import make_chat_encoder
+
+        return make_chat_encoder(args, schemas_of(args, files))
     tokenizer = load_tokenizer(args)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     return Encoder(tokenizer, dtype, tuple(args.json_keys), args.errors, args.append_eod, args.holdout)
@@ -258,9 +328,8 @@ def _encode(
     from megatron_emoe.data.preprocess import TokenWriter, encode_in_order
 
     dtype = DType.optimal_dtype(vocab_size)
-    writers = {output: TokenWriter(prefix + name, dtype) for output, name in _outputs(args).items()}
-    tasks = group(piece for file in files for piece in cut(file, tuple(args.json_keys)))
-    results = encode_in_order(functools.partial(make_encoder, args), tasks, args.workers)
+    writers = {output: TokenWriter(prefix + name, dtype, modes=args.chat) for output, name in _outputs(args).items()}
+    results = encode_in_order(functools.partial(make_encoder, args, files), group(_pieces(args, files)), args.workers)
     progress = tqdm(total=source_bytes, unit="B", unit_scale=True, desc="encoding", disable=None)
     with progress, contextlib.closing(results):
         for size, parts in results:
@@ -269,11 +338,24 @@ def _encode(
             progress.update(size)
     for (key, is_held_out), writer in writers.items():
         if writer.tokens == 0:
-            side = (
-                f"--holdout {args.holdout} leaves no document on one side" if args.holdout else "no text in the input"
-            )
+            unit = "chat" if args.chat else "document"
+            side = f"--holdout {args.holdout} leaves no {unit} on one side" if args.holdout else _nothing(args, writers)
             raise ValueError(f"{side} (key {key!r}{', held out' if is_held_out else ''})")
     return writers
+
+
+def _nothing(args: argparse.Namespace, writers: dict[tuple[str, bool], TokenWriter]) -> str:
+    if not args.chat:
+        return "no text in the input"
+    lines = left_out(writers[CHATS, False].counts, writers[CHATS, False].first_left_out)
+    return "no chat in the input" + "".join(f"; {line}" for line in lines)
+
+
+def _pieces(args: argparse.Namespace, files: list[InputFile]) -> Iterator[Piece]:
+    schemas = schemas_of(args, files) if args.chat else {}
+    for file in files:
+        schema = schemas.get(file.path)
+        yield from cut(file, schema.columns if schema else tuple(args.json_keys))
 
 
 def _about(

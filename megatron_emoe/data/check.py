@@ -5,7 +5,6 @@ the flag or path, the value and the rule.
 """
 
 import copy
-import importlib.util
 import json
 import os
 from argparse import Namespace
@@ -21,6 +20,13 @@ from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_
 
 from megatron_emoe.data.files import Sidecar, TokenFiles, read_sidecar, read_token_files, tokenizer_digest
 from megatron_emoe.data.kept_order import check_kept_order
+from megatron_emoe.data.packing_check import (
+    check_chat_flags,
+    check_chats,
+    check_conversations,
+    is_jsonl,
+    packing_rules,
+)
 from megatron_emoe.settings.command_line import is_first_rank
 from megatron_emoe.settings.hf_folder import check_tokenizer_place
 
@@ -56,6 +62,8 @@ def check_data(args: Namespace) -> None:
     if args.mock_data:
         return
     _check_every_used_split_has_data(args, sources)
+    if args.sft:
+        check_chat_flags(args, [prefix for source in sources for prefix in source.prefixes])
     if is_first_rank() and not args.sft:
         check_kept_order(args, [prefix for source in sources for prefix in source.prefixes])
     for source in sources:
@@ -63,7 +71,10 @@ def check_data(args: Namespace) -> None:
             if prefix.startswith(REMOTE_PREFIXES):
                 continue
             try:
-                _check_conversations(prefix) if args.sft else _check_tokens(args, source, prefix, vocab_size)
+                if args.sft and is_jsonl(prefix):
+                    check_conversations(prefix)
+                else:
+                    _check_tokens(args, source, prefix, vocab_size)
             except ValueError as error:
                 raise ValueError(f"{source.flag}: {error}") from error
 
@@ -139,7 +150,7 @@ def _check_flags(args: Namespace, sources: list[Source]) -> None:
         (args.fim_data, "--fim-data: its dataset is not supported here, give plain --data-path"),
         (args.hybrid_context_parallel, "--hybrid-context-parallel: its data sampler is not supported here"),
     ]
-    _refuse_first(rules + _validation_rules(args, shared) + _packing_rules(args))
+    _refuse_first(rules + _validation_rules(args, shared) + packing_rules(args))
     rigid = args.tensor_model_parallel_size > 1 and args.eval_micro_batch_size not in (None, args.micro_batch_size)
     if rigid:
         raise ValueError(
@@ -160,26 +171,6 @@ def _validation_rules(args: Namespace, shared: list[str]) -> list[tuple[object, 
             "--multiple-validation-sets needs --valid-data-path, not --data-path",
         ),
     ]
-
-
-def _packing_rules(args: Namespace) -> list[tuple[object, str]]:
-    apart = "--sft" if args.sft else "--dataloader-inter-document-masking" if _packs(args) else ""
-    return [
-        (args.sft and args.mock_data, "--sft reads conversations from --data-path: leave out --mock-data"),
-        (args.sft and importlib.util.find_spec("datasets") is None, "--sft needs the Python package 'datasets'"),
-        (
-            args.sft and args.create_attention_mask_in_dataloader,
-            "--sft packs conversations without masks: add --no-create-attention-mask-in-dataloader",
-        ),
-        (
-            apart and args.transformer_impl == "local",
-            f"{apart} needs --transformer-impl transformer_engine: local attention cannot keep packed documents apart",
-        ),
-    ]
-
-
-def _packs(args: Namespace) -> bool:
-    return args.sft or args.dataloader_inter_document_masking
 
 
 def _refuse_first(rules: list[tuple[object, str]]) -> None:
@@ -232,21 +223,11 @@ def _tokenizer_vocab_size(args: Namespace) -> int:
         raise ValueError(f"{named}: cannot be loaded ({type(error).__name__}: {error})") from error
 
 
-def _check_conversations(path: str) -> None:
-    """Raise ValueError unless a file of conversations for --sft begins with one."""
-    if not os.path.isfile(path) or os.path.getsize(path) == 0:
-        raise ValueError(f"{path} is missing or empty: --sft reads a JSONL file of conversations")
-    try:
-        with open(path, encoding="utf-8") as file:
-            roles = [message["role"] for message in json.loads(file.readline())["messages"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} line 1: needs a list 'messages' of objects with a role ({error!r})") from error
-    if not roles:
-        raise ValueError(f"{path} line 1: 'messages' is empty")
-
-
 def _check_tokens(args: Namespace, source: Source, prefix: str, vocab_size: int) -> None:
     files = read_token_files(prefix)
+    if args.sft != files.has_modes:
+        is_text = "holds text, no chats: make it with preprocess_data.py --chat, or leave out --sft"
+        raise ValueError(f"{prefix} {is_text if args.sft else 'holds chats: add --sft'}")
     sidecar = read_sidecar(prefix)
     if sidecar is not None:
         _check_sidecar(args, files, sidecar, vocab_size)
@@ -259,7 +240,7 @@ def _check_tokens(args: Namespace, source: Source, prefix: str, vocab_size: int)
     shares = {source.split: (0.0, 1.0)} if source.split else dict(zip(Split, _split_bounds(args.split), strict=True))
     for split, bounds in shares.items():
         if bounds is not None:
-            _check_share(args, files, split, bounds)
+            (check_chats if args.sft else _check_share)(args, files, split, bounds)
 
 
 def _check_sidecar(args: Namespace, files: TokenFiles, sidecar: Sidecar, vocab_size: int) -> None:

@@ -1,6 +1,7 @@
 """The data path: check_data before any work starts, the datasets, and one rank's share of a batch.
 
-The datasets themselves are Megatron-Core's: GPTDataset, MockGPTDataset (--mock-data) or SFTDataset (--sft), under its
+The datasets themselves are Megatron-Core's: GPTDataset, MockGPTDataset (--mock-data) or, with --sft and files of JSONL,
+SFTDataset; and PackedChats with --sft and what preprocess_data.py --chat wrote. All under its
 BlendedMegatronDatasetBuilder. The flags are Megatron's: --data-path, --train-data-path and its two sisters,
 --data-args-path, --per-split-data-args-path, --split.
 """
@@ -30,6 +31,8 @@ from torch import Tensor
 
 from megatron_emoe.data.check import check_data
 from megatron_emoe.data.kept_order import remove_outdated
+from megatron_emoe.data.packed_chats import PackedChats
+from megatron_emoe.data.packing_check import is_jsonl
 
 __all__ = ["build_datasets", "check_data", "dataset_config", "get_batch", "is_padding"]
 
@@ -71,7 +74,7 @@ def _prefixes(args: Namespace) -> list[str]:
 
 def _dataset_class(args: Namespace) -> type:
     if args.sft:
-        return SFTDataset
+        return SFTDataset if any(map(is_jsonl, _prefixes(args))) else PackedChats
     return MockGPTDataset if args.mock_data else GPTDataset
 
 
@@ -165,12 +168,13 @@ def _read_and_broadcast(
     """The whole micro-batch, and where it is padding, on every rank of the tensor-parallel group."""
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
+    sample: dict[str, Tensor] | None = None
     if tp_rank == 0:
         assert data_iterator is not None, "a rank that reads data got no iterator"
         sample, device = next(data_iterator), torch.cuda.current_device()
         batch = dict.fromkeys((*MODEL_KEYS, *PACKING_KEYS))
         batch |= {key: sample[key].to(device, non_blocking=True) for key in batch if sample.get(key) is not None}
-    padding = _shared_padding(args, batch.get("tokens")) if _marks_padding(args) else None
+    padding = _shared_padding(args, sample) if _marks_padding(args) else None
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=_keeps_documents_apart(args),
@@ -208,14 +212,17 @@ def is_padding(tokens: Tensor, pad: int, eod: int) -> Tensor:
     return padding
 
 
-def _shared_padding(args: Namespace, tokens: Tensor | None) -> Tensor:
-    """bool [micro batch, sequence], from the rank that reads the tokens. Every pipeline stage has experts, and only the
-    first is given tokens."""
-    if tokens is None:
-        shape = args.micro_batch_size, args.seq_length
-        padding = torch.empty(shape, dtype=torch.uint8, device=torch.cuda.current_device())
+def _shared_padding(args: Namespace, sample: dict[str, Tensor] | None) -> Tensor:
+    """bool [micro batch, sequence], from the rank that reads the samples. Every pipeline stage has experts, and only
+    the first is given tokens. Megatron's own SFTDataset does not say where it filled up."""
+    device = torch.cuda.current_device()
+    if sample is None:
+        padding = torch.empty((args.micro_batch_size, args.seq_length), dtype=torch.uint8, device=device)
+    elif "padding_mask" in sample:
+        padding = sample["padding_mask"].to(device, non_blocking=True)
     else:
         tokenizer = get_tokenizer()
+        tokens = sample["tokens"].to(device, non_blocking=True)
         padding = is_padding(tokens, tokenizer.pad, tokenizer.eod).to(torch.uint8)
     if args.tensor_model_parallel_size > 1:
         group = parallel_state.get_tensor_model_parallel_group()

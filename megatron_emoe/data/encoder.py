@@ -1,8 +1,9 @@
 """From documents to token ids: what a worker process does with pieces of the input."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,14 +15,28 @@ HASH_BYTES = 8  # bytes of a document's digest that decide on which side of the 
 
 @dataclass
 class Part:
-    """Encoded sequences of one output in order: ids in a row, the length of each, and whether it ends a document."""
+    """Encoded sequences of one output in order: ids in a row, the length of each, and whether it ends a document.
+
+    Of chats also the mode of each (1 where its tokens count in the loss), and counts of what was encoded and left out,
+    with place and reason of the first that was.
+    """
 
     ids: list[np.ndarray] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     ends: list[bool] = field(default_factory=list)
+    modes: list[int] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    first_left_out: str = ""
 
 
 Encoded = dict[tuple[str, bool], Part]  # by key and whether it is held out
+
+
+class Encodes(Protocol):
+    """What a worker process calls."""
+
+    def encode(self, task: Sequence[Piece]) -> Encoded:
+        """What is in a task. ValueError for what cannot be encoded."""
 
 
 @dataclass(frozen=True)

@@ -47,18 +47,38 @@ class Sidecar:
 
 
 @dataclass(frozen=True)
+class ChatSidecar(Sidecar):
+    """The same of chats (preprocess_data.py --chat), which are the documents."""
+
+    chat_template: str  # what --chat-template said; the template itself is in <prefix>.jinja
+    answer_tokens: int  # that count in the loss
+    longest: int  # tokens of the longest chat
+    too_long: int  # chats left out for their length
+    cut: int  # chats that were cut off
+    bad: int  # records left out that are no chats
+
+
+@dataclass(frozen=True)
 class TokenFiles:
-    """A data set whose .bin and .idx belong together."""
+    """A data set whose .bin and .idx belong together. has_modes: the index says of each sequence whether its tokens
+    count in the loss, as it does of chats."""
 
     prefix: str
     dtype: type[np.integer]
     sequences: int
     documents: int
     tokens: int
+    has_modes: bool = False
 
     def sequence_lengths(self) -> np.ndarray:
         """int32 [sequences], tokens in each; mapped, not read."""
         return np.memmap(f"{self.prefix}.idx", np.int32, "r", INDEX_HEADER.size, (self.sequences,))
+
+    def document_lengths(self) -> np.ndarray:
+        """int64 [documents], tokens in each."""
+        offset = INDEX_HEADER.size + 12 * self.sequences
+        ends = np.fromfile(f"{self.prefix}.idx", np.int64, self.documents + 1, offset=offset)
+        return np.diff(np.concatenate([[0], np.cumsum(self.sequence_lengths(), dtype=np.int64)])[ends])
 
     def max_token_id_at_the_ends(self) -> int:
         """Largest token id among the first and the last SCAN_TOKENS tokens."""
@@ -81,7 +101,8 @@ def read_token_files(prefix: str) -> TokenFiles:
         if magic != INDEX_MAGIC or version != 1 or dtype_code not in TOKEN_DTYPES:
             raise ValueError(f"{index_path} is not an index of token ids (magic {magic!r}, version {version})")
         expected = INDEX_HEADER.size + 12 * sequences + 8 * document_ends
-        if index_bytes != expected:
+        has_modes = sequences > 0 and index_bytes == expected + sequences
+        if index_bytes != expected and not has_modes:
             raise ValueError(f"{index_path} has {index_bytes} bytes, its header asks for {expected}: half-written")
         if sequences == 0:
             raise ValueError(f"{index_path} lists no sequences: the data set is empty")
@@ -93,7 +114,8 @@ def read_token_files(prefix: str) -> TokenFiles:
             f"{prefix}.bin has {token_bytes} bytes, {index_path} describes {indexed}: one of them is half-written"
         )
     _check_entries(index_path, dtype().itemsize, sequences, document_ends)
-    return TokenFiles(prefix, dtype, sequences, document_ends - 1, token_bytes // dtype().itemsize)
+    tokens = token_bytes // dtype().itemsize
+    return TokenFiles(prefix, dtype, sequences, document_ends - 1, tokens, has_modes)
 
 
 def _check_entries(path: str, token_bytes: int, sequences: int, document_ends: int) -> None:
@@ -154,10 +176,11 @@ def read_sidecar(prefix: str) -> Sidecar | None:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        told = {field.name: content[field.name] for field in fields(Sidecar)}
-        for field in fields(Sidecar):
+        kind = ChatSidecar if "answer_tokens" in content else Sidecar
+        told = {field.name: content[field.name] for field in fields(kind)}
+        for field in fields(kind):
             _check_told(field.name, told[field.name], field.type)
-        return Sidecar(**told)
+        return kind(**told)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not the sidecar of a data set ({type(error).__name__}: {error})") from error
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
+from megatron_emoe.data.json_list import ObjectLines
+
 FORMATS = ("auto", "jsonl", "text", "parquet")
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
@@ -38,12 +40,14 @@ TOLD = "--input-format jsonl or text says what it is"
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file and what it is: kind is one of FORMATS but auto, packing one of PACKINGS or "", size bytes on disk."""
+    """A file and what it is: kind is one of FORMATS but auto, or "list" (of JSON objects; for chats alone), packing one
+    of PACKINGS or "", size bytes on disk. nested: columns of a Parquet file may hold more than strings."""
 
     path: str
     kind: str
     packing: str
     size: int
+    nested: bool = False
 
 
 def find_files(inputs: Iterable[str], suffixes: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -166,7 +170,7 @@ def _is_object(line: bytes) -> bool:
 def open_stream(file: InputFile, keys: tuple[str, ...]) -> Iterator[tuple[io.BufferedReader, Callable[[], int]]]:
     """The text of a file from its beginning on, and a function that says how many of its bytes on disk were read.
 
-    Rows of a Parquet file are lines of JSON, with the columns `keys`.
+    Rows of a Parquet file are lines of JSON, with the columns `keys`; so are the objects of a list.
 
     Raises:
         ValueError: it cannot be read or unpacked (also while it is read), or a Parquet file lacks a column.
@@ -179,8 +183,11 @@ def open_stream(file: InputFile, keys: tuple[str, ...]) -> Iterator[tuple[io.Buf
                 yield stack.enter_context(io.BufferedReader(rows)), rows.at
                 return
             raw = stack.enter_context(open(file.path, "rb"))
-            stream = _unpacked(raw, file.packing) if file.packing else raw
-            yield stack.enter_context(stream), (raw if file.packing else stream).tell
+            stream = stack.enter_context(_unpacked(raw, file.packing) if file.packing else raw)
+            if file.kind == "list":
+                yield stack.enter_context(io.BufferedReader(ObjectLines(stream))), raw.tell
+                return
+            yield stream, (raw if file.packing else stream).tell
     except ValueError as error:
         if str(error).startswith((file.path, "--input")):
             raise
@@ -213,7 +220,7 @@ class _Rows(io.RawIOBase):
     def __init__(self, file: InputFile, keys: tuple[str, ...]) -> None:
         self._parquet = _pyarrow("pyarrow.parquet", file.path).ParquetFile(file.path, pre_buffer=False)
         self._size, self._all, self._done, self._rest = file.size, self._parquet.metadata.num_rows, 0, b""
-        _check_columns(file.path, self._parquet.schema_arrow, keys)
+        _check_columns(file, self._parquet.schema_arrow, keys)
         batches = self._parquet.iter_batches(ROWS_AT_ONCE, columns=list(keys), use_threads=False)
         self._lines = map(self._to_lines, batches)
 
@@ -236,10 +243,15 @@ class _Rows(io.RawIOBase):
         return len(taken)
 
 
-def _check_columns(path: str, schema: Any, keys: tuple[str, ...]) -> None:
+def _check_columns(file: InputFile, schema: Any, keys: tuple[str, ...]) -> None:
+    path = file.path
     for key in keys:
         if key not in schema.names:
             there = ", ".join(map(repr, schema.names)) or "none"
             raise ValueError(f"{path}: no column {key!r}, there are {there} (--json-keys)")
-        if "string" not in (kind := str(schema.field(key).type)) or "<" in kind.removeprefix("dictionary<values="):
+        if (
+            not file.nested
+            and "string" not in (kind := str(schema.field(key).type))
+            or "<" in kind.removeprefix("dictionary<values=")
+        ):
             raise ValueError(f"{path}: the column {key!r} is of {kind}, must be of strings")

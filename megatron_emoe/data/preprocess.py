@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +17,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_emoe.data.corpus import Piece, cut, read_documents
-from megatron_emoe.data.encoder import Encoded, Encoder, Part
+from megatron_emoe.data.encoder import Encoded, Encodes, Part
 from megatron_emoe.data.input_files import InputFile
 
 TASKS_AHEAD = 4  # for each worker: bounds the results that wait to be written
@@ -91,7 +91,7 @@ def _sample_lines(files: Sequence[InputFile], max_bytes: int, keys: tuple[str, .
 
 
 def encode_in_order(
-    make_encoder: Callable[[], Encoder], tasks: Iterable[tuple[Piece, ...]], workers: int
+    make_encoder: Callable[[], Encodes], tasks: Iterable[tuple[Piece, ...]], workers: int
 ) -> Iterator[tuple[int, Encoded]]:
     """Bytes of input and Parts of each task, in the order of the tasks whatever the number of workers.
 
@@ -127,10 +127,10 @@ def _task_bytes(task: tuple[Piece, ...]) -> int:
     return sum(piece.cost for piece in task)
 
 
-_encoder: Encoder | None = None  # of a worker process, set when it starts
+_encoder: Encodes | None = None  # of a worker process, set when it starts
 
 
-def _start_worker(make_encoder: Callable[[], Encoder]) -> None:
+def _start_worker(make_encoder: Callable[[], Encodes]) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -144,23 +144,31 @@ def _encode_here(task: tuple[Piece, ...]) -> Encoded:
 
 
 class TokenWriter:
-    """Writes Parts to <prefix>.bin, and <prefix>.idx when closed; counts what it wrote."""
+    """Writes Parts to <prefix>.bin, and <prefix>.idx when closed; counts what it wrote. modes: with those of chats."""
 
-    def __init__(self, prefix: str, dtype: type[np.integer]) -> None:
+    def __init__(self, prefix: str, dtype: type[np.integer], *, modes: bool = False) -> None:
         self.prefix = prefix
         self.documents = self.tokens = self.max_token_id = 0
-        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype)
+        self.longest = self._length = 0  # tokens of the longest document, and of the one at hand
+        self.counts: Counter[str] = Counter()
+        self.first_left_out = ""
+        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype, multimodal=modes)
 
     def add(self, part: Part) -> None:
         """Append the sequences of a part."""
-        for ids, length, ends in zip(part.ids, part.lengths, part.ends, strict=True):
+        modes = part.modes or [0] * len(part.ids)
+        for ids, length, ends, mode in zip(part.ids, part.lengths, part.ends, modes, strict=True):
             if length:
-                self._builder.add_item(torch.from_numpy(ids))
+                self._builder.add_item(torch.from_numpy(ids), mode)
                 self.max_token_id = max(self.max_token_id, int(ids.max()))
+            self._length += length
             if ends:
                 self._builder.end_document()
+                self.longest, self._length = max(self.longest, self._length), 0
             self.documents += ends
             self.tokens += length
+        self.counts += part.counts
+        self.first_left_out = self.first_left_out or part.first_left_out
 
     def close(self) -> None:
         """Write the index: the data set is complete."""

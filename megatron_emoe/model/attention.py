@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -133,7 +134,46 @@ class LatentSelfAttention(MLASelfAttention):
         return queries, keys_values
 
 
-class LatentDotProductAttention(DotProductAttention):
+def barred_between_documents(cu_seqlens: Tensor, tokens: int, rows: int = 1) -> Tensor:
+    """Where attention is barred: to later tokens, and to those of other documents. bool [rows, 1, S, S], S = T / rows.
+
+    cu_seqlens: int32 [documents + 1], where each document of the T `tokens` begins, and the end; a row ends with a
+    document. No sync.
+    """
+    place = torch.arange(tokens, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens, place, right=True).view(rows, 1, -1)
+    later = torch.ones(tokens // rows, tokens // rows, dtype=torch.bool, device=cu_seqlens.device).triu(1)
+    return (document.unsqueeze(-1) != document.unsqueeze(-2)) | later
+
+
+class PackedDotProductAttention(DotProductAttention):
+    """The core's own dot-product attention, which packed documents can share a sequence in (--sft,
+    --dataloader-inter-document-masking): each attends to itself alone. Transformer Engine has kernels for that; here it
+    is a mask of tokens x tokens."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the core's, [S, B, width]; packed query, key and value are [T, N, D], and so is the result."""
+        if packed_seq_params is None:
+            return super().forward(query, key, value, attention_mask, *args, **kwargs)
+        tokens = query.size(0)
+        rows = tokens // (packed_seq_params.tokens_per_sample or tokens)
+        barred = barred_between_documents(packed_seq_params.cu_seqlens_q, tokens, rows)
+        value = value[..., : self.hidden_size_per_partition // self.num_attention_heads_per_partition]
+        apart = (each.view(rows, -1, *each.shape[1:]).transpose(0, 1).contiguous() for each in (query, key, value))
+        context = super().forward(*apart, barred, *args, **kwargs)
+        return context.transpose(0, 1).reshape(tokens, self.num_attention_heads_per_partition, -1)
+
+
+class LatentDotProductAttention(PackedDotProductAttention):
     """The core's own dot-product attention with values narrower or wider than keys, as multi-latent attention asks for.
 
     v_channels: width of a head's values; unset where the core builds an ordinary one first, which it then replaces.

@@ -38,6 +38,7 @@ from megatron_emoe.model.attention import (
     FullWidthQueryNorm,
     LatentDotProductAttention,
     LatentSelfAttention,
+    PackedDotProductAttention,
 )
 from megatron_emoe.model.checkpoint import checkpoint_to_load, recovery_of, starts_anew
 from megatron_emoe.model.quantization_state import take_what_is_there
@@ -111,10 +112,11 @@ def attention_layer(spec: ModuleSpec, config: ElasticTransformerConfig) -> Modul
     extended = MLASelfAttention if config.emoe_qk_norm == "latent" else SelfAttention
     if (config.emoe_qk_norm != "core" or config.emoe_clip_qkv is not None) and module is not extended:
         raise TypeError(f"{module.__name__} in the layer spec is not the core's {extended.__name__}")
+    if parts.core_attention is DotProductAttention:
+        packed = LatentDotProductAttention if module is MLASelfAttention else PackedDotProductAttention
+        parts = replace(parts, core_attention=packed)
     if module is MLASelfAttention:
         module = LatentSelfAttention
-        if parts.core_attention is DotProductAttention:
-            parts = replace(parts, core_attention=LatentDotProductAttention)
     if config.emoe_qk_norm == "full":
         parts = replace(parts, q_layernorm=FullWidthQueryNorm, k_layernorm=FullWidthKeyNorm)
     if config.emoe_clip_qkv is not None:

@@ -13,6 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_emoe.data import check as data_check
+from megatron_emoe.data import packing_check
 from megatron_emoe.data.check import check_data
 from megatron_emoe.data.files import Sidecar, read_sidecar, read_token_files, tokenizer_digest, write_sidecar
 
@@ -255,7 +256,7 @@ def test_the_tokenizer_must_be_the_one_that_made_the_data(tmp_path, prefix):
         (["--mock-data", "--sft"], "--sft reads conversations from --data-path: leave out --mock-data"),
         (
             ["--mock-data", "--dataloader-inter-document-masking", "--transformer-impl", "local"],
-            "--dataloader-inter-document-masking needs --transformer-impl transformer_engine",
+            "--dataloader-inter-document-masking needs --no-masked-softmax-fusion with local layers",
         ),
         (
             ["--mock-data", "--eval-micro-batch-size", "4", "--tensor-model-parallel-size", "2"],
@@ -300,7 +301,7 @@ def test_a_share_without_a_sample_in_it(prefix, monkeypatch):
 
 
 def test_conversations(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_check.importlib.util, "find_spec", lambda name: object())  # as if datasets were there
+    monkeypatch.setattr(packing_check.importlib.util, "find_spec", lambda name: object())  # as if datasets were there
     path = tmp_path / "chat.jsonl"
     flags = ["--sft", "--no-create-attention-mask-in-dataloader", "--train-data-path", path, "--valid-data-path", path]
     assert "chat.jsonl is missing or empty: --sft reads a JSONL file of conversations" in message(*flags)
@@ -308,10 +309,35 @@ def test_conversations(tmp_path, monkeypatch):
     assert "chat.jsonl line 1: needs a list 'messages' of objects with a role (KeyError" in message(*flags)
     path.write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
     check_data(parse(*flags))
-    assert "--sft needs --transformer-impl transformer_engine" in message(*flags, "--transformer-impl", "local")
+    local = [*flags, "--transformer-impl", "local", "--no-masked-softmax-fusion"]
+    check_data(parse(*local))
+    assert "--sft excludes --window-size with local layers" in message(*local, "--window-size", "4,0")
     assert "add --no-create-attention-mask-in-dataloader" in message("--sft", "--train-data-path", path)
-    monkeypatch.setattr(data_check.importlib.util, "find_spec", lambda name: None)
-    assert "--sft needs the Python package 'datasets'" in message(*flags)
+    monkeypatch.setattr(packing_check.importlib.util, "find_spec", lambda name: None)
+    assert "--sft needs the Python package 'datasets' to read JSONL" in message(*flags)
+
+
+def test_tokenised_chats(tmp_path, prefix):
+    chats, builder = str(tmp_path / "chats"), IndexedDatasetBuilder(f"{tmp_path}/chats.bin", np.uint16, multimodal=True)
+    for length in (3, 9, 5):
+        builder.add_item(torch.arange(length), 0)
+        builder.add_item(torch.arange(2), 1)
+        builder.end_document()
+    builder.finalize(f"{chats}.idx")
+    flags = ["--train-data-path", chats, "--valid-data-path", chats, "--no-create-attention-mask-in-dataloader"]
+    check_data(parse(*flags, "--sft", "--seq-length", 10))
+    assert f"--train-data-path: {chats} holds chats: add --sft" in message(*flags)
+    assert "chats has a chat of 11 tokens: too long for --seq-length 9," in message(*flags, "--sft", "--seq-length", 9)
+    split = ["--data-path", chats, "--split", "90,5,5", "--no-create-attention-mask-in-dataloader", "--sft"]
+    assert "chats has 3 chats: none is in its valid share" in message(*split, "--seq-length", 10)
+    text = ["--train-data-path", prefix, "--eval-iters", 0, "--no-create-attention-mask-in-dataloader", "--sft"]
+    assert "d holds text, no chats: make it with preprocess_data.py --chat, or leave out --sft" in message(*text)
+    (tmp_path / "chat.jsonl").touch()
+    both = [*split[2:], "--data-path", 1, tmp_path / "chat.jsonl", 1, chats]
+    assert f"chat.jsonl is a JSONL file, {chats} the prefix of tokenised chats: give one kind" in message(*both)
+    assert "--dataloader-fast-cache-load: --sft keeps nothing on disk" in message(
+        *flags, "--sft", "--dataloader-fast-cache-load", "--seq-length", 10
+    )
 
 
 def test_a_sidecar_survives_writing_and_reading(tmp_path):
