@@ -46,6 +46,9 @@ def check_lora(config: Any) -> None:
     cause = f"{flag('emoe_lora_experts')} {experts}"
     if config.num_moe_experts != experts:
         raise ValueError(f"{cause} cannot be combined with --num-experts {config.num_moe_experts}: {_DENSE}")
+    if config.lora_rank >= config.hidden_size:
+        rule = f"must be below --hidden-size {config.hidden_size}, or it is no low rank"
+        raise ValueError(f"{flag('emoe_lora_rank')} {config.lora_rank}: {rule}")
     for name, why in _REFUSED.items():
         value = getattr(config, name)
         if value and value != getattr(TransformerConfig, name):

@@ -36,7 +36,8 @@ def check_baseline_settings(elastic: ElasticConfig, *, model_k: int, num_experts
     if given.get("emoe_null_experts", 1) < 1:
         _refuse("emoe_null_experts", elastic.emoe_null_experts, "must be at least 1")
     if elastic.adds_noise and model_k >= num_experts:
-        rule = f"with --emoe-selection noisy-topk it must be below --num-experts {num_experts}, or no noise can matter"
+        limit = f"{elastic.experts_flag} {num_experts}"
+        rule = f"with --emoe-selection noisy-topk it must be below {limit}, or no noise can matter"
         _refuse("moe_router_topk", model_k, rule)
 
 

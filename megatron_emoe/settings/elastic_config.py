@@ -244,6 +244,11 @@ class ElasticConfig:
         return default if importance is None else importance, default if load is None else load
 
     @property
+    def experts_flag(self) -> str:
+        """The flag that gives the number of experts, for messages."""
+        return "--num-experts" if self.emoe_lora_experts is None else "--emoe-lora-experts"
+
+    @property
     def lora_rank(self) -> int:
         """R with its default resolved."""
         return DEFAULT_LORA_RANK if self.emoe_lora_rank is None else self.emoe_lora_rank

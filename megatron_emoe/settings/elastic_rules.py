@@ -75,7 +75,7 @@ def _check_schedule(elastic: ElasticConfig, model_k: int, num_experts: int) -> N
     if low < 1:
         _refuse(low_name, low, "must be at least 1")
     if high > num_experts:
-        _refuse(high_name, high, f"must not exceed --num-experts {num_experts}")
+        _refuse(high_name, high, f"must not exceed {elastic.experts_flag} {num_experts}")
     if low > high:
         _refuse(low_name, low, f"must not exceed {flag(high_name)} {high}")
     if schedule == "default-or-smaller" and low == high:
@@ -153,7 +153,7 @@ def _check_selection(elastic: ElasticConfig, model_k: int, num_experts: int) -> 
     if pool is None:
         _refuse("emoe_selection", "coactivation", "needs --emoe-pool-k, which is not given")
     elif pool > num_experts:
-        _refuse("emoe_pool_k", pool, f"must not exceed --num-experts {num_experts}")
+        _refuse("emoe_pool_k", pool, f"must not exceed {elastic.experts_flag} {num_experts}")
     elif pool < high:
         _refuse("emoe_pool_k", pool, f"must hold the largest k of the schedule, {high}")
     elif pool == low:

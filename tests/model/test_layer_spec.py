@@ -82,6 +82,14 @@ LINES: list[dict[str, Any]] = [
     {"emoe_selection": "null-experts", "emoe_null_experts": 4},
     {"emoe_selection": "noisy-topk", "emoe_importance_loss_coeff": 0.5, "emoe_load_loss_coeff": 0.25},
 ]
+LORA = {
+    **dict.fromkeys(("num_experts", "moe_ffn_hidden_size", "moe_token_dispatcher_type")),
+    **COACTIVATION,
+    "emoe_lora_experts": 8,
+    "emoe_lora_rank": 4,
+    "emoe_lora_alpha": 2.5,
+    "emoe_hr_loss_coeff": 0.5,
+}
 ROUTERS = {"top-p": "TopPRouter", "null-experts": "NullExpertRouter", "noisy-topk": "NoisyTopKRouter"}
 DEFAULTS = {field.name: field.default for field in fields(ElasticConfig)}
 
@@ -131,7 +139,9 @@ def describe(name: str, layer: Any) -> Layer:
 
 
 def test_the_lines_cover_every_elastic_field():
-    assert {name for line in LINES for name, value in line.items() if value != DEFAULTS[name]} == set(DEFAULTS)
+    assert {name for line in (*LINES, ours(LORA)) for name, value in line.items() if value != DEFAULTS[name]} == set(
+        DEFAULTS
+    )
 
 
 @pytest.mark.slow
@@ -154,6 +164,47 @@ def test_every_flag_reaches_every_built_layer(kind, line):
         assert layer.settings == [DEFAULTS | line] * 3
     assert [layer.number for layer in layers] == list(range(1, len(layers) + 1))
     assert [layer.is_mtp for layer in layers] == [False, False, True][: len(layers)]
+
+
+def ours(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name in DEFAULTS}
+
+
+def build_lora(changes: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]], float, int | None]]:
+    """Every MLP with low-rank experts: its name, the settings in it and its router, the scale, what is MoE in it."""
+    from megatron_emoe.routing.lora_mlp import LoraMLP
+
+    return [
+        (name, [ours(vars(part.config)) for part in (mlp, mlp.router)], mlp.lora.linear_fc2.scale, mlp.router.topk)
+        for name, mlp in model_of(changes).named_modules()
+        if isinstance(mlp, LoraMLP)
+    ]
+
+
+def test_every_flag_reaches_every_dense_layer_with_low_rank_experts():
+    layers = run_ranks(build_lora, 1, LORA)[0]
+    assert [layer[0] for layer in layers] == ["decoder.layers.0.mlp", "decoder.layers.1.mlp"]
+    assert all(layer[1:] == ([DEFAULTS | ours(LORA)] * 2, 2.5 / 4, 2) for layer in layers)
+
+
+REFUSED_LORA = [
+    ({"num_experts": 4}, "--emoe-lora-experts 8 cannot be combined with --num-experts 4"),
+    ({"moe_token_dispatcher_type": "alltoall"}, "--moe-token-dispatcher-type alltoall: every rank computes all"),
+    ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor 1.0: low-rank experts have room"),
+    ({"moe_shared_expert_intermediate_size": 8}, "--moe-shared-expert-intermediate-size 8: low-rank experts are for"),
+    ({"mtp_num_layers": 1}, "--mtp-num-layers 1: the layers of multi-token prediction would have none"),
+    ({"emoe_lora_rank": 32}, "--emoe-lora-rank 32: must be below --hidden-size 32, or it is no low rank"),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": "moe"},
+        "--recompute-modules moe: its layers are recomputed as mlp",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED_LORA, ids=[row[1] for row in REFUSED_LORA])
+def test_what_low_rank_experts_cannot_be_combined_with(changes, message):
+    status, line = run_ranks(refused, 1, LORA | changes, [])[0]
+    assert status == 2 and message in line
 
 
 def test_dense_layers_stay_and_moe_layers_between_them_are_elastic():

@@ -19,6 +19,7 @@ WEIGHTED = UNIFORM | {"emoe_k_schedule": "weighted", "emoe_k_weights": [1.0, 0.0
 LARGER = {"emoe_selection": "prefix", "emoe_k_schedule": "default-or-larger"}
 SMALLER = {"emoe_selection": "prefix", "emoe_k_schedule": "default-or-smaller", "emoe_k_min": 1}
 RAMP = UNIFORM | {"emoe_k_schedule": "ramp", "emoe_k_ramp_iters": 100}
+LORA = {"emoe_lora_experts": 8}
 MODEL = {"model_k": 2, "num_experts": 8}
 GROUPS = MODEL | {"num_groups": 4, "group_topk": 2}  # 4 groups of 2 experts, 2 groups are used: 4 experts in reach
 
@@ -52,6 +53,7 @@ VALID = {
     "schedule and pool": COACTIVATION | without(UNIFORM, "emoe_selection"),
     "pool equal to the largest k": COACTIVATION | without(UNIFORM, "emoe_selection") | {"emoe_pool_k": 4},
     "evaluation": {"emoe_eval_k": [1, 8, 4]},
+    "low-rank experts": LORA | COACTIVATION | {"emoe_lora_rank": 4, "emoe_lora_alpha": 0.5},
     "no hierarchical loss": COACTIVATION | {"emoe_hr_loss_coeff": 0.0},
 }
 
@@ -159,6 +161,16 @@ REFUSED = [
     ({"emoe_hr_loss_coeff": float("inf")}, "--emoe-hr-loss-coeff inf: must be a finite number of at least 0"),
     ({"emoe_hr_loss_coeff": float("nan")}, "--emoe-hr-loss-coeff nan: must be a finite number of at least 0"),
     ({"emoe_coactivation_interval": -1}, "--emoe-coactivation-interval -1: must be at least 0 iterations"),
+    # Low-rank experts.
+    ({"emoe_lora_rank": 4}, "--emoe-lora-rank 4: needs --emoe-lora-experts, which is not given"),
+    ({"emoe_lora_alpha": 4.0}, "--emoe-lora-alpha 4.0: needs --emoe-lora-experts, which is not given"),
+    ({"emoe_lora_experts": 1}, "--emoe-lora-experts 1: must be at least 2"),
+    (LORA | {"emoe_lora_rank": 0}, "--emoe-lora-rank 0: must be at least 1"),
+    *(
+        (LORA | {"emoe_lora_alpha": alpha}, f"--emoe-lora-alpha {alpha}: must be a finite number above 0")
+        for alpha in (0.0, -1.0, float("nan"), float("inf"))
+    ),
+    (LORA | COACTIVATION | {"emoe_pool_k": 9}, "--emoe-pool-k 9: must not exceed --emoe-lora-experts 8"),
 ]
 
 
@@ -229,6 +241,8 @@ def test_defaults_that_depend_on_other_settings():
     assert ElasticConfig(**SMALLER, emoe_k_default_prob=0.3).default_prob == 0.3
     assert ElasticConfig(**LARGER).default_prob == 0.5
     assert ElasticConfig(**LARGER).k_range(2) == (2, 6)  # up to 3 k
+    assert (ElasticConfig(**LORA).lora_rank, ElasticConfig(**LORA).lora_scale) == (8, 2.0)
+    assert ElasticConfig(**LORA, emoe_lora_rank=4, emoe_lora_alpha=32).lora_scale == 8.0
 
 
 def test_what_the_settings_imply():
