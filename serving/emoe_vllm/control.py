@@ -6,7 +6,7 @@ workers. The scheduler adds one method, `emoe`, to those that vLLM's front end c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -23,10 +23,10 @@ def register(scheduler: Any) -> None:
     setattr(EngineCore, METHOD, _ask)
 
 
-def _ask(core: Any, k: Any = None) -> dict[str, Any]:
-    """A method of EngineCore: sets k' where one is given, and says what applies."""
+def _ask(core: Any, change: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A method of EngineCore: changes what applies where a change is given, and says what applies."""
     scheduler = core.scheduler
-    return scheduler.emoe_settings() if k is None else scheduler.emoe_set_k(k)
+    return scheduler.emoe_settings() if change is None else scheduler.emoe_change(change)
 
 
 def in_this_process(vllm_config: Any) -> Any:
@@ -39,13 +39,20 @@ def in_this_process(vllm_config: Any) -> Any:
     return found
 
 
-def set_k(llm: Any, k: int | Sequence[int]) -> dict[str, Any]:
-    """From now on requests to an `LLM` that name no k' get this one: one number, or one for each layer with experts.
+def change_of(k: Any, follow: bool | None) -> dict[str, Any]:
+    """What `emoe_change` of a scheduler takes."""
+    return {"k": k} | ({} if follow is None else {"follow": follow})
+
+
+def set_k(llm: Any, k: int | str | Sequence[int] | None, follow: bool | None = None) -> dict[str, Any]:
+    """From now on requests to an `LLM` that name no k' get this one: one number, one for each layer with experts, or
+    the name of a budget. None: what the server started with, following the load if it did. Where there are levels to
+    follow, a k' ends that, for requests to come; with `follow` True prompts alone are read at it.
 
     Raises:
-        ValueError: out of range.
+        ValueError: out of range, or nothing to follow.
     """
-    return _call(llm, k)
+    return _call(llm, change_of(k, follow))
 
 
 def status(llm: Any) -> dict[str, Any]:
@@ -53,9 +60,14 @@ def status(llm: Any) -> dict[str, Any]:
     return _call(llm, None) | llm.collective_rpc("emoe_status")[0]
 
 
-async def set_k_async(engine: Any, k: int | Sequence[int]) -> dict[str, Any]:
+async def set_k_async(engine: Any, k: int | str | Sequence[int] | None, follow: bool | None = None) -> dict[str, Any]:
     """`set_k` for an AsyncLLM."""
-    return await engine.engine_core.call_utility_async(METHOD, k)
+    return await change_async(engine, change_of(k, follow))
+
+
+async def change_async(engine: Any, change: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with a change as `POST /emoe/k` takes it."""
+    return await engine.engine_core.call_utility_async(METHOD, change)
 
 
 async def status_async(engine: Any) -> dict[str, Any]:
@@ -64,8 +76,8 @@ async def status_async(engine: Any) -> dict[str, Any]:
     return found | (await engine.collective_rpc("emoe_status"))[0]
 
 
-def _call(llm: Any, k: Any) -> dict[str, Any]:
+def _call(llm: Any, change: Mapping[str, Any] | None) -> dict[str, Any]:
     client = llm.llm_engine.engine_core
     if hasattr(client, "engine_core"):  # everything is one process
-        return getattr(client.engine_core, METHOD)(k)
-    return client.call_utility(METHOD, k)
+        return getattr(client.engine_core, METHOD)(change)
+    return client.call_utility(METHOD, change)

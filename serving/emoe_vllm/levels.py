@@ -1,12 +1,13 @@
 """Levels: the numbers that tokens carry in place of a budget, and for every layer what a level means there.
 
 Level 0 is padding: no expert at all. Level k' in [1, k_max] is that k' in every layer. After those come the budgets
-with a k' for each layer, in the order in which they were first asked for. Shape suffixes: V levels, K ranks (k_max).
+with a k' for each layer: those that have a name, then others in the order in which they were first asked for. Shape
+suffixes: V levels, K ranks (k_max).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +25,14 @@ class Levels:
     def __init__(self, settings: ElasticSettings) -> None:
         self.settings = settings
         self.layouts: list[tuple[int, ...]] = []
+        self.most = MOST_LAYOUTS + len(settings.budgets)
+        for budget in settings.budgets:
+            self.of(budget.k)
 
     @property
     def count(self) -> int:
         """Of all levels that there can be."""
-        return 1 + self.settings.k_max + MOST_LAYOUTS
+        return 1 + self.settings.k_max + self.most
 
     def of(self, budget: int | tuple[int, ...]) -> int:
         """The level of a budget, numbered now if it is new (ValueError: too many with a k' for each layer)."""
@@ -37,8 +41,8 @@ class Levels:
         if len(set(budget)) == 1:
             return budget[0]
         if budget not in self.layouts:
-            if len(self.layouts) == MOST_LAYOUTS:
-                raise ValueError(f"k {list(budget)}: {MOST_LAYOUTS} budgets with a k' per layer are known; no more fit")
+            if len(self.layouts) == self.most:
+                raise ValueError(f"k {list(budget)}: {self.most} budgets with a k' per layer are known; no more fit")
             self.layouts.append(budget)
         return 1 + self.settings.k_max + self.layouts.index(budget)
 
@@ -78,10 +82,11 @@ class Tables:
         for k in range(1, levels.settings.k_max + 1):
             self._fill(k)
 
-    def learn(self, layouts: Iterable[tuple[int, ...]]) -> None:
+    def learn(self, layouts: Sequence[tuple[int, ...]]) -> None:
         """Add the budgets with a k' per layer that are not known yet. `layouts`: all of them, in order."""
-        for layout in layouts:
+        for layout in layouts[self.filled :]:
             self._fill(self.levels.of(layout))
+        self.filled = max(self.filled, len(layouts))
 
     def _fill(self, level: int) -> None:
         for number, (table, k) in enumerate(zip(self.layers, self.levels.layout(level), strict=True)):

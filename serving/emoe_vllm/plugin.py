@@ -59,9 +59,10 @@ def configure(vllm_config: Any) -> None:
     from emoe_vllm import refusals
 
     refusals.check(vllm_config)
-    settings = decide(config, vllm_config.additional_config)
+    settings = decide(config, vllm_config.additional_config, vllm_config.model_config.model)
     vllm_config.additional_config = vllm_config.additional_config | {"emoe": settings.as_json()}
     setattr(config, k_key(config), settings.k_max)  # layers are built for the largest k' and masked down
+    refusals.check_scheduler(vllm_config.scheduler_config.scheduler_cls, settings)
     _choose_classes(vllm_config)
     _check_requests(vllm_config, settings)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from emoe_vllm.settings import FLAG, ElasticSettings
+
 _FIXED_K = "its kernels or layers take one k for all tokens"
 _TOKENS = "the layers with experts would see other tokens than the worker knows the budgets of"
 
@@ -44,6 +46,22 @@ def _settings(config: Any) -> list[tuple[str, Any, str]]:
     ]
 
 
+def check_scheduler(found: Any, settings: ElasticSettings) -> None:
+    """ValueError where a scheduler of one's own does not do what the flag asks for, or asks for what the flag lacks."""
+    if found is None:
+        return
+    from emoe_vllm.following import Following
+
+    follows = issubclass(_imported(found), Following)
+    if follows and settings.follow is None:
+        raise ValueError(f"--scheduler-cls {found}: has nothing to follow without {FLAG}.follow")
+    if settings.follow is not None and not follows:
+        raise ValueError(
+            f"--scheduler-cls {found}: does not follow the load; with {FLAG}.follow it must be a subclass of "
+            "emoe_vllm.following.FollowingScheduler or FollowingAsyncScheduler, or be left out"
+        )
+
+
 def _quantised_monolithic(config: Any) -> Any:
     method = config.model_config.quantization
     return method if method in ("mxfp4", "gpt_oss_mxfp4") else None
@@ -57,12 +75,16 @@ def _other_scheduler(found: Any) -> Any:
     """A scheduler that is none of ours. Names are imported: whoever derives a policy says where it is."""
     if found is None:
         return None
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
     from emoe_vllm.scheduler import ElasticScheduling
 
-    kind = resolve_obj_by_qualname(found) if isinstance(found, str) else found
+    kind = _imported(found)
     return None if isinstance(kind, type) and issubclass(kind, ElasticScheduling) else found
+
+
+def _imported(found: Any) -> Any:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    return resolve_obj_by_qualname(found) if isinstance(found, str) else found
 
 
 def _wants_v2() -> Any:

@@ -1,7 +1,7 @@
 """What a request asks for, in `SamplingParams.extra_args` (`vllm_xargs` of the OpenAI server), and what it gets.
 
-`emoe_k` is its k'; `emoe_k_prefill` and `emoe_k_decode` those of the tokens of its prompt and of the tokens that it
-writes. The scheduler pins the levels of a request once, when it arrives (`PINNED`).
+`emoe_k` is its k', a number or the name of a budget; `emoe_k_prefill` and `emoe_k_decode` those of the tokens of its
+prompt and of the tokens that it writes. The scheduler pins the levels of a request once, when it arrives (`PINNED`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from emoe_vllm.settings import ElasticSettings, check_k
+from emoe_vllm.budgets import Ks
+from emoe_vllm.settings import ElasticSettings
 
 K, K_PREFILL, K_DECODE = "emoe_k", "emoe_k_prefill", "emoe_k_decode"
 PINNED = "emoe_levels"
@@ -20,8 +21,9 @@ FOLLOW = -1
 """As the level of decoding: whatever the scheduler says in each step."""
 
 
-def asked_k(params: Any, settings: ElasticSettings) -> tuple[int | None, int | None]:
-    """The k' of prefill and of decoding that a request names, None where it names none.
+def asked_k(params: Any, settings: ElasticSettings) -> tuple[Ks | None, Ks | None]:
+    """The k' of prefill and of decoding that a request names, None where it names none; one for each layer, where it
+    names such a budget.
 
     Raises:
         ValueError: a name that is not known, or a k' out of range.
@@ -30,7 +32,7 @@ def asked_k(params: Any, settings: ElasticSettings) -> tuple[int | None, int | N
     for key in found:
         if key not in (K, K_PREFILL, K_DECODE):
             raise ValueError(f"{key}: is not known; a request may name {K}, {K_PREFILL} and {K_DECODE}")
-    ks = {key: check_k(_whole(k), settings.k_min, settings.k_max, key) for key, k in found.items()}
+    ks = {key: settings.named(_whole(k), key) for key, k in found.items()}
     return ks.get(K_PREFILL, ks.get(K)), ks.get(K_DECODE, ks.get(K))
 
 

@@ -2,12 +2,15 @@
 
 Keys and values above the first MoE layer depend on k'. So a request's prefix is hashed together with the level of its
 prefill: blocks are shared between equal levels alone. Blocks with tokens that were written at another level than that
-of the prefill are shared with nobody. A policy that follows the load overrides `default_levels` and `level_now`.
+of the prefill are shared with nobody. What follows the load overrides `default_levels` and `level_now` (following.py).
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from vllm.logger import init_logger
@@ -15,9 +18,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from emoe_vllm import control
+from emoe_vllm.budgets import Ks
 from emoe_vllm.levels import Levels
 from emoe_vllm.requests import FOLLOW, asked_k, pin, pinned
-from emoe_vllm.settings import check_budget, decided
+from emoe_vllm.settings import FLAG, decided
 
 logger = init_logger(__name__)
 
@@ -56,7 +60,8 @@ class ElasticScheduling(Scheduler):
         except ValueError as error:  # the front end refuses these; whoever passed it by gets an answer of no tokens
             logger.error("request %s: %s", request.request_id, error)
             request.abort_immediately, asked = True, (None, None)
-        prefill, decode = asked[0] or prefill, asked[1] or decode
+        prefill = prefill if asked[0] is None else self.levels.of(asked[0])
+        decode = decode if asked[1] is None else self.levels.of(asked[1])
         pin(request.sampling_params, prefill, decode)
         request.cache_salt = f"{request.cache_salt or ''}|emoe:{self.levels.budget(prefill)}"
         if request._block_hasher is not None:
@@ -71,22 +76,45 @@ class ElasticScheduling(Scheduler):
         output.emoe_layouts = tuple(self.levels.layouts)
         return output
 
-    def emoe_set_k(self, k: Any) -> dict[str, Any]:
-        """From now on requests that name no k' get this one (ValueError: out of range)."""
-        settings = self.levels.settings
-        self.default = self.levels.of(check_budget(k, settings.k_min, settings.k_max, len(settings.layers), "k"))
+    def emoe_change(self, change: Mapping[str, Any]) -> dict[str, Any]:
+        """From now on requests that name no k' get `k` of the change, None: what the server started with.
+
+        Raises:
+            ValueError: out of range, or `follow` where there is nothing to follow.
+        """
+        if change.get("follow"):
+            raise ValueError(f"follow True: this server has no levels to follow; they are set by {FLAG}.follow")
+        if "k" in change:
+            settings = self.levels.settings
+            self.default = self.levels.of(settings.k if change["k"] is None else settings.budget(change["k"], "k"))
         return self.emoe_settings()
 
     def emoe_settings(self) -> dict[str, Any]:
-        """k' now, and what is admitted."""
-        settings, k = self.levels.settings, self.levels.budget(self.default)
+        """k' now, and what is admitted. k_now: of decoding, where a request names none."""
+        settings, decode = self.levels.settings, self.default_levels()[1]
+        level = self.level_now() if decode == FOLLOW else decode
+        assert level is not None, "a scheduler that lets requests follow it says a level"
         return {
-            "k": k if isinstance(k, int) else list(k),
+            "k": as_json(self.levels.budget(self.default)),
+            "k_now": as_json(self.levels.budget(level)),
+            "k_mean": self._mean(self.default),
+            "k_now_mean": self._mean(level),
             "k_train": settings.k_train,
             "k_min": settings.k_min,
             "k_max": settings.k_max,
             "layers": list(settings.layers),
+            "budgets": [asdict(budget) | {"k": as_json(budget.k)} for budget in settings.budgets],
+            "follow": None,
+            "changes": 0,
         }
+
+    def _mean(self, level: int) -> float:
+        return fmean(self.levels.layout(level))
+
+
+def as_json(k: Ks) -> int | list[int]:
+    """A k' as it stands in an answer."""
+    return k if isinstance(k, int) else list(k)
 
 
 class _Unshared:
@@ -113,5 +141,11 @@ class ElasticAsyncScheduler(ElasticScheduling, AsyncScheduler):
 
 def scheduler(vllm_config: Any, **kwargs: Any) -> ElasticScheduling:
     """The scheduler of an engine: what vLLM's `scheduler_cls` names. Which one is known only when the engine starts."""
-    kind = ElasticAsyncScheduler if vllm_config.scheduler_config.async_scheduling else ElasticScheduler
+    from emoe_vllm.following import FollowingAsyncScheduler, FollowingScheduler
+
+    settings, ahead = decided(vllm_config.additional_config), vllm_config.scheduler_config.async_scheduling
+    if settings is not None and settings.follow is not None:
+        kind: type[ElasticScheduling] = FollowingAsyncScheduler if ahead else FollowingScheduler
+    else:
+        kind = ElasticAsyncScheduler if ahead else ElasticScheduler
     return kind(vllm_config=vllm_config, **kwargs)

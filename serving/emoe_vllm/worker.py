@@ -18,8 +18,8 @@ from emoe_vllm.settings import block_of, decided
 
 
 class ElasticWorker(Worker):
-    """On a GPU (not run: none was at hand), and what the worker on a CPU has in common with it. `tokens`: of requests,
-    by level, since the start."""
+    """On a GPU (not run: none was at hand), and what the worker on a CPU has in common with it. `prefill`, `decode`:
+    tokens of requests by level, since the start."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -34,7 +34,8 @@ class ElasticWorker(Worker):
         # Until there are requests, as in the pass that measures memory, all tokens have the largest budget.
         self._host_T = torch.full((most,), settings.k_max, dtype=torch.int32)
         self._batch = Batch(self._host_T.to(self.device), groups=[(settings.k_max, None)])
-        self.tokens: Counter[int] = Counter()
+        self.prefill: Counter[int] = Counter()
+        self.decode: Counter[int] = Counter()
         self._attach()
         self._forward = self.model_runner._model_forward
         self.model_runner._model_forward = self._forward_with_levels
@@ -66,10 +67,11 @@ class ElasticWorker(Worker):
             prompt = min(max(request.num_prompt_tokens - request.num_computed_tokens, 0), tokens)
             levels_T[end : end + prompt] = prefill
             levels_T[end + prompt : end + tokens] = decode
+            self.prefill[prefill] += prompt
+            self.decode[decode] += tokens - prompt
             end += tokens
         levels_T[end:] = PADDING
-        found, counts = np.unique(levels_T[:end], return_counts=True)
-        self.tokens.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+        found = np.unique(levels_T[:end])
         self._batch.groups = [(int(found[0]), None)] if len(found) == 1 else self._groups(found, levels_T[:end])
         if self._batch.levels_T.device.type != "cpu":
             # Not run: no GPU was at hand. In stream order, so after the step that may still read it; from a page of its
@@ -81,11 +83,16 @@ class ElasticWorker(Worker):
         return [(int(level), torch.from_numpy(np.flatnonzero(levels_T == level))) for level in found]
 
     def emoe_status(self) -> dict[str, Any]:
-        """By `collective_rpc`: tokens that ran at each budget, and rows that reached the experts of each layer."""
-        budgets = {level: self._levels.budget(level) for level in self.tokens}
-        tokens = [[budgets[level], count] for level, count in sorted(self.tokens.items()) if count]
-        return {"tokens": tokens, "rows": {str(layer): rows for layer, rows in self._batch.rows.items()}}
+        """By `collective_rpc`: tokens that ran at each budget, all and by phase, and rows that reached the experts of each
+        layer."""
+        counts = {"tokens": self.prefill + self.decode, "prefill": self.prefill, "decode": self.decode}
+        return {phase: self._by_budget(tokens) for phase, tokens in counts.items()} | {
+            "rows": {str(layer): rows for layer, rows in self._batch.rows.items()}
+        }
+
+    def _by_budget(self, tokens: Counter[int]) -> list[list[Any]]:
+        return [[self._levels.budget(level), count] for level, count in sorted(tokens.items()) if count]
 
     def emoe_set_k(self, k: Any) -> dict[str, Any]:
         """By `collective_rpc`, where worker and scheduler are one process (see control.py for every other)."""
-        return control.in_this_process(self.vllm_config).emoe_set_k(k)
+        return control.in_this_process(self.vllm_config).emoe_change({"k": k})

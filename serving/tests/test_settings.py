@@ -65,7 +65,7 @@ def test_a_flag_that_cannot_be_is_refused(flag, message):
 
 def test_a_flag_that_is_no_object_is_refused():
     with pytest.raises(
-        ValueError, match="--additional-config emoe 3: must be an object with k, k_min, k_max, or false"
+        ValueError, match="--additional-config emoe 3: must be an object with k, k_min, k_max, budgets,"
     ):
         asked_for(config(), {"emoe": 3})
 
