@@ -28,12 +28,21 @@ CARD_OF = {
     "qwen2_moe": "qwen1_5_moe_a2_7b",
     "deepseek_v2": "deepseek_v2_lite",
     "ernie4_5_moe": "ernie4_5_21b_a3b",
+    "llama": "llama_3_2_1b",
+    "qwen3_moe": "qwen3_30b_a3b",
+    "mixtral": "mixtral_8x7b",
+    "deepseek_v3": "moonlight_16b_a3b",
 }
+DENSE = ("llama",)
 SAYS = {  # of hf_models.VARIANTS, the second model of each architecture
     "olmoe": "6 experts, k = 3, grouped queries, q, k and v clamped at 0.7, tied embeddings",
     "qwen2_moe": "10 experts, k = 4, one key head, tied embeddings",
     "deepseek_v2": "6 experts, one shared, no dense layer, tied embeddings",
     "ernie4_5_moe": "10 experts, k = 6, no grouped queries, untied embeddings",
+    "llama": "heads of 16, no grouped queries, no rotary scaling, tied embeddings",
+    "qwen3_moe": "10 experts, k = 4, one key head, tied embeddings",
+    "mixtral": "6 experts, k = 3, no grouped queries, tied embeddings",
+    "deepseek_v3": "6 experts, one shared, no dense layer, tied embeddings",
 }
 
 
@@ -84,10 +93,11 @@ def results(model_type: str, folder: Path) -> str:
 
     from tests import hf_models
 
+    dense = model_type in DENSE
     cases = [
-        Case("plain", {}, KS),
+        Case("plain", {}, None if dense else KS),
         Case(SAYS[model_type], hf_models.VARIANTS[model_type]),
-        Case("plain, stored in bf16", {"dtype": torch.bfloat16}, [2, 8], bf16=True),
+        Case("plain, stored in bf16", {"dtype": torch.bfloat16}, None if dense else [2, 8], bf16=True),
     ]
     rows = [line for number, case in enumerate(cases) for line in compare(model_type, case, folder / str(number))]
     versions = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "transformers", "torch"))
@@ -116,8 +126,9 @@ def compare(model_type: str, case: Case, folder: Path) -> list[str]:
     hf = hf_models.save(model_type, folder / "hf", **case.options)
     import_model(hf, folder / "megatron", **quiet)
     layers = check_layers(hf, folder / "megatron" / "release", **quiet)
+    at = "" if model_type in DENSE else ", at k and with all experts"
     rows = [
-        f"| {case.name} | each layer on the same hidden states, at k and with all experts, fp32 | largest relative "
+        f"| {case.name} | each layer on the same hidden states{at}, fp32 | largest relative "
         f"difference {layers.largest.difference:.1e} |"
     ]
     reports = [verify(hf, folder / "megatron", ks=case.ks, **quiet)]
@@ -129,9 +140,10 @@ def compare(model_type: str, case: Case, folder: Path) -> list[str]:
 def verified(case: Case, report: Any, row: Any) -> str:
     """One k' of a comparison of whole models."""
     logits = f"max \\|dlogit\\| {row.ours.max_difference:.1e}, " if report.dtype == "fp32" else ""
-    found = f"{logits}KL {row.ours.kl:.1e}, {1 - row.ours.other_sets:.2%} of routed sets equal"
+    sets = "" if row.k is None else f", {1 - row.ours.other_sets:.2%} of routed sets equal"
     verdict = "; ".join(row.failures) or "same model"
-    return f"| {case.name} | whole models, {row.tokens} tokens, {report.dtype}, k' = {row.k} | {verdict}: {found} |"
+    at = report.dtype if row.k is None else f"{report.dtype}, k' = {row.k}"
+    return f"| {case.name} | whole models, {row.tokens} tokens, {at} | {verdict}: {logits}KL {row.ours.kl:.1e}{sets} |"
 
 
 def round_trip(hf: Path, folder: Path) -> str:

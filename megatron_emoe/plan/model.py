@@ -22,6 +22,9 @@ MODELS = {
     "qwen1.5-moe-14b": "qwen1_5_moe_a2_7b.args",
     "deepseek-v2-lite-16b": "deepseek_v2_lite.args",
     "ernie-4.5-21b": "ernie4_5_21b_a3b.args",
+    "moonlight-16b": "moonlight_16b_a3b.args",
+    "qwen3-30b": "qwen3_30b_a3b.args",
+    "mixtral-47b": "mixtral_8x7b.args",
 }
 """Name of a released model -> its flag file in examples/models."""
 

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from megatron_emoe.hf.active_experts import counting_rows, moe_layer_numbers, set_active_experts
 from tests import hf_models
-from tests.hf_models import MODEL_TYPES
+from tests.hf_models import LATER_TYPES, MODEL_TYPES
 
+MOE_TYPES = [*MODEL_TYPES, *(name for name in LATER_TYPES if name != "llama")]
 TOKENS = 2 * 24  # of hf_models.tokens()
-SECOND = {"olmoe": 1, "qwen2_moe": 1, "deepseek_v2": 2, "ernie4_5_moe": 2}  # MoE layers' numbers: 1 + this, and before
+FIRST_DENSE = ("deepseek_v2", "ernie4_5_moe", "deepseek_v3")
+SCORES = torch.tensor([0.1, 0.4, 0.2, 0.3])
 
 
 def logits(model) -> Tensor:
@@ -26,11 +28,22 @@ def rows(model) -> dict[int, int]:
     return counted
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def give_scores(model_type: str, gate) -> None:
+    """The hidden state (1, 0, ...) has these scores then, and no selection bias."""
+    sigmoid = model_type == "deepseek_v3"
+    gate.weight.zero_()
+    gate.weight[:, 0] = SCORES.logit() if sigmoid else SCORES.log()
+    if sigmoid:
+        gate.e_score_correction_bias.zero_()
+    if model_type == "ernie4_5_moe":
+        gate.moe_statics.e_score_correction_bias.zero_()
+
+
+@pytest.mark.parametrize("model_type", MOE_TYPES)
 def test_rows_follow_k(model_type):
     model = hf_models.build(model_type)
     first, second = moe_layer_numbers(model.config)
-    assert (first, second) == (SECOND[model_type], SECOND[model_type] + 1)  # dense layers count
+    assert (first, second) == ((2, 3) if model_type in FIRST_DENSE else (1, 2))  # dense layers count
     assert rows(model) == {first: 2 * TOKENS, second: 2 * TOKENS}  # the model's own k
     for k in (1, 8, [3, 5], (8, 1)):
         set_active_experts(model, k)
@@ -39,7 +52,7 @@ def test_rows_follow_k(model_type):
     assert model.config.num_experts_per_tok == 2
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MOE_TYPES)
 def test_a_model_told_k_is_the_model_built_with_that_k(model_type):
     told = hf_models.build(model_type)
     set_active_experts(told, 5)
@@ -48,7 +61,7 @@ def test_a_model_told_k_is_the_model_built_with_that_k(model_type):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MOE_TYPES)
 def test_tail_scale(model_type):
     model = hf_models.build(model_type)
     at_k = logits(model)
@@ -68,24 +81,27 @@ def test_tail_scale(model_type):
     assert torch.equal(logits(model), at_k)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MOE_TYPES)
 def test_weights_with_a_tail_scale_by_hand(model_type):
     model = hf_models.build(model_type, num_experts=4)
     set_active_experts(model, 3, {3: 0.25})
     gate = model.model.layers[-1].mlp.gate
     with torch.no_grad():
-        gate.weight.zero_()
-        gate.weight[:, 0] = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()  # softmax scores of the hidden state (1, 0, ...)
+        give_scores(model_type, gate)
         if model_type == "ernie4_5_moe":
-            gate.moe_statics.e_score_correction_bias[0] = torch.tensor([0.5, 0.0, 0.0, 0.0])  # ranks: 0, 1, 3
+            gate.moe_statics.e_score_correction_bias[0, 0] = 0.5  # ranks: 0, 1, 3
+        if model_type == "deepseek_v3":
+            gate.e_score_correction_bias[0] = 0.5
         _, weights, chosen = gate(torch.eye(1, 32))
     found = dict(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))
+    raw = {1: 0.4, 3: 0.3, 2: 0.05}  # the third best has 0.2 / 4; not renormalised
+    biased = {0: 0.1 / 0.575, 1: 0.4 / 0.575, 3: 0.075 / 0.575}  # 0.3 / 4, then sum 1
     expected = {
-        "olmoe": {1: 0.4, 3: 0.3, 2: 0.05},  # the third best has 0.2 / 4; not renormalised
-        "qwen2_moe": {1: 0.4, 3: 0.3, 2: 0.05},
-        "deepseek_v2": {1: 0.4, 3: 0.3, 2: 0.05},
-        "ernie4_5_moe": {0: 0.1 / 0.575, 1: 0.4 / 0.575, 3: 0.075 / 0.575},  # 0.3 / 4, then sum 1
-    }[model_type]
+        "ernie4_5_moe": biased,
+        "deepseek_v3": {expert: 2.446 * weight for expert, weight in biased.items()},
+        "qwen3_moe": {expert: weight / 0.75 for expert, weight in raw.items()},
+        "mixtral": {expert: weight / 0.75 for expert, weight in raw.items()},
+    }.get(model_type, raw)
     assert found == pytest.approx(expected)
 
 
@@ -132,6 +148,11 @@ def test_groups_limit_k():
         set_active_experts(model, 5)
 
 
+def test_a_dense_model_has_no_k():
+    with pytest.raises(ValueError, match="^model_type 'llama': has no experts, and so no k'$"):
+        set_active_experts(hf_models.build("llama"), 2)
+
+
 def test_another_architecture_is_refused():
     model = hf_models.build("olmoe")
     model.config.model_type = "phimoe"
@@ -139,7 +160,7 @@ def test_another_architecture_is_refused():
         set_active_experts(model, 2)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MOE_TYPES)
 def test_weights_with_learned_scales_by_hand(model_type):
     model = hf_models.build(model_type, num_experts=4)
     rows = [[0.0, 0.0], [math.log(2), 0.0, math.log(4)]]
@@ -147,19 +168,18 @@ def test_weights_with_learned_scales_by_hand(model_type):
     set_active_experts(model, 3, {3: 0.25})
     gate = model.model.layers[-1].mlp.gate
     with torch.no_grad():
-        gate.weight.zero_()
-        gate.weight[:, 0] = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
-        if model_type == "ernie4_5_moe":
-            gate.moe_statics.e_score_correction_bias.zero_()
+        give_scores(model_type, gate)
         _, weights, chosen = gate(torch.eye(1, 32))
         set_active_experts(model, 2)
         _, at_k, _ = gate(torch.eye(1, 32))
     found = dict(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))
     expected = {1: 0.8, 3: 0.3, 2: 0.2}  # twice the best, 0.2 / 4 x 4: the tail scale beside the learned one
-    total = sum(expected.values()) if model_type == "ernie4_5_moe" else 1
-    assert found == pytest.approx({expert: weight / total for expert, weight in expected.items()})
-    total = 0.7 if model_type == "ernie4_5_moe" else 1
-    assert sorted(at_k[0].tolist()) == pytest.approx([0.3 / total, 0.4 / total])  # scales of 1 there
+    factor = 2.446 if model_type == "deepseek_v3" else 1
+    renormalises = model_type in ("ernie4_5_moe", "qwen3_moe", "mixtral", "deepseek_v3")
+    total = sum(expected.values()) if renormalises else 1
+    assert found == pytest.approx({expert: factor * weight / total for expert, weight in expected.items()})
+    total = 0.7 if renormalises else 1
+    assert sorted(at_k[0].tolist()) == pytest.approx([factor * 0.3 / total, factor * 0.4 / total])  # scales of 1 there
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from math import prod
 
 import pytest
 
+from megatron_emoe.hf.architecture import experts_in, own_k
 from megatron_emoe.hf.registry import architecture_of
-from tests.hf.full_size import MODELS, PUBLISHED, meta_model, on_disk
+from tests.hf.full_size import MODELS, PUBLISHED, SELECTION_BIASES, meta_model, on_disk
 
 
 def by_hand(name: str, k: int | None = None) -> int:
@@ -22,6 +23,17 @@ def by_hand(name: str, k: int | None = None) -> int:
         attention = H * 16 * (128 + 64) + H * (512 + 64) + 512 + 512 * 16 * (128 + 128) + 16 * 128 * H
         moe = H * 64 + 2 * expert + (k or 64) * expert
         return 2 * 102400 * H + H + 27 * (attention + 2 * H) + 3 * H * 10944 + 26 * moe
+    if name == "llama_3_2_1b":  # 16 layers; 32 heads of 64 and 8 of k, v; MLP of 8192; tied
+        H = 2048
+        return 128256 * H + H + 16 * (2 * H * 32 * 64 + 2 * H * 8 * 64 + 2 * H + 3 * H * 8192)
+    if name == "qwen3_30b_a3b":  # 48 layers; 32 heads of 128 and 4 of k, v, normed one by one; 128 experts of width 768
+        H, attention, expert = 2048, 2 * 2048 * 32 * 128 + 2 * 2048 * 4 * 128 + 2 * 128, 3 * 2048 * 768
+        return 2 * 151936 * H + H + 48 * (attention + 2 * H + H * 128 + (k or 128) * expert)
+    if name == "mixtral_8x7b":  # 32 layers; 32 heads of 128 and 8 of k, v; 8 experts of width 14336
+        H, attention, expert = 4096, 2 * 4096 * 32 * 128 + 2 * 4096 * 8 * 128, 3 * 4096 * 14336
+        return 2 * 32000 * H + H + 32 * (attention + 2 * H + H * 8 + (k or 8) * expert)
+    if name == "moonlight_16b_a3b":  # as DeepSeek-V2-Lite, but for the dense layer (11264) and the vocabulary
+        return by_hand("deepseek_v2_lite", k) + 2 * (163840 - 102400) * 2048 + 3 * 2048 * (11264 - 10944)
     H, expert = 2560, 3 * 2560 * 1536  # ERNIE: 28 layers, the first dense (12288); 20 heads and 4 of k, v; 2 shared
     attention = 2 * H * 20 * 128 + 2 * H * 4 * 128
     moe = H * 64 + 2 * expert + (k or 64) * expert
@@ -38,8 +50,14 @@ def model(name):
     return meta_model(name)
 
 
-def k_and_experts(config) -> tuple[int, int]:
-    return config.num_experts_per_tok, config.num_experts
+@pytest.fixture(scope="module")
+def groups(model):
+    return architecture_of(model.config).groups(model.config)
+
+
+def budgets(config) -> list[int]:
+    k = own_k(config)
+    return [k, 2 * k, 3 * k] if k else []
 
 
 def test_there_is_a_configuration_of_every_model():
@@ -47,21 +65,18 @@ def test_there_is_a_configuration_of_every_model():
 
 
 def test_parameters_of_the_model_are_the_published_ones(name, model):
-    k, experts = k_and_experts(model.config)
     counted = {n: p.numel() for n, p in model.named_parameters() if "e_score_correction_bias" not in n}
     routed = sum(size for n, size in counted.items() if ".mlp.experts." in n)
     total = sum(counted.values())
-    active = [total - routed + routed * n // experts for n in (k, 2 * k, 3 * k)]
+    active = [total - routed + routed * n // experts_in(model.config) for n in budgets(model.config)]
     assert (total, *active) == PUBLISHED[name]
 
 
 def test_parameters_by_hand_are_the_published_ones(name, model):
-    k, _ = k_and_experts(model.config)
-    assert (by_hand(name), *(by_hand(name, n) for n in (k, 2 * k, 3 * k))) == PUBLISHED[name]
+    assert (by_hand(name), *(by_hand(name, n) for n in budgets(model.config))) == PUBLISHED[name]
 
 
-def test_the_name_table_is_the_model_tensor_by_tensor(model):
-    groups = architecture_of(model.config).groups(model.config)
+def test_the_name_table_is_the_model_tensor_by_tensor(model, groups):
     named = Counter(name for group in groups for piece in group.pieces for name, _ in piece.hf)
     table = {name: shape for group in groups for name, shape in group.hf_tensors().items()}
     assert max(named.values()) == 1
@@ -69,31 +84,29 @@ def test_the_name_table_is_the_model_tensor_by_tensor(model):
 
 
 @pytest.mark.slow
-def test_megatron_tensors_hold_the_published_parameters(name, model):
-    architecture = architecture_of(model.config)
-    pieces = [piece for group in architecture.groups(model.config) for piece in group.pieces]
-    places = [architecture.layout(model.config).place(piece) for piece in pieces]
+def test_megatron_tensors_hold_the_published_parameters(name, model, groups):
+    layout = architecture_of(model.config).layout(model.config)
+    places = [layout.place(piece) for group in groups for piece in group.pieces]
     bias = sum(prod(place.size) for place in places if place.key.endswith("expert_bias"))
     assert sum(prod(place.size) for place in places) - bias == PUBLISHED[name][0]
-    assert bias == (27 * 64 if name == "ernie4_5_21b_a3b" else 0)
+    assert bias == SELECTION_BIASES.get(name, 0)
 
 
-def test_chunks_fill_every_megatron_tensor_once(model):
-    architecture = architecture_of(model.config)
-    layout = architecture.layout(model.config)
+def test_chunks_fill_every_megatron_tensor_once(model, groups):
+    layout = architecture_of(model.config).layout(model.config)
     shapes: dict[str, tuple[int, ...]] = {}
     filled: Counter[str] = Counter()
     corners = set()
-    for place in (layout.place(piece) for group in architecture.groups(model.config) for piece in group.pieces):
+    for place in (layout.place(piece) for group in groups for piece in group.pieces):
         assert shapes.setdefault(place.key, place.shape) == place.shape
         assert all(o + s <= w for o, s, w in zip(place.offset, place.size, place.shape, strict=True)), place
         corners.add((place.key, place.offset))
         filled[place.key] += prod(place.size)
     assert filled == {key: prod(shape) for key, shape in shapes.items()}
-    assert len(corners) == sum(len(group.pieces) for group in architecture.groups(model.config))
+    assert len(corners) == sum(len(group.pieces) for group in groups)
 
 
-def test_hf_and_megatron_chunks_are_of_one_size(model):
-    for group in architecture_of(model.config).groups(model.config):
+def test_hf_and_megatron_chunks_are_of_one_size(groups):
+    for group in groups:
         for piece in group.pieces:
             assert prod(piece.chunk_shape) == sum(prod(shape) for _, shape in piece.hf), piece

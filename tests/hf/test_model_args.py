@@ -10,6 +10,7 @@ from megatron.training.arguments import parse_args, validate_args
 from transformers import AutoConfig
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
+from megatron_emoe.hf.architecture import experts_in, own_k
 from megatron_emoe.hf.registry import architecture_of, architectures
 from megatron_emoe.routing.transformer_config import elastic_config_from_args
 from megatron_emoe.settings.flag_files import expand
@@ -72,11 +73,14 @@ def test_the_file_is_the_configuration_flag_by_flag(file, config, tmp_path):
 def test_the_suggested_loss_weight_is_that_of_the_configuration(file, config, tmp_path):
     suggested = flags_in(file.read_text().partition(MARK)[2].partition("\n")[2], tmp_path)
     imported = architecture_of(config).balancing(config)
+    if not experts_in(config):
+        assert suggested == imported == {}
+        return
     assert suggested.keys() == imported.keys() == {"moe_router_load_balancing_type", "moe_aux_loss_coeff"}
     assert suggested["moe_router_load_balancing_type"] == imported["moe_router_load_balancing_type"]
     weight = imported["moe_aux_loss_coeff"]
     assert float(suggested["moe_aux_loss_coeff"]) == weight
-    if config.model_type == "deepseek_v2":  # its own definition is Megatron's: per layer, counts divided by k
+    if config.model_type.startswith("deepseek"):  # its own definition is Megatron's: per layer, counts divided by k
         assert imported == {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 1e-3}
         assert (config.seq_aux, config.aux_loss_alpha) == (True, 1e-3)
         return
@@ -106,11 +110,11 @@ def test_megatron_takes_the_file(file, config, monkeypatch):
     validate_args(args)
     elastic = elastic_config_from_args(args)
     assert elastic.num_layers == config.num_hidden_layers
-    assert elastic.num_moe_experts == config.num_experts
-    assert elastic.moe_router_topk == config.num_experts_per_tok
+    assert (elastic.num_moe_experts or 0) == experts_in(config)
+    assert not experts_in(config) or elastic.moe_router_topk == own_k(config)
     assert elastic.layernorm_epsilon == config.rms_norm_eps
     dense = [layer for layer, moe in enumerate(_frequency(elastic)) if not moe]
-    assert dense == ([0] if config.model_type in ("deepseek_v2", "ernie4_5_moe") else [])
+    assert dense == ([0] if config.model_type in ("deepseek_v2", "deepseek_v3", "ernie4_5_moe") else [])
 
 
 def _frequency(elastic) -> list[int]:

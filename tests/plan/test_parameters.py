@@ -1,4 +1,4 @@
-"""Planned parameters equal those of models really built: all four at full size, every distinct rank of some layouts."""
+"""Planned parameters equal those of models really built: all at full size, every distinct rank of some layouts."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -24,6 +24,9 @@ TOTALS = {
     "qwen1.5-moe-14b": 14_315_784_192,
     "deepseek-v2-lite-16b": 15_706_484_224,
     "ernie-4.5-21b": 21_825_436_160,
+    "moonlight-16b": 15_960_108_544,
+    "qwen3-30b": 30_532_122_624,
+    "mixtral-47b": 46_702_792_704,
 }
 
 LAYOUTS = {
@@ -31,6 +34,9 @@ LAYOUTS = {
     "qwen1.5-moe-14b": [on(4, 1, 1, 4, 1), on(8, 2, 2, 4, 1), on(4, 2, 1, 2, 2)],
     "deepseek-v2-lite-16b": [on(4, 1, 4, 1, 1), on(8, 2, 2, 4, 1), on(6, 1, 3, 2, 1)],
     "ernie-4.5-21b": [on(4, 1, 1, 4, 1), on(8, 4, 2, 4, 1), on(8, 1, 4, 2, 1)],
+    "moonlight-16b": [],
+    "qwen3-30b": [],
+    "mixtral-47b": [on(4, 2, 2, 2, 1)],
 }
 
 
@@ -74,7 +80,7 @@ def checked_file(path: str, layout: Layout) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", FEATURES)
-def test_features_that_the_four_models_have_not(words, tmp_path):
+def test_features_that_the_models_have_not(words, tmp_path):
     layout = replace(on(4, 2, 2, 2, 1), seq=64, global_batch=4)
     ranks = run_ranks(checked_file, 1, tiny_file(tmp_path, words), layout)[0]
     assert len(ranks) == 4 and all(rank.agrees for rank in ranks), ranks

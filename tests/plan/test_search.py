@@ -161,23 +161,29 @@ def test_a_person_reads_layout_memory_traffic_time_and_runners_up():
 
 
 MODELS = ("olmoe-7b", "qwen1.5-moe-14b", "deepseek-v2-lite-16b", "ernie-4.5-21b")
+LATER_MODELS = ("moonlight-16b", "qwen3-30b", "mixtral-47b")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", [8, 16, 32])
 @pytest.mark.parametrize("memory", [80, 141])
 def test_each_model_has_a_layout_that_megatron_takes(gpus, memory):
-    assert run_ranks(accepted, 1, gpus, memory)[0] == dict.fromkeys(MODELS, gpus)
+    assert run_ranks(accepted, 1, gpus, memory, MODELS)[0] == dict.fromkeys(MODELS, gpus)
 
 
-def accepted(gpus: int, memory: int) -> dict[str, int]:
+@pytest.mark.slow
+def test_the_later_models_have_layouts_too():
+    assert run_ranks(accepted, 1, 32, 80, LATER_MODELS)[0] == dict.fromkeys(LATER_MODELS, 32)
+
+
+def accepted(gpus: int, memory: int, models: tuple[str, ...]) -> dict[str, int]:
     """The world size that Megatron's own checks find right for the flags of each model's plan."""
     from megatron_emoe.plan.model import read_model
     from megatron_emoe.settings import flag_files
     from megatron_emoe.training import arguments
 
     worlds = {}
-    for name in MODELS:
+    for name in models:
         words = ["--model", name, "--gpus", gpus, "--gpu-memory", memory, "--recipe", RECIPE, "--print-flags"]
         with nothing_kept():
             answer = run_tool("plan_job", *words)
