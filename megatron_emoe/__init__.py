@@ -12,6 +12,7 @@ __version__ = "0.2.0"  # setup.py reads it here
 
 if TYPE_CHECKING:
     from megatron_emoe.hf.active_experts import set_active_experts
+    from megatron_emoe.hf.low_rank_model import add_low_rank_experts
     from megatron_emoe.host.mode import enable as enable_host_mode
     from megatron_emoe.model.layer_spec import elastic_spec
     from megatron_emoe.routing.active_experts import active_experts, begin_microbatch
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "active_experts",
     "add_elastic_arguments",
+    "add_low_rank_experts",
     "begin_microbatch",
     "best_k",
     "counting_rows",
@@ -56,6 +58,7 @@ __all__ = [
 
 _HOMES = {
     "hf.active_experts": "set_active_experts",
+    "hf.low_rank_model": "add_low_rank_experts",
     "host.mode": "enable_host_mode=enable",
     "model.layer_spec": "elastic_spec",
     "routing.active_experts": "active_experts begin_microbatch",

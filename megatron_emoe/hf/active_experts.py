@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from megatron_emoe.hf.comparison import gate_of, gate_scores, selection_scores
 from megatron_emoe.hf.config_file import check_block
+from megatron_emoe.hf.low_rank_model import attached, set_low_rank_k
 from megatron_emoe.hf.registry import architectures
 from megatron_emoe.routing.budget_scales import at_budget
 from megatron_emoe.settings.budget_table import BudgetTable, read_budget_table
@@ -48,12 +49,16 @@ def set_active_experts(
     (`trained_k`), the weights of the ranks above that k are multiplied by a(k') before they are renormalised, as
     --emoe-tail-scale does in Megatron. None: the scale that an export has in the block "emoe" of its config.json, or
     plain top-k' where there is none; 1: plain top-k'. Learned scales by budget in that block (--emoe-budget-scales)
-    belong to the model: they are always used, at every k'.
+    belong to the model: they are always used, at every k'. A model with low-rank experts (add_low_rank_experts) has one
+    k' per layer, and what lora_moe.json says in place of config.json.
 
     Raises:
         ValueError: a model of another architecture, a k' out of range, a list of the wrong length, or a tail scale that
             is negative or not finite.
     """
+    if attached(model):
+        set_low_rank_k(model, k, tail_scale)
+        return
     if model.config.model_type not in architectures():
         raise ValueError(
             f"model_type {model.config.model_type!r} is not supported; supported: {', '.join(architectures())}"

@@ -18,6 +18,7 @@ from megatron_emoe.hf.architecture import Architecture, experts_in
 from megatron_emoe.hf.budget_scales import STORED, stored_budget_table
 from megatron_emoe.hf.companions import CARRIED, HF_FOLDER, copy_companions
 from megatron_emoe.hf.config_file import with_floats
+from megatron_emoe.hf.export_lora import export_lora, without_experts
 from megatron_emoe.hf.output_folder import WORKERS, OutputFolder, in_parallel, state_of
 from megatron_emoe.hf.pieces import Group, Layout
 from megatron_emoe.hf.registry import architecture_of, read_config
@@ -66,7 +67,7 @@ def export_model(
     `hf_config`, a folder with the original model's config.json. k: num_experts_per_tok to write, by default the k in
     training. k_per_layer: a k' for each layer with experts, for servers that can have it. measured: what is known of
     the model's k' beside what is stored, given the block "emoe" of config.json (see sweep.exported); it goes into that
-    block.
+    block. Of a model with low-rank experts these alone are written (export_lora).
 
     Raises:
         ValueError: a checkpoint that is missing, damaged, or another model than config.json says; k out of range; an
@@ -78,13 +79,21 @@ def export_model(
     companions = _companions(megatron, hf_config)
     config = read_config(companions)
     architecture = architecture_of(config)
+    if getattr(args, "emoe_lora_experts", None) is not None:
+        _refuse_k(k, k_per_layer)
+        check_same_model(architecture, config, without_experts(args), companions)
+        settings = elastic_settings(args, checkpoint)
+        if table := stored_budget_table(TorchDistReader(checkpoint), args):
+            settings[KEY] = table.as_json()
+        export_lora(checkpoint, args, config, settings, out, report)
+        return
     check_same_model(architecture, config, args, companions)
     k = _asked_k(config, args, k, k_per_layer)
     reader = TorchDistReader(checkpoint)
     groups = architecture.groups(config)
     layout = architecture.layout(config, stacked=not any(key.startswith("decoder.layers.0.") for key in reader.tensors))
     _check_tensors(reader, groups, layout, config)
-    settings: dict[str, Any] = {}
+    settings = {}
     if not architecture.dense:
         settings = elastic_settings(args, checkpoint)
         if table := stored_budget_table(reader, args):
@@ -119,6 +128,16 @@ def _asked_k(config: PretrainedConfig, args: Namespace, k: int | None, k_per_lay
     if not 1 <= k <= experts:
         raise ValueError(f"--k {k}: must lie in [1, {experts}], the number of experts")
     return k
+
+
+def _refuse_k(k: int | None, k_per_layer: Sequence[int] | None) -> None:
+    """ValueError for a k' where low-rank experts are exported: whoever loads them says it."""
+    for name, given in (("--k", k), ("--k-per-layer", k_per_layer)):
+        if given is not None:
+            words = given if isinstance(given, int) else ",".join(map(str, given))
+            raise ValueError(
+                f"{name} {words}: low-rank experts are exported without a k', which the model is told later"
+            )
 
 
 def _check_selection(args: Namespace) -> None:

@@ -35,9 +35,19 @@ def settle_experts(args: Namespace) -> None:
     check_no_experts(args)
     args.num_experts = experts
     args.moe_ffn_hidden_size = args.ffn_hidden_size  # nothing reads it; Megatron would set it to this, with a warning
-    if args.moe_grouped_gemm:  # one file of training flags serves all models
-        args.moe_grouped_gemm = False
-        say("--moe-grouped-gemm: left out; low-rank experts are two dense products")
+    for name, (value, unset) in _LEFT_OUT.items():
+        if getattr(args, name) == value:
+            setattr(args, name, unset)
+            say(
+                f"{flag(name)}{'' if value is True else f' {value}'}: left out; low-rank experts are two dense products"
+            )
+
+
+_LEFT_OUT: dict[str, tuple[object, object]] = {
+    "moe_grouped_gemm": (True, False),
+    "moe_token_dispatcher_type": ("alltoall", "allgather"),
+}
+"""How experts run, which files of flags for all models say: value -> Megatron's default."""
 
 
 def check_no_experts(args: Namespace) -> None:

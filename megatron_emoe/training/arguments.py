@@ -198,6 +198,7 @@ def _complete_evaluation(
     for name, value in model_flags(stored).items():
         if name not in given:
             setattr(args, name, value)
+    settle_experts(args)
     check_budgets(args, stored, source)
     if "padded_vocab_size" not in given and stored.padded_vocab_size is not None:
         # A model may have more rows than its tokenizer has tokens, so the tokenizer does not tell how many.

@@ -189,7 +189,6 @@ def test_every_flag_reaches_every_dense_layer_with_low_rank_experts():
 
 REFUSED_LORA = [
     ({"num_experts": 4}, "--emoe-lora-experts 8 cannot be combined with --num-experts 4"),
-    ({"moe_token_dispatcher_type": "alltoall"}, "--moe-token-dispatcher-type alltoall: every rank computes all"),
     ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor 1.0: low-rank experts have room"),
     ({"moe_shared_expert_intermediate_size": 8}, "--moe-shared-expert-intermediate-size 8: low-rank experts are for"),
     ({"mtp_num_layers": 1}, "--mtp-num-layers 1: the layers of multi-token prediction would have none"),
