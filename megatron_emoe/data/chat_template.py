@@ -6,6 +6,7 @@ rendering: what stands before an answer, with the prompt for it, and what stands
 of the whole, or the chat is refused.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,11 @@ class ChatTemplate:
     tokenizer: Any
     text: str
 
+    @functools.cached_property
+    def _marks(self) -> frozenset[str]:
+        """Tokens that are no words of the vocabulary; some of them end turns."""
+        return frozenset(self.tokenizer.get_added_vocab())
+
     @property
     def marks_answers(self) -> bool:
         """Whether the template itself says what the assistant's text is."""
@@ -163,7 +169,7 @@ class ChatTemplate:
     def _without_last_break(self, text: str, begin: int) -> str:
         """Without the white space behind a special token that ends a turn: no engine generates it."""
         shorter = text.rstrip()
-        ends = any(shorter.endswith(token) for token in self.tokenizer.all_special_tokens)
+        ends = any(shorter.endswith(token) for token in self._marks)
         return shorter if ends and len(shorter) > begin else text
 
 

@@ -249,9 +249,6 @@ def _check_columns(file: InputFile, schema: Any, keys: tuple[str, ...]) -> None:
         if key not in schema.names:
             there = ", ".join(map(repr, schema.names)) or "none"
             raise ValueError(f"{path}: no column {key!r}, there are {there} (--json-keys)")
-        if (
-            not file.nested
-            and "string" not in (kind := str(schema.field(key).type))
-            or "<" in kind.removeprefix("dictionary<values=")
-        ):
+        kind = str(schema.field(key).type)
+        if not file.nested and ("string" not in kind or "<" in kind.removeprefix("dictionary<values=")):
             raise ValueError(f"{path}: the column {key!r} is of {kind}, must be of strings")

@@ -12,6 +12,7 @@ from megatron_emoe.data.files import TokenFiles
 
 def packing_rules(args: Namespace) -> list[tuple[object, str]]:
     """Rules between flags where documents are kept apart, as pairs: whether it is broken, and what to say."""
+    sequences = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
     apart = "--sft" if args.sft else "--dataloader-inter-document-masking" if _packs(args) else ""
     return [
         (args.sft and args.mock_data, "--sft reads conversations from --data-path: leave out --mock-data"),
@@ -22,6 +23,11 @@ def packing_rules(args: Namespace) -> list[tuple[object, str]]:
         (
             apart and args.transformer_impl == "local" and args.window_size is not None,
             f"{apart} excludes --window-size with local layers, whose attention takes one mask",
+        ),
+        (
+            apart and args.pipeline_model_parallel_size > 1 and sequences > 1,
+            f"--micro-batch-size {sequences}: must be 1 with {apart} and --pipeline-model-parallel-size "
+            f"{args.pipeline_model_parallel_size}: stages of megatron-core 0.19 pass on one sequence at a time",
         ),
         (
             apart and args.transformer_impl == "local" and args.masked_softmax_fusion,
