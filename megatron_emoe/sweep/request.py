@@ -141,7 +141,6 @@ _NOT_IN_TRANSFORMERS = {
     "dataloader_inter_document_masking": False,
     "reset_position_ids": False,
     "reset_attention_mask": False,
-    "emoe_combine": "model",
     "emoe_selection": "topk",
 }
 
@@ -150,7 +149,7 @@ def _hugging_face(args: Namespace) -> dict[str, Any]:
     """What the header says of a folder of transformers."""
     if args.world_size != 1:
         raise ValueError(f"--hf {args.hf}: transformers runs in one process, here are {args.world_size}: no torchrun")
-    for name, plain in _NOT_IN_TRANSFORMERS.items():
+    for name, plain in (_NOT_IN_TRANSFORMERS | {"emoe_combine": args.hf_combine}).items():
         if getattr(args, name) != plain:
             raise ValueError(f"{flag(name)} has no meaning with --hf: transformers runs the model by its own code")
     settings = args.hf_settings

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 KS = [1, 2, 5, 8]  # the models have 8 experts and k = 2
 FIRST = {"olmoe": 1, "qwen2_moe": 1, "deepseek_v2": 2, "ernie4_5_moe": 2}  # number of the first MoE layer, of two
+BY_OTHER_RULES = "deepseek_v3"  # its flags name the rule that makes weights of scores
 EVIDENCE = ("qwen2_moe", "ernie4_5_moe")
 TAIL = ["4:0.3", "8:0.1"]
 
@@ -63,7 +64,7 @@ def results(folder: Path, tail: bool = False) -> tuple[SweepResult, SweepResult]
     return ours, theirs
 
 
-@pytest.mark.parametrize("model_type", hf_models.MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [*hf_models.MODEL_TYPES, BY_OTHER_RULES])
 def test_equal_numbers_on_both(swept, model_type):
     ours, theirs = results(swept(model_type)[0])
     assert [cell.k for cell in ours.cells] == [*KS, (1, 5), (5, 1)] == [cell.k for cell in theirs.cells]
