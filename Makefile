@@ -6,7 +6,7 @@ SERVE_VENV ?= .venv-serve
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve demo demo-convert test test-fast test-te test-gpu test-slurm test-serve check bench bench-gpu study clean
+.PHONY: help setup setup-serve demo demo-convert demo-serve test test-fast test-te test-gpu test-slurm test-serve check bench bench-gpu study clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -22,6 +22,9 @@ demo: setup ## the whole path on a small model: data, training, sweep over k, fi
 
 demo-convert: setup ## a tiny Hugging Face model into Megatron, verified, trained elastically, and back
 	@$(BIN)/python examples/demo_convert.py
+
+demo-serve: setup setup-serve ## a tiny model trained elastically and served by vLLM at every k', by request and by load
+	@$(BIN)/python examples/demo_serve.py --serve-python $(SERVE_VENV)/bin/python
 
 test: setup ## all tests (those that need a GPU skip themselves without one)
 	@$(BIN)/python -m pytest -q -n 3 --dist loadfile $(PYTEST_ARGS)
@@ -39,8 +42,8 @@ test-gpu: setup ## tests that need a CUDA device (on one GPU; skipped, with the 
 setup-serve: ## create .venv-serve: vLLM's CPU build and the plugin in serving/ (Python 3.11 to 3.13)
 	@SERVE_VENV="$(SERVE_VENV)" bash tools/setup_serve.sh
 
-test-serve: setup-serve ## the vLLM plugin on the real vLLM, on CPU
-	@$(SERVE_VENV)/bin/python -m pytest -q -c serving/pyproject.toml serving/tests $(PYTEST_ARGS)
+test-serve: setup setup-serve ## the vLLM plugin on the real vLLM, on CPU, with a checkpoint that Megatron trained
+	@EMOE_PYTHON="$(abspath $(BIN))/python" $(SERVE_VENV)/bin/python -m pytest -q -c serving/pyproject.toml serving/tests $(PYTEST_ARGS)
 
 test-slurm: setup ## jobs on a real Slurm of two nodes on this machine (as root on Debian or Ubuntu; about 20 minutes)
 	@tests/slurm/cluster.sh with $(BIN)/python -m pytest -q -rs -m slurm tests/slurm $(PYTEST_ARGS)
@@ -61,5 +64,5 @@ study: setup ## the regret of each method at every budget: some hours, goes on w
 	@$(BIN)/python benchmarks/study.py $(STUDY_ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) $(SERVE_VENV) demo demo-convert build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(SERVE_VENV) demo demo-convert demo-serve build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

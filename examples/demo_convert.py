@@ -19,6 +19,7 @@ import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -73,7 +74,7 @@ OLMOE_S_K = {
 }
 
 
-def build(folder: Path, shape: dict[str, int]) -> None:
+def build(folder: Path, shape: dict[str, Any]) -> None:
     """A tokenizer of its own and a model with random weights, saved as transformers saves them."""
     files = [file for path in sources() for file in (path.rglob("*.py") if path.is_dir() else [path])]
     inner = Tokenizer(models.BPE())
@@ -117,9 +118,9 @@ def steps() -> list[Step]:
     ]
 
 
-def run(step: Step) -> None:
-    """Run one step with its log in demo-convert/logs. SystemExit with the log's end if it fails."""
-    log = OUT / "logs" / f"{step.name.replace(' ', '_')}.log"
+def run(step: Step, logs: Path = OUT / "logs") -> None:
+    """Run one step with its log in `logs`. SystemExit with the log's end if it fails."""
+    log = logs / f"{step.name.replace(' ', '_')}.log"
     print(f"\n== {step.name}\n$ {shlex.join(_short(word) for word in step.command)}", flush=True)
     start = time.perf_counter()
     with log.open("w") as file:

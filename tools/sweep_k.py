@@ -91,8 +91,8 @@ def main() -> None:
     run()
 
 
-def run() -> None:
-    """The sweep, with Megatron."""
+def asked() -> Namespace:
+    """The arguments of the command line, with what a sweep fixes: they decide which tokens it reads."""
     from megatron_emoe.training.arguments import parse_evaluation
 
     fixed = {"skip_train": True, "no_load_optim": True, "no_load_rng": True, "split": "0,100,0"}
@@ -100,7 +100,12 @@ def run() -> None:
     fixed["mtp_num_layers"] = None  # layers that predict further tokens have no part in this loss
     fixed["dataloader_type"] = "single"  # in the order of the data, as the digest and the blocks of losses have them
     fixed["seed"] = 1234  # it decides which part of the data is read
-    args = parse_evaluation(add_arguments, hf_arguments, **fixed)
+    return parse_evaluation(add_arguments, hf_arguments, **fixed)
+
+
+def run() -> None:
+    """The sweep, with Megatron."""
+    args = asked()
     try:
         header = check_sweep(args)
     except ValueError as error:
