@@ -4,12 +4,13 @@ import os
 import reprlib
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_emoe.settings.atomic_file import write_atomically
 
+Result = TypeVar("Result")  # serving's tests compare with our hooks on Python 3.11, which reads no newer syntax
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -49,7 +50,7 @@ def check_label(flag: str, label: str | None) -> None:
             raise ValueError(f"{flag} {label!r}: {error}") from error
 
 
-def read_checked[Result](adapter: TypeAdapter[Result], path: str | os.PathLike) -> Result:
+def read_checked(adapter: TypeAdapter[Result], path: str | os.PathLike) -> Result:  # noqa: UP047
     """Read a JSON file and check every field. Raises `ValueError` with path, key, value and rule."""
     try:
         return adapter.validate_json(Path(path).read_bytes())
