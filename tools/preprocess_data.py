@@ -26,11 +26,11 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megatron_emoe.data.chat_request import (
-    ANSWER_TOKENS,
     CHATS,
     TEMPLATE_HELP,
     add_chat_flags,
@@ -39,6 +39,7 @@ from megatron_emoe.data.chat_request import (
     left_out,
     look_at_chats,
     schemas_of,
+    told_of_chats,
 )
 from megatron_emoe.data.corpus import Piece, cut, group
 from megatron_emoe.data.input_files import FORMATS, InputFile, find_files, look, not_read
@@ -178,7 +179,14 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """ValueError where a kind of tokenizer that is a file has none."""
+    """ValueError where a kind of tokenizer that is a file has none, or that of chats has no template; sets chat_text to
+    the template."""
+    if args.chat:
+        from megatron_emoe.data.chat_encoder import chat_tokenizer
+        from megatron_emoe.data.chat_template import template_text
+
+        tokenizer = chat_tokenizer(args.tokenizer_model, args.trust_remote_code)
+        args.chat_text = template_text(args.chat_template, tokenizer)
     from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS
 
     needs_file = args.tokenizer_type in SP_TOKENIZERS and args.train_tokenizer is None
@@ -207,13 +215,14 @@ def run(args: argparse.Namespace, files: list[InputFile]) -> None:
             writer.close()
             write_sidecar(f"{writer.prefix}.json", _sidecar(args, about, writer))
         if args.chat:
-            _write_template(args, os.path.join(folder, f"{name}.jinja"))
+            Path(folder, f"{name}.jinja").write_text(args.chat_text, encoding="utf-8")
         stale = publish(folder, directory)
     seconds = time.perf_counter() - started
     for writer in writers.values():
         path = os.path.join(os.path.dirname(args.output_prefix), os.path.basename(writer.prefix))
-        print(f"{path}: {_told(args, writer)}")
-    for line in left_out(writers[CHATS, False].counts, writers[CHATS, False].first_left_out) if args.chat else ():
+        held = f"{writer.documents} documents, {writer.tokens} tokens, ids up to {writer.max_token_id}"
+        print(f"{path}: {told_of_chats(writer, args.seq_length) if args.chat else held}")
+    for line in left_out(writers[CHATS, False]) if args.chat else ():
         print(line)
     for cache in stale:
         print(f"{cache}: removed, was of the earlier data; remove what a --data-cache-path holds of it too")
@@ -231,23 +240,6 @@ def _sidecar(args: argparse.Namespace, about: dict[str, Any], writer: TokenWrite
     from megatron_emoe.data.chat_encoder import chat_sidecar
 
     return chat_sidecar(about | counts, args.chat_template, writer)
-
-
-def _write_template(args: argparse.Namespace, path: str) -> None:
-    from megatron_emoe.data.chat_encoder import chat_tokenizer
-    from megatron_emoe.data.chat_template import template_text
-
-    text = template_text(args.chat_template, chat_tokenizer(args.tokenizer_model, args.trust_remote_code))
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def _told(args: argparse.Namespace, writer: TokenWriter) -> str:
-    """What a data set holds, in one line."""
-    if not args.chat:
-        return f"{writer.documents} documents, {writer.tokens} tokens, ids up to {writer.max_token_id}"
-    answers, longest = writer.counts[ANSWER_TOKENS], writer.longest
-    return f"{writer.documents} chats, {writer.tokens} tokens, {answers} of them answers; the longest has {longest}"
 
 
 def _outputs(args: argparse.Namespace) -> dict[tuple[str, bool], str]:
@@ -338,17 +330,13 @@ def _encode(
             progress.update(size)
     for (key, is_held_out), writer in writers.items():
         if writer.tokens == 0:
-            unit = "chat" if args.chat else "document"
-            side = f"--holdout {args.holdout} leaves no {unit} on one side" if args.holdout else _nothing(args, writers)
+            unit, none = ("chat", "chat") if args.chat else ("document", "text")
+            side = (
+                f"--holdout {args.holdout} leaves no {unit} on one side" if args.holdout else f"no {none} in the input"
+            )
+            side = "; ".join([side, *(left_out(writers[CHATS, False]) if args.chat else [])])
             raise ValueError(f"{side} (key {key!r}{', held out' if is_held_out else ''})")
     return writers
-
-
-def _nothing(args: argparse.Namespace, writers: dict[tuple[str, bool], TokenWriter]) -> str:
-    if not args.chat:
-        return "no text in the input"
-    lines = left_out(writers[CHATS, False].counts, writers[CHATS, False].first_left_out)
-    return "no chat in the input" + "".join(f"; {line}" for line in lines)
 
 
 def _pieces(args: argparse.Namespace, files: list[InputFile]) -> Iterator[Piece]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_emoe.data.chat_records import Message, Schema, messages_of, record_of
 from megatron_emoe.data.chat_request import ANSWER_TOKENS, BAD, CHATS, CUT, LONG
-from megatron_emoe.data.chat_template import ChatTemplate, RenderedChat, runs, template_text
+from megatron_emoe.data.chat_template import ChatTemplate, RenderedChat, runs
 from megatron_emoe.data.corpus import Piece
 from megatron_emoe.data.encoder import HASH_BYTES, Encoded, Part
 from megatron_emoe.data.files import ChatSidecar
@@ -110,13 +110,12 @@ def chat_tokenizer(model: str, trust_remote_code: bool) -> Any:
 
 
 def make_chat_encoder(args: Namespace, schemas: Mapping[str, Schema]) -> ChatEncoder:
-    """What one worker process encodes with, from the flags of tools/preprocess_data.py (ValueError as chat_tokenizer
-    and template_text)."""
+    """What one worker process encodes with, from the flags of tools/preprocess_data.py; chat_text is the template."""
     from megatron.core.datasets.indexed_dataset import DType
 
     tokenizer = chat_tokenizer(args.tokenizer_model, args.trust_remote_code)
     return ChatEncoder(
-        template=ChatTemplate(tokenizer, template_text(args.chat_template, tokenizer)),
+        template=ChatTemplate(tokenizer, args.chat_text),
         dtype=DType.optimal_dtype(len(tokenizer)),
         schemas=schemas,
         longest=args.seq_length + 1,

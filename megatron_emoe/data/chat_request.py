@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from megatron_emoe.data.chat_records import OWN, Schema, record_of, schema_of
 from megatron_emoe.data.input_files import HEAD_BYTES, LIST_OF_RECORDS, InputFile, look, open_stream
 from megatron_emoe.settings.flag_types import whole_to
+
+if TYPE_CHECKING:
+    from megatron_emoe.data.preprocess import TokenWriter
 
 CHATS = "chats"
 """The one key of what is encoded."""
@@ -113,11 +116,20 @@ def schemas_of(args: argparse.Namespace, files: Sequence[InputFile]) -> dict[str
     return {file.path: schema_of_file(file, args.json_keys, args.bad_chats) for file in files if file.size}
 
 
-def left_out(counts: Counter[str], first: str) -> list[str]:
-    """Lines about chats that were left out or cut off, none where there are none. first: of the bad ones, and why."""
+def told_of_chats(writer: TokenWriter, length: int) -> str:
+    """What a data set holds, in one line. length: --seq-length."""
+    answers, sequences = writer.counts[ANSWER_TOKENS], -(-writer.tokens // length)
+    held = f"{writer.documents} chats, {writer.tokens} tokens, {answers} of them answers"
+    return f"{held}; the longest has {writer.longest}; about {sequences} sequences of {length}"
+
+
+def left_out(writer: TokenWriter) -> list[str]:
+    """Lines about chats that were left out or cut off, none where there are none. writer: of what is not held out."""
+    counts = writer.counts
     lines = [f"{counts[LONG]} chats left out, longer than --seq-length + 1 tokens"] if counts[LONG] else []
     lines += [f"{counts[CUT]} chats cut off at --seq-length + 1 tokens"] if counts[CUT] else []
-    lines += [f"{counts[BAD]} records left out that are no chats, the first of them {first}"] if counts[BAD] else []
+    if counts[BAD]:
+        lines += [f"{counts[BAD]} records left out that are no chats, the first of them {writer.first_left_out}"]
     return lines
 
 

@@ -28,12 +28,17 @@ ELASTIC = {
     "--check-for-spiky-loss": "a loss ten times the largest of the first hundred is computed again",
     "--profile": "ranges of route, dispatch, experts, combine, losses as well (docs/performance.md)",
     "--qk-layernorm": "what it norms: --emoe-qk-norm",
+    "--sft": "chats of preprocess_data.py --chat, packed, on local layers too; or JSONL as in Megatron (docs/sft.md)",
+    "--dataloader-inter-document-masking": "on local layers too, by a mask",
 }
 """Flags whose meaning elastic training changes or adds to -> how. All else about them is as in Megatron."""
 
 REFUSED_TOGETHER = {
     "--moe-router-load-balancing-type": "sinkhorn, quantile_balancing: with drawn experts or k; global_aux_loss: with "
     "--emoe-k-draw microbatch; all but aux_loss: with top-p, null-experts",
+    "--micro-batch-size": "above 1: with --sft or --dataloader-inter-document-masking and pipeline stages",
+    "--window-size": "with --sft or --dataloader-inter-document-masking on local layers",
+    "--dataloader-fast-cache-load": "with --sft",
     "--moe-router-fusion": "with top-p, null-experts, noisy-topk",
     "--moe-enable-routing-replay": "with drawn experts or k",
     "--cuda-graph-impl": "with drawn experts or k; a captured router also with what records routing",

@@ -216,7 +216,7 @@ def test_files_of_every_kind_become_one_data_set(tmp_path, tokenizer, capsys):
     other = [("<user>r<end>\n<assistant>", 0), ("a<end>", 1), ("\n", 0)]
     two = "<system>s<end>\n<user>hi<end>\n<assistant>", "yes<end>", "\n<user>so<end>\n<assistant>", "no<end>", "\n"
     assert stored(tmp_path / "d") == [[*zip(two, (0, 1, 0, 1, 0), strict=True)], one, other, one, one]
-    assert "d: 5 chats, 57 tokens, 15 of them answers; the longest has 25" in out
+    assert "d: 5 chats, 57 tokens, 15 of them answers; the longest has 25; about 1 sequences of 64" in out
     assert (tmp_path / "d.jinja").read_text() == OWN
     sidecar, files = read_sidecar(str(tmp_path / "d")), read_token_files(str(tmp_path / "d"))
     assert isinstance(sidecar, ChatSidecar) and (sidecar.documents, sidecar.tokens) == (files.documents, files.tokens)
