@@ -64,8 +64,10 @@ def route(logits_TE: Tensor, factors_TK: Tensor, rule: Rule) -> tuple[Tensor, Te
     choice_TE = scores_TE if rule.bias_E is None else scores_TE + rule.bias_E.float()
     if rule.kept_groups < rule.groups:
         choice_TE = choice_TE.masked_fill(~_in_best_groups(choice_TE, rule), -torch.inf)
-    experts_TK = choice_TE.topk(factors_TK.shape[1], dim=-1, sorted=True).indices
-    weights_TK = scores_TE.gather(1, experts_TK) * factors_TK
+    chosen_TK, experts_TK = choice_TE.topk(factors_TK.shape[1], dim=-1, sorted=True)
+    if rule.bias_E is not None:
+        chosen_TK = scores_TE.gather(1, experts_TK)
+    weights_TK = chosen_TK * factors_TK
     if rule.renormalise:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=SMALLEST)
     return weights_TK * rule.scale if rule.scale != 1.0 else weights_TK, experts_TK

@@ -12,8 +12,9 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from emoe_vllm import control
 from emoe_vllm.levels import PADDING, Levels, Tables
+from emoe_vllm.on_cpu import Batch, Group
 from emoe_vllm.requests import pinned
-from emoe_vllm.runner import Batch, ElasticMoERunner, Group
+from emoe_vllm.runner import ElasticMoERunner
 from emoe_vllm.settings import block_of, decided
 
 
@@ -36,6 +37,7 @@ class ElasticWorker(Worker):
         self._batch = Batch(self._host_T.to(self.device), groups=[(settings.k_max, None)])
         self.prefill: Counter[int] = Counter()
         self.decode: Counter[int] = Counter()
+        self._writing: tuple[list[str], int | None] | None = None
         self._attach()
         self._forward = self.model_runner._model_forward
         self.model_runner._model_forward = self._forward_with_levels
@@ -58,21 +60,29 @@ class ElasticWorker(Worker):
         return self._forward(*args, **kwargs)
 
     def _fill(self, scheduled: Any) -> None:
-        """Each token's level, in the order of the batch: prefill up to the end of the prompt, decode after it."""
-        levels_T, end = self._host_T.numpy(), 0
-        following = getattr(scheduled, "emoe_level", None)
-        for name in self.model_runner.input_batch.req_ids:
-            request, tokens = self.model_runner.requests[name], scheduled.num_scheduled_tokens[name]
-            prefill, decode = pinned(request.sampling_params, following)
-            prompt = min(max(request.num_prompt_tokens - request.num_computed_tokens, 0), tokens)
-            levels_T[end : end + prompt] = prefill
-            levels_T[end + prompt : end + tokens] = decode
-            self.prefill[prefill] += prompt
-            self.decode[decode] += tokens - prompt
-            end += tokens
-        levels_T[end:] = PADDING
-        found = np.unique(levels_T[:end])
-        self._batch.groups = [(int(found[0]), None)] if len(found) == 1 else self._groups(found, levels_T[:end])
+        """Each token's level, in the order of the batch: prefill up to the end of the prompt, decode after it. Where
+        the requests of the step before write one token each again, everything is as it was."""
+        batch, following = self.model_runner.input_batch, getattr(scheduled, "emoe_level", None)
+        names, requests = batch.req_ids, len(batch.req_ids)
+        unread_R = batch.num_prompt_tokens[:requests] - batch.num_computed_tokens_cpu[:requests]  # NumPy, on the host
+        writing = scheduled.total_num_scheduled_tokens == requests and not (unread_R > 0).any()
+        if not writing or (names, following) != self._writing:
+            tokens_R = np.array([scheduled.num_scheduled_tokens[name] for name in names])
+            prompt_R = unread_R.clip(0, tokens_R)
+            known = self.model_runner.requests
+            levels_R2 = np.array([pinned(known[name].sampling_params, following) for name in names])
+            counts_R2 = np.stack([prompt_R, tokens_R - prompt_R], axis=1)
+            self._set(levels_R2.ravel().repeat(counts_R2.ravel()))
+            self._counts = [_by_level(levels_R2[:, phase], counts_R2[:, phase]) for phase in (0, 1)]
+            self._writing = (list(names), following) if writing else None
+        self.prefill.update(self._counts[0])
+        self.decode.update(self._counts[1])
+
+    def _set(self, levels: Any) -> None:
+        levels_T = self._host_T.numpy()
+        levels_T[: len(levels)], levels_T[len(levels) :] = levels, PADDING
+        found = np.unique(levels)
+        self._batch.groups = [(int(found[0]), None)] if len(found) == 1 else self._groups(found, levels)
         if self._batch.levels_T.device.type != "cpu":
             # Not run: no GPU was at hand. In stream order, so after the step that may still read it; from a page of its
             # own, as the next step is prepared, and _host_T filled, while this copy may still wait.
@@ -83,8 +93,8 @@ class ElasticWorker(Worker):
         return [(int(level), torch.from_numpy(np.flatnonzero(levels_T == level))) for level in found]
 
     def emoe_status(self) -> dict[str, Any]:
-        """By `collective_rpc`: tokens that ran at each budget, all and by phase, and rows that reached the experts of each
-        layer."""
+        """By `collective_rpc`: tokens that ran at each budget, all and by phase, and rows that reached the experts of
+        each layer."""
         counts = {"tokens": self.prefill + self.decode, "prefill": self.prefill, "decode": self.decode}
         return {phase: self._by_budget(tokens) for phase, tokens in counts.items()} | {
             "rows": {str(layer): rows for layer, rows in self._batch.rows.items()}
@@ -96,3 +106,11 @@ class ElasticWorker(Worker):
     def emoe_set_k(self, k: Any) -> dict[str, Any]:
         """By `collective_rpc`, where worker and scheduler are one process (see control.py for every other)."""
         return control.in_this_process(self.vllm_config).emoe_change({"k": k})
+
+
+def _by_level(levels_R: Any, counts_R: Any) -> Counter[int]:
+    """Tokens of each level, where requests have these levels and so many tokens."""
+    found: Counter[int] = Counter()
+    for level, count in zip(levels_R.tolist(), counts_R.tolist(), strict=True):
+        found[level] += count
+    return found
