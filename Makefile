@@ -6,7 +6,7 @@ SERVE_VENV ?= .venv-serve
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-serve demo demo-convert demo-serve test test-fast test-te test-gpu test-slurm test-serve check bench bench-gpu study clean
+.PHONY: help setup setup-serve demo demo-convert demo-sft demo-serve test test-fast test-te test-gpu test-slurm test-serve check bench bench-gpu bench-serve study clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -22,6 +22,9 @@ demo: setup ## the whole path on a small model: data, training, sweep over k, fi
 
 demo-convert: setup ## a tiny Hugging Face model into Megatron, verified, trained elastically, and back
 	@$(BIN)/python examples/demo_convert.py
+
+demo-sft: setup ## instruction tuning of a tiny model on chats: top-k, EMoE and the recipe, at every k'
+	@$(BIN)/python examples/demo_sft.py
 
 demo-serve: setup setup-serve ## a tiny model trained elastically and served by vLLM at every k', by request and by load
 	@$(BIN)/python examples/demo_serve.py --serve-python $(SERVE_VENV)/bin/python
@@ -60,9 +63,12 @@ bench: setup ## what elastic training costs against plain top-k, and conversion 
 bench-gpu: setup ## stock top-k against elastic on one GPU: step, memory, sweep, router kernel; writes docs/gpu.md
 	@$(BIN)/python benchmarks/bench_gpu.py $(BENCH_ARGS)
 
+bench-serve: setup-serve ## the vLLM plugin against stock vLLM on CPU: steps at every k', mixed batches, a ramp of load
+	@$(SERVE_VENV)/bin/python benchmarks/bench_serve.py $(BENCH_ARGS)
+
 study: setup ## the regret of each method at every budget: some hours, goes on where it was stopped; writes docs/study.md
 	@$(BIN)/python benchmarks/study.py $(STUDY_ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) $(SERVE_VENV) demo demo-convert demo-serve build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(SERVE_VENV) demo demo-convert demo-sft demo-serve build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -276,6 +276,7 @@ def _stopped_at_work() -> Iterator[None]:
 
     with (
         mock.patch("torch.distributed.init_process_group", stop),
+        mock.patch("urllib.request.urlopen", stop),  # the first question to a server
         mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),  # read from the environment when it was imported
         mock.patch("multiprocessing.context.ForkProcess.start", stop),
         mock.patch("multiprocessing.context.SpawnProcess.start", stop),
@@ -314,6 +315,8 @@ def prepare(folder: Path) -> None:
     import_model(Path("hf"), Path("ckpt"), report=lambda _: None)
     sweeps.write_tokens(Path("tokens"))
     Path("text.jsonl").write_text("".join(json.dumps({"text": f"w4 w{n} w7"}) + "\n" for n in range(5, 90)))
+    turns = [{"role": role, "content": f"w4 w{n}"} for n, role in enumerate(("user", "assistant"))]
+    Path("chats.jsonl").write_text(5 * (json.dumps({"messages": turns}) + "\n"))
     Path("recipe.args").write_text("--emoe-selection prefix --emoe-k-schedule default-or-larger\n")
     task_files.write(Path("tasks").resolve())
     for name, loss in (("sweep", 3.0), ("other", 3.1)):
@@ -332,10 +335,12 @@ def programs() -> list[Program]:
     megatron = {"ckpt/latest_checkpointed_iteration.txt": "any", "ckpt/release/.metadata": "pickle"}
     sweep = {"sweep.json": "json"}
     preprocess = "--input text.jsonl --output-prefix data --tokenizer-type HuggingFaceTokenizer --tokenizer-model hf"
+    chats = f"--chat --chat-template tulu --seq-length 64 {preprocess}".replace("text.jsonl", "chats.jsonl")
     evaluated = ["--load", "ckpt", *sweeps.flags(Path("tokens"), Path("out.json"))]
     tasks = ["--k", "2", "--tasks", "tiny_choice", "--include-path", "tasks", "--out", "out.json"]
     training = tiny.flags(mock_data=None, data_path="tokens", save="save", load="save", save_interval=2, vocab_size=128)
     convert, k = "tools/convert_checkpoint.py", ["--k", "2", "4"]
+    own_python = ["--serve-python", sys.executable]
     return [
         Program("pretrain_emoe.py", [*training, "@recipe.args"], reads=tokens | {"recipe.args": "flags"}),
         Program(convert, ["import", "--hf", "hf", "--out", "new"], "import", reads=hf),
@@ -348,6 +353,12 @@ def programs() -> list[Program]:
         Program("tools/pick_k.py", ["sweep.json", "--max-flops", "2"], reads=sweep),
         Program(
             "tools/pick_k.py", ["sweep.json", "--budgets", "b.json"], None, ("--budgets",), sweep, "with --budgets"
+        ),
+        Program(
+            "tools/serve_bench.py",
+            ["--data-path", "tokens", "--rates", "1", "--out", "o.json", "--losses", "sweep.json", *own_python],
+            paths=("--data-path", "--out", "--losses", "--serve-python"),
+            reads=tokens | sweep,
         ),
         Program("tools/plot_sweep.py", ["sweep.json", "--out", "curve.png"], reads=sweep),
         Program("tools/report.py", ["sweep.json", "--baseline", "other.json", "--out", "card.html"], reads=sweep),
@@ -363,5 +374,12 @@ def programs() -> list[Program]:
             preprocess.split(),
             paths=("--input", "--output-prefix", "--tokenizer-model"),
             reads={"text.jsonl": "any", "hf/tokenizer.json": "json"},
+        ),
+        Program(
+            "tools/preprocess_data.py",
+            chats.split(),
+            "--chat",
+            paths=("--input", "--output-prefix", "--tokenizer-model", "--chat-template"),
+            reads={"chats.jsonl": "any", "hf/tokenizer.json": "json"},
         ),
     ]

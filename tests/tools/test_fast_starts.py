@@ -85,6 +85,7 @@ def test_version_is_fast_and_that_of_what_is_installed(program):
 
 SWEEP = ["--k", "2", "--out", "a.json"]
 JOB = ["--nodes", "1", "--processes", "1", "--save", "x"]
+CHAT = ["--chat", "--output-prefix", "a", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "b"]
 REFUSED = {
     "pretrain_emoe.py": [
         (["--emoe-pol-k", "6"], "--emoe-pol-k: no such flag; did you mean --emoe-pool-k?"),
@@ -156,6 +157,10 @@ REFUSED = {
         (["--input", "/nowhere", "--output-prefix", "a"], "--tokenizer-type is missing (or --train-tokenizer VOCAB)"),
         (["--input", "/nowhere", "--output-prefix", "a", "--train-tokenizer", "9"], "--input /nowhere: "),
         (["--input", "/", "--output-prefix", "a", "--workers", "0"], "--workers 0: must be a whole number of at least"),
+        ([*CHAT, "--input", "/nowhere"], "--chat: needs --seq-length, that of the training"),
+        ([*CHAT, "--input", "/nowhere", "--seq-length", "9"], "--input /nowhere: no such file or folder"),
+        ([*CHAT, "--input", "/", "--seq-length", "9", "--chat-template", "a"], "--chat-template a: no such file; must"),
+        ([*CHAT, "--input", __file__, "--seq-length", "9"], f"--input {__file__}: is plain text; chats are JSONL"),
     ],
     "convert_checkpoint.py": [
         ([], "the following arguments are required: VERB"),
@@ -169,6 +174,13 @@ REFUSED = {
         (["a", "--max-flops", "x"], "--max-flops x: must be a number"),
         (["a", "--budgets", "/nowhere/b"], "--budgets /nowhere/b: the folder /nowhere does not exist"),
         (["a", "--budgets", "b", "--max-flops", "1"], "--max-flops 1: not with --budgets, which lists every budget"),
+    ],
+    "serve_bench.py": [
+        (["--rates", "1", "--out", "a.json"], "the following arguments are required: --data-path"),
+        (["--rates", "0", "--out", "a.json", "--data-path", "a"], "--rates 0: must be a number above 0"),
+        (["--rates", "1", "--out", "a", "--data-path", "a"], "--out a: must end in .json"),
+        (["--rates", "1", "--out", "a.json", "--data-path", "/no"], "--data-path /no.bin does not exist"),
+        (["--rates", "1", "--out", "a.json", "--data-path", "a", "--seed", "-1"], "--seed -1: must be in [0, 4294967"),
     ],
     "plot_sweep.py": [
         (["/nowhere.json", "--out", "a.png"], "/nowhere.json: cannot be read"),
