@@ -32,6 +32,7 @@ CARD_OF = {
     "qwen3_moe": "qwen3_30b_a3b",
     "mixtral": "mixtral_8x7b",
     "deepseek_v3": "moonlight_16b_a3b",
+    "granitemoe": "granite_3_0_1b_a400m",
 }
 DENSE = ("llama",)
 SAYS = {  # of hf_models.VARIANTS, the second model of each architecture
@@ -43,6 +44,7 @@ SAYS = {  # of hf_models.VARIANTS, the second model of each architecture
     "qwen3_moe": "10 experts, k = 4, one key head, tied embeddings",
     "mixtral": "6 experts, k = 3, no grouped queries, tied embeddings",
     "deepseek_v3": "6 experts, one shared, no dense layer, tied embeddings",
+    "granitemoe": "6 experts, k = 3, residual multiplier 1.5, tied embeddings",
 }
 
 

@@ -21,6 +21,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Ernie4_5_MoeConfig,
     Ernie4_5_MoeForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -44,10 +46,11 @@ CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "granitemoe": (GraniteMoeConfig, GraniteMoeForCausalLM),
 }
 MODEL_TYPES = ("olmoe", "qwen2_moe", "deepseek_v2", "ernie4_5_moe")
 """Those that every test of conversion is run on."""
-LATER_TYPES = ("llama", "qwen3_moe", "mixtral", "deepseek_v3")
+LATER_TYPES = ("llama", "qwen3_moe", "mixtral", "deepseek_v3", "granitemoe")
 """Those of which most parts are a model's above: hf/test_later_models.py has what is theirs."""
 
 YARN: dict[str, Any] = {
@@ -185,12 +188,27 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50000},
     },
+    "granitemoe": {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+        "router_aux_loss_coef": 0.01,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000},
+    },
 }
 _RENAMED = {  # what the other architectures call a setting
     "deepseek_v2": {"num_experts": "n_routed_experts"},
     "ernie4_5_moe": {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"},
     "deepseek_v3": {"num_experts": "n_routed_experts"},
     "mixtral": {"num_experts": "num_local_experts"},
+    "granitemoe": {"num_experts": "num_local_experts"},
 }
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -207,6 +225,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 10, "num_experts_per_tok": 4, "num_key_value_heads": 1, "tied": True},
     "mixtral": {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 4, "tied": True},
     "deepseek_v3": {"num_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 0, "tied": True},
+    "granitemoe": {"num_experts": 6, "num_experts_per_tok": 3, "residual_multiplier": 1.5, "tied": True},
 }
 """A second model of each architecture: uneven numbers of experts, grouped queries, clamps, the other tying."""
 
@@ -304,7 +323,7 @@ def _randomise(
     elif "embed_tokens" in name:
         tensor.copy_(0.3 * noise)  # as a tied head it must not make logits of order ten
     else:
-        scale = router_scale if name.endswith("mlp.gate.weight") else 1.0
+        scale = router_scale if name.endswith(("mlp.gate.weight", "router.weight")) else 1.0
         tensor.copy_(scale * noise / tensor.shape[-1] ** 0.5)
 
 

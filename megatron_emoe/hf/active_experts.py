@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from megatron_emoe.hf.comparison import gate_of, gate_scores, selection_scores
+from megatron_emoe.hf.comparison import gate_of, gate_scores, moe_block, selection_scores
 from megatron_emoe.hf.config_file import check_block
 from megatron_emoe.hf.low_rank_model import attached, set_low_rank_k
 from megatron_emoe.hf.registry import architectures
@@ -132,7 +132,7 @@ def _combined(gate: nn.Module, scores_TK: Tensor) -> Tensor:
         return scores_TK * gate.routed_scaling_factor
     if hasattr(gate, "routed_scaling_factor"):  # DeepSeek-V2
         return scores_TK * gate.routed_scaling_factor
-    normalises = getattr(gate, "norm_topk_prob", True)  # Mixtral always does
+    normalises = getattr(gate, "norm_topk_prob", True)  # Mixtral and Granite always do
     return scores_TK / scores_TK.sum(dim=-1, keepdim=True) if normalises else scores_TK
 
 
@@ -147,7 +147,7 @@ def counting_rows(model: PreTrainedModel) -> Iterator[dict[int, int]]:
     for number, layer in enumerate(model.model.layers, start=1):
         if gate_of(layer) is not None:
             rows[number] = 0
-            hooks.append(layer.mlp.experts.register_forward_pre_hook(_counter(rows, number)))
+            hooks.append(moe_block(layer).experts.register_forward_pre_hook(_counter(rows, number)))
     try:
         yield rows
     finally:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import PretrainedConfig
 
+from megatron_emoe.hf.fused_experts import joined
 from megatron_emoe.hf.pieces import Group, Layout, PackQKV, Piece, gated, linear
 
 Flags = dict[str, Any]
@@ -30,6 +32,8 @@ class Architecture(ABC):
     moe_block: ClassVar[str] = "mlp"
     """The name of a layer's experts and router, as published models have it on disk."""
     expert_matrices: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    fused: ClassVar[tuple[str, str] | None] = None
+    """Names of the two tensors in which files hold all experts of a layer (fused_experts.py); None: one by one."""
     dense: ClassVar[bool] = False
     """Whether no layer has experts, so that there is no k either."""
 
@@ -48,6 +52,14 @@ class Architecture(ABC):
     def shared_experts(self, config: PretrainedConfig, layer: int) -> list[Piece]:
         """Shared experts of a MoE layer, with their gate; by default there are none."""
         return []
+
+    def on_disk(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by the names of the table, as files of this architecture have them. Layers must be whole."""
+        return tensors if self.fused is None else joined(tensors, self.fused)
+
+    def stream_scale(self, config: PretrainedConfig) -> float:
+        """transformers' hidden states between the layers over Megatron's."""
+        return 1.0
 
     def is_moe(self, config: PretrainedConfig, layer: int) -> bool:
         """Whether a layer (0-based) has experts."""

@@ -83,8 +83,9 @@ def tracing_hf(layers: nn.ModuleList, batch: int) -> Iterator[Trace]:
 
 
 @contextmanager
-def tracing_megatron(layers: nn.ModuleList, batch: int) -> Iterator[Trace]:
-    """The same from the decoder layers of a Megatron model, whose tensors are [S, B, ...] or [S * B, E]."""
+def tracing_megatron(layers: nn.ModuleList, batch: int, scale: float = 1.0) -> Iterator[Trace]:
+    """The same from the decoder layers of a Megatron model, whose tensors are [S, B, ...] or [S * B, E]. scale: what
+    its hidden states are multiplied by (Architecture.stream_scale)."""
     trace, hooks = Trace(), []
 
     def router_hook(number: int) -> Any:
@@ -97,7 +98,7 @@ def tracing_megatron(layers: nn.ModuleList, batch: int) -> Iterator[Trace]:
     def layer_hook(number: int) -> Any:
         def keep(_layer: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
             hidden = output if isinstance(output, Tensor) else output[0]
-            trace.outputs_BSD[number] = hidden.transpose(0, 1).float().cpu()
+            trace.outputs_BSD[number] = hidden.transpose(0, 1).float().cpu() * scale
 
         return keep
 
@@ -114,7 +115,13 @@ def tracing_megatron(layers: nn.ModuleList, batch: int) -> Iterator[Trace]:
 
 def gate_of(layer: nn.Module) -> nn.Module | None:
     """The gate of a transformers decoder layer, None where the layer is dense."""
-    return getattr(layer.mlp, "gate", None) if hasattr(layer.mlp, "experts") else None
+    block = moe_block(layer)
+    return (getattr(block, "gate", None) or block.router) if hasattr(block, "experts") else None
+
+
+def moe_block(layer: nn.Module) -> nn.Module:
+    """What stands behind the attention of a transformers decoder layer; in Granite it is not called mlp."""
+    return layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
 
 
 def set_hf_k(layers: nn.ModuleList, k: int) -> None:

@@ -39,7 +39,7 @@ from megatron_emoe.training.arguments import stored_form
 _COMPUTES = (
     *("layernorm_epsilon", "add_bias_linear", "softmax_type", "mtp_num_layers"),
     *("rotary_base", "rotary_percent", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling"),
-    "rope_scaling_factor",
+    *("rope_scaling_factor", "use_mup", "mup_embedding_mult", "mup_output_mult", "mup_base_head_dim"),
     *("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
     *("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "emoe_combine"),
     *("moe_router_pre_softmax", "moe_router_score_function", "moe_router_topk_scaling_factor"),
@@ -104,7 +104,7 @@ def export_model(
     with OutputFolder(out).making({"files": state, "k": k, "settings": settings, "to": "safetensors"}) as folder:
         carried = _carried(companions)
         folder.check_space(_total(groups, layout, reader) + sum(carried.values()) + (16 << 20))
-        _write_shards(folder, reader, groups, layout, companions if carried else None, carried, workers)
+        _write_shards(folder, reader, groups, layout, companions if carried else None, carried, architecture, workers)
         copy_companions(companions, folder.path)
         _write_config(folder.path, reader, {architecture.k_key: k, "emoe": settings} if settings else {})
     if k is None:
@@ -249,6 +249,7 @@ def _write_shards(
     layout: Layout,
     companions: Path | None,
     carried: Mapping[str, int],
+    architecture: Architecture,
     workers: int,
 ) -> None:
     """One file for each group, and one for what is carried."""
@@ -263,6 +264,7 @@ def _write_shards(
             for piece, chunk in zip(group.pieces, chunks, strict=True):
                 unpacked = piece.transform.unpack(chunk.reshape(piece.chunk_shape), [shape for _, shape in piece.hf])
                 tensors.update(zip([name for name, _ in piece.hf], unpacked, strict=True))
+            tensors = architecture.on_disk(tensors)
             write_shard(tensors, folder.path / file)
             folder.finished(group.name, {name: tensor.nbytes for name, tensor in tensors.items()})
             bar.update(_bytes(group, layout, reader))

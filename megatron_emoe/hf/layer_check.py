@@ -29,6 +29,7 @@ from megatron_emoe.hf.comparison import (
 )
 from megatron_emoe.hf.one_layer import HFLayers, MegatronLayers
 from megatron_emoe.hf.one_process import alone
+from megatron_emoe.hf.registry import architectures
 from megatron_emoe.routing.active_k import get_active_k
 from megatron_emoe.training.evaluation import current_device
 
@@ -103,29 +104,31 @@ def check_layers(
 
 
 def _comparisons(hf: HFLayers, ours: MegatronLayers, tokens_BS: Tensor) -> Iterator[LayerRow]:
-    hidden_BSD = hf.ends().model.embed_tokens(tokens_BS)
+    config, scale = hf.config, architectures()[hf.config.model_type].stream_scale(hf.config)
+    hidden_BSD = hf.ends().model.embed_tokens(tokens_BS) * getattr(config, "embedding_multiplier", 1.0)
     positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    yield _row("embedding", None, ours.ends().embedding(tokens_BS, positions).transpose(0, 1), hidden_BSD)
-    for layer in range(hf.config.num_hidden_layers):
+    yield _row("embedding", None, ours.ends().embedding(tokens_BS, positions).transpose(0, 1) * scale, hidden_BSD)
+    for layer in range(config.num_hidden_layers):
         moe = hf.is_moe(layer)
         mine, theirs = ours.layer(layer, moe), hf.layer(layer)
         given_BSD = hidden_BSD
-        for k in (hf.config.num_experts_per_tok, experts_in(hf.config)) if moe else (None,):
-            row, output_BSD = _compare_layer(theirs, mine, given_BSD, f"layer {layer}", k)
+        for k in (config.num_experts_per_tok, experts_in(config)) if moe else (None,):
+            row, output_BSD = _compare_layer(theirs, mine, given_BSD, f"layer {layer}", k, scale)
             hidden_BSD = output_BSD if hidden_BSD is given_BSD else hidden_BSD
             yield row
         del theirs, mine
     model = hf.ends()
-    yield _row("head", None, _logits(ours.ends(), hidden_BSD), model.lm_head(model.model.norm(hidden_BSD)))
+    logits_BSV = model.lm_head(model.model.norm(hidden_BSD)) / getattr(config, "logits_scaling", 1.0)
+    yield _row("head", None, _logits(ours.ends(), hidden_BSD / scale), logits_BSV)
 
 
 def _compare_layer(
-    theirs: PreTrainedModel, mine: nn.Module, hidden_BSD: Tensor, part: str, k: int | None
+    theirs: PreTrainedModel, mine: nn.Module, hidden_BSD: Tensor, part: str, k: int | None, scale: float
 ) -> tuple[LayerRow, Tensor]:
-    """One layer on both sides; the comparison and transformers' output."""
+    """One layer on both sides; the comparison and transformers' output. scale: its hidden states over Megatron's."""
     expected = _run_hf(theirs, hidden_BSD, k)
     own = k == own_k(theirs.config)  # then the checkpoint must say the same
-    found = _run_megatron(mine, hidden_BSD, None if own else k)
+    found = _run_megatron(mine, hidden_BSD / scale, None if own else k, scale)
     ties_BS = torch.zeros(hidden_BSD.shape[:2], dtype=torch.bool)
     if k is not None:
         ties_BS = _check_sets(expected, found, part, k)
@@ -142,10 +145,10 @@ def _run_hf(model: PreTrainedModel, hidden_BSD: Tensor, k: int | None) -> Trace:
     return trace
 
 
-def _run_megatron(model: nn.Module, hidden_BSD: Tensor, k: int | None) -> Trace:
+def _run_megatron(model: nn.Module, hidden_BSD: Tensor, k: int | None, scale: float) -> Trace:
     model.set_input_tensor(hidden_BSD.transpose(0, 1).contiguous())
     with (
-        tracing_megatron(model.decoder.layers, hidden_BSD.shape[0]) as trace,
+        tracing_megatron(model.decoder.layers, hidden_BSD.shape[0], scale) as trace,
         get_active_k().evaluating(k),
         get_active_k().plain_weights(),  # transformers by its own rules has no scales
     ):
@@ -156,7 +159,7 @@ def _run_megatron(model: nn.Module, hidden_BSD: Tensor, k: int | None) -> Trace:
 def _logits(model: nn.Module, hidden_BSD: Tensor) -> Tensor:
     tied = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     normed = model.decoder.final_layernorm(hidden_BSD.transpose(0, 1).contiguous())
-    return model.output_layer(normed, weight=tied)[0].transpose(0, 1)
+    return model._scale_logits(model.output_layer(normed, weight=tied)[0]).transpose(0, 1)
 
 
 def _check_sets(expected: Trace, found: Trace, part: str, k: int) -> Tensor:

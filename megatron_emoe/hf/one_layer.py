@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from megatron_emoe.hf.one_process import completed, model_arguments, quiet, silent_transformers
 from megatron_emoe.hf.pieces import Place
-from megatron_emoe.hf.registry import read_config
+from megatron_emoe.hf.registry import architectures, read_config
 from megatron_emoe.hf.safetensors_files import SafetensorsFolder
 from megatron_emoe.hf.torch_dist import TorchDistReader
 from megatron_emoe.model.checkpoint import stored_args
@@ -48,6 +48,7 @@ class HFLayers:
         prefix = f"model.layers.{layer}."
         names = [name for name in self._files.tensors if name.startswith(prefix)]
         tensors = {name.replace(prefix, "model.layers.0."): t for name, t in self._files.read(names).items()}
+        tensors = architectures()[self.config.model_type].on_disk(tensors)
         made = _one_layer(self.config, self.is_moe(layer))
         made.vocab_size, made.pad_token_id = 1, None
         return self._load(made, tensors, f"layer {layer}", needed="model.layers.")
@@ -88,6 +89,7 @@ def _one_layer(config: PreTrainedConfig, moe: bool) -> PreTrainedConfig:
         "olmoe": {},
         "llama": {},
         "mixtral": {},
+        "granitemoe": {"embedding_multiplier": 1.0},
         "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [0] * first_moe},
         "deepseek_v3": {"first_k_dense_replace": first_moe},
         "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [0] * first_moe},

@@ -11,6 +11,7 @@ from megatron_emoe.hf.config_file import completed
 from megatron_emoe.hf.deepseek_v2 import DeepseekV2
 from megatron_emoe.hf.deepseek_v3 import DeepseekV3
 from megatron_emoe.hf.ernie4_5_moe import Ernie45Moe
+from megatron_emoe.hf.granitemoe import GraniteMoe
 from megatron_emoe.hf.llama import Llama
 from megatron_emoe.hf.mixtral import Mixtral
 from megatron_emoe.hf.olmoe import Olmoe
@@ -22,7 +23,7 @@ from megatron_emoe.settings.hf_folder import CONFIG, read_config_json
 
 def architectures() -> dict[str, Architecture]:
     """Every supported architecture, by model_type."""
-    kinds = (Olmoe, Qwen2Moe, DeepseekV2, Ernie45Moe, Llama, Qwen3Moe, Mixtral, DeepseekV3)
+    kinds = (Olmoe, Qwen2Moe, DeepseekV2, Ernie45Moe, Llama, Qwen3Moe, Mixtral, DeepseekV3, GraniteMoe)
     return {kind.model_type: kind() for kind in kinds}
 
 

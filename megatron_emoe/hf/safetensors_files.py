@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_emoe.hf.fused_experts import parts
 from megatron_emoe.hf.pieces import Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Experts as transformers >= 5 holds them in memory, and writes them with save_original_format=False.
-_FUSED = re.compile(r"(?P<experts>.*\.experts)\.(?P<kind>gate_up|down)_proj")
 
 
 @dataclass(frozen=True)
@@ -65,20 +63,13 @@ class SafetensorsFolder:
         self.tensors[stored.name] = stored
 
     def _split_fused(self, stored: StoredTensor) -> None:
-        """gate_up_proj [E, 2F, H] and down_proj [E, H, F]: name each expert's part as in the per-expert format."""
-        match = _FUSED.fullmatch(stored.name)
-        if match is None or len(stored.shape) != 3:
-            return
-        del self.tensors[stored.name]
-        experts, rows, columns = stored.shape
-        parts = {"down": slice(0, rows)}
-        if match["kind"] == "gate_up":
-            parts = {"gate": slice(0, rows // 2), "up": slice(rows // 2, rows)}
-        for expert in range(experts):
-            for kind, part in parts.items():
-                shape = (part.stop - part.start, columns)
-                name = f"{match['experts']}.{expert}.{kind}_proj.weight"
-                self.tensors[name] = StoredTensor(stored.file, stored.name, shape, stored.dtype, (expert, part))
+        """Name each expert's part of a tensor that holds all of a layer as in the per-expert format."""
+        places = parts(stored.name, stored.shape)
+        if places:
+            del self.tensors[stored.name]
+        for name, (expert, rows) in places.items():
+            shape = (rows.stop - rows.start, stored.shape[2])
+            self.tensors[name] = StoredTensor(stored.file, stored.name, shape, stored.dtype, (expert, rows))
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of these names, on the CPU, in the type they are stored in.

@@ -161,7 +161,7 @@ def verify(
     with torch.no_grad():
         theirs = _run_hf(hf, tokens, ks, dtype)
         asked = [None] if each_its_own else ks
-        ours = _run_megatron(checkpoint, tokens, asked, bf16, flags, config.vocab_size)
+        ours = _run_megatron(checkpoint, tokens, asked, bf16, flags, config)
         rows = tuple(_row(k, theirs[k], answer, dtype) for k, answer in zip(ks, ours, strict=True))
     result = VerifyReport(str(hf), str(checkpoint), "bf16" if bf16 else "fp32", rows)
     report(result.table())
@@ -277,9 +277,15 @@ def _noise(layers: nn.ModuleList) -> Iterator[None]:
 
 
 def _run_megatron(
-    folder: Path, tokens_BS: Tensor, ks: Sequence[int | None], bf16: bool, flags: Sequence[str], vocab_size: int
+    folder: Path,
+    tokens_BS: Tensor,
+    ks: Sequence[int | None],
+    bf16: bool,
+    flags: Sequence[str],
+    config: PretrainedConfig,
 ) -> list[Answer]:
     """Our answer at each k'; None: at the checkpoint's own."""
+    scale = architecture_of(config).stream_scale(config)
     with evaluating(folder, length=tokens_BS.shape[1], bf16=bf16, flags=flags) as args:
         model = _load(args)
         layers = unwrap_model(model).decoder.layers
@@ -288,12 +294,12 @@ def _run_megatron(
         answers = []
         for k in ks:
             with (
-                tracing_megatron(layers, tokens_BS.shape[0]) as trace,
+                tracing_megatron(layers, tokens_BS.shape[0], scale) as trace,
                 get_active_k().evaluating(k),
                 get_active_k().plain_weights(),  # transformers by its own rules has no scales
             ):
                 logits_BSV = model(tokens_BS, positions_BS, None)
-            answers.append(Answer(logits_BSV[..., :vocab_size].float().cpu(), trace))
+            answers.append(Answer(logits_BSV[..., : config.vocab_size].float().cpu(), trace))
     return answers
 
 

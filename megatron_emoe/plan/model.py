@@ -25,6 +25,7 @@ MODELS = {
     "moonlight-16b": "moonlight_16b_a3b.args",
     "qwen3-30b": "qwen3_30b_a3b.args",
     "mixtral-47b": "mixtral_8x7b.args",
+    "granite-1b": "granite_3_0_1b_a400m.args",
 }
 """Name of a released model -> its flag file in examples/models."""
 

@@ -1,7 +1,7 @@
 """The full-size models, from their published configurations alone: nothing is allocated.
 
-configs/ holds the values of the published config.json files, in the keys of the time they were written. Of Moonlight's
-the numbers of its special tokens and aux_loss_alpha could not be compared with the file; nothing here depends on them.
+configs/ holds the values of the published config.json files, in the keys of the time they were written. Not
+compared with the files: Moonlight's eos_token_id, on which nothing here depends, and Granite's router_aux_loss_coef.
 """
 
 from pathlib import Path
@@ -22,6 +22,7 @@ PUBLISHED = {
     "qwen3_30b_a3b": (30_532_122_624, 3_353_032_704, 5_164_972_032, 6_976_911_360),
     "mixtral_8x7b": (46_702_792_704, 12_879_925_248, 24_154_214_400, 35_428_503_552),
     "moonlight_16b_a3b": (15_960_108_544, 2_914_774_528, 4_264_291_840, 5_613_809_152),
+    "granite_3_0_1b_a400m": (1_334_628_352, 428_658_688, 730_648_576, 1_032_638_464),
 }
 SELECTION_BIASES = {"ernie4_5_21b_a3b": 27 * 64, "moonlight_16b_a3b": 26 * 64}
 
@@ -47,6 +48,8 @@ def on_disk(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
                     shapes[f"{prefix}.{expert}.{half}.weight"] = (rows // 2, columns)
         elif last == "down_proj":
             shapes |= {f"{prefix}.{expert}.down_proj.weight": shape[1:] for expert in range(shape[0])}
+        elif name.endswith(".router.weight"):  # Granite's
+            shapes[f"{prefix}.layer.weight"] = shape
         else:
             shapes[name.replace(".gate.moe_statics.", ".moe_statics.")] = shape
     return {_of_mixtral(name) if model.config.model_type == "mixtral" else name: s for name, s in shapes.items()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_emoe.hf.active_experts import counting_rows, moe_layer_numbers, set_active_experts
+from megatron_emoe.hf.comparison import gate_of
 from tests import hf_models
 from tests.hf_models import LATER_TYPES, MODEL_TYPES
 
@@ -85,7 +86,7 @@ def test_tail_scale(model_type):
 def test_weights_with_a_tail_scale_by_hand(model_type):
     model = hf_models.build(model_type, num_experts=4)
     set_active_experts(model, 3, {3: 0.25})
-    gate = model.model.layers[-1].mlp.gate
+    gate = gate_of(model.model.layers[-1])
     with torch.no_grad():
         give_scores(model_type, gate)
         if model_type == "ernie4_5_moe":
@@ -101,6 +102,7 @@ def test_weights_with_a_tail_scale_by_hand(model_type):
         "deepseek_v3": {expert: 2.446 * weight for expert, weight in biased.items()},
         "qwen3_moe": {expert: weight / 0.75 for expert, weight in raw.items()},
         "mixtral": {expert: weight / 0.75 for expert, weight in raw.items()},
+        "granitemoe": {expert: weight / 0.75 for expert, weight in raw.items()},
     }.get(model_type, raw)
     assert found == pytest.approx(expected)
 
@@ -166,7 +168,7 @@ def test_weights_with_learned_scales_by_hand(model_type):
     rows = [[0.0, 0.0], [math.log(2), 0.0, math.log(4)]]
     model.config.emoe = {"k_train": 2, "budget_scales": {"k": [2, 3], "log": [[[0.5] * 2, [0.5] * 3], rows]}}
     set_active_experts(model, 3, {3: 0.25})
-    gate = model.model.layers[-1].mlp.gate
+    gate = gate_of(model.model.layers[-1])
     with torch.no_grad():
         give_scores(model_type, gate)
         _, weights, chosen = gate(torch.eye(1, 32))
@@ -175,7 +177,7 @@ def test_weights_with_learned_scales_by_hand(model_type):
     found = dict(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))
     expected = {1: 0.8, 3: 0.3, 2: 0.2}  # twice the best, 0.2 / 4 x 4: the tail scale beside the learned one
     factor = 2.446 if model_type == "deepseek_v3" else 1
-    renormalises = model_type in ("ernie4_5_moe", "qwen3_moe", "mixtral", "deepseek_v3")
+    renormalises = model_type in ("ernie4_5_moe", "qwen3_moe", "mixtral", "deepseek_v3", "granitemoe")
     total = sum(expected.values()) if renormalises else 1
     assert found == pytest.approx({expert: factor * weight / total for expert, weight in expected.items()})
     total = 0.7 if renormalises else 1

@@ -61,6 +61,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window true"),
     ("qwen3_moe", {"attention_bias": True}, "attention_bias true: qwen3_moe is supported without"),
     ("mixtral", {"sliding_window": 4096}, "sliding_window 4096: sliding-window attention is not supported"),
+    ("granitemoe", {"attention_bias": True}, "attention_bias true: granitemoe is supported without"),
+    ("granitemoe", {"residual_multiplier": 0.0}, "residual_multiplier 0.0: must be a number above 0"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok 9: must lie in [1, 8]"),
     ("deepseek_v3", {"q_lora_rank": 8}, "q_lora_rank 8: deepseek_v3 is supported with None (Moonlight-16B-A3B)"),
     ("deepseek_v3", {"n_group": 2, "topk_group": 1}, "n_group 2: deepseek_v3 is supported with 1 (Moonlight"),

@@ -27,6 +27,7 @@ TOTALS = {
     "moonlight-16b": 15_960_108_544,
     "qwen3-30b": 30_532_122_624,
     "mixtral-47b": 46_702_792_704,
+    "granite-1b": 1_334_628_352 - 49_155 * 1024 + 49_280 * 1024,  # of padding, to a multiple of 128
 }
 
 LAYOUTS = {
@@ -37,6 +38,7 @@ LAYOUTS = {
     "moonlight-16b": [],
     "qwen3-30b": [],
     "mixtral-47b": [on(4, 2, 2, 2, 1)],
+    "granite-1b": [],
 }
 
 

@@ -161,7 +161,7 @@ def test_a_person_reads_layout_memory_traffic_time_and_runners_up():
 
 
 MODELS = ("olmoe-7b", "qwen1.5-moe-14b", "deepseek-v2-lite-16b", "ernie-4.5-21b")
-LATER_MODELS = ("moonlight-16b", "qwen3-30b", "mixtral-47b")
+LATER_MODELS = ("moonlight-16b", "qwen3-30b", "mixtral-47b", "granite-1b")
 
 
 @pytest.mark.slow
