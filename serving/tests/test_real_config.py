@@ -87,7 +87,6 @@ def test_a_scheduler_of_ones_own(folder):
         ({"worker_cls": "mine.Worker"}, "--worker-cls mine.Worker: not with elastic experts"),
         ({"data_parallel_size": 2}, "--data-parallel-size 2: not with elastic experts"),
         ({"moe_backend": "flashinfer_trtllm"}, "--moe-backend flashinfer_trtllm: not with elastic experts"),
-        ({"enable_return_routed_experts": True}, "--enable-return-routed-experts True: not with elastic experts"),
         ({"runner": "pooling"}, "--runner pooling True: not with elastic experts"),
     ],
 )
