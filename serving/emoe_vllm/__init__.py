@@ -2,9 +2,9 @@
 
 vLLM finds `plugin.register` by its entry point. From there on: `plugin.py` decides, when a model's configuration is
 complete, whether it is served elastically; `settings.py` is what was decided, `refusals.py` what cannot be, `block.py`
-what the checkpoint says, `budgets.py` which budgets have names, `layers.py` which layers have experts. `levels.py` numbers
-the budgets that tokens carry; `routing.py` is the router as one pure function; `runner.py` puts it into vLLM's MoE
-layers, `on_cpu.py` is what runs there on a CPU, `surplus.py` saves work on a GPU; `worker.py` tells the layers each
+what the checkpoint says, `budgets.py` which budgets have names, `layers.py` which layers have experts. `levels.py`
+numbers the budgets that tokens carry; `routing.py` is the router as one pure function; `runner.py` puts it into vLLM's
+MoE layers, `on_cpu.py` is what runs there on a CPU, `surplus.py` saves work on a GPU; `worker.py` tells the layers each
 token's budget. `scheduler.py` gives every request its budget, `requests.py` reads what a request asks for;
 `following.py` lets decoding follow the load, by the rule in `policy.py`. `control.py` and `endpoint.py` change k' while
 the engine runs, `metrics.py` says in Prometheus' format what ran.
