@@ -16,12 +16,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 from paired import ratio_with_interval
+from parts import fill, with_part
 
 REPO = Path(__file__).resolve().parent.parent
 STEP_GOAL, ROUTER_GOAL, CONVERSION_GOAL = 1.01, 1.5, 0.5
@@ -46,17 +46,6 @@ def main() -> None:
         old = chosen.out.read_text() if chosen.out.exists() else ""
         chosen.out.write_text(with_part(old, part, text))
         print(f"written: {chosen.out}")
-
-
-def with_part(report: str, part: str, text: str) -> str:
-    """The report with this part new, or at its end where it was not there; other parts stay as they are."""
-    begin, end = f"<!-- part: {part} -->\n", f"<!-- end of part: {part} -->\n"
-    report = report or "# Performance\n\nMeasured and written by `make bench`, part by part. No GPU figure is stated.\n"
-    before, found, rest = report.partition(begin)
-    after = rest.partition(end)[2] if found else ""
-    if not found:
-        before += "\n"
-    return f"{before}{begin}{text.strip()}\n{end}{after}"
 
 
 def _measure(name: str, *words: str, ranks: int | None = None) -> dict:
@@ -153,11 +142,6 @@ def _conversion_row(kind: str, result: dict, bound: float) -> str:
         f"| {kind} | {times} | {ratio:.2f} | {low:.2f} to {high:.2f} | {CONVERSION_GOAL} | "
         f"{statistics.median(process):.1f} | {peak:.2f} | {bound:.2f} |"
     )
-
-
-def fill(text: str) -> str:
-    """A paragraph in lines of the report's width."""
-    return textwrap.fill(" ".join(text.split()), 120)
 
 
 def _machine() -> str:

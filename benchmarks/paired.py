@@ -10,7 +10,12 @@ Step = Callable[[int], None]
 
 
 def take_turns(
-    variants: dict[str, Step], pairs: int, warm_up: int, wait: Callable[[], Any], first: int = 0
+    variants: dict[str, Step],
+    pairs: int,
+    warm_up: int,
+    wait: Callable[[], Any],
+    first: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each variant's call in every pair after the warm-up; who begins alternates.
 
@@ -20,11 +25,11 @@ def take_turns(
     for pair in range(warm_up + pairs):
         for name in sorted(variants, reverse=bool(pair % 2)):
             wait()
-            start = time.perf_counter()
+            start = clock()
             variants[name](first + pair)
             wait()
             if pair >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
