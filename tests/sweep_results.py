@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from megatron_emoe.sweep.curve import SweepCell, SweepData, SweepResult
+from megatron_emoe.sweep.served import ServedCell, ServedResult, Times
 
 
 def make_cell(k: int | Iterable[int], loss: float, *, layers: int = 2, **fields) -> SweepCell:
@@ -41,3 +42,28 @@ def make_result(
         "date": "2026-01-31",
     }
     return SweepResult(**(values | fields))
+
+
+def make_served(k_train: int = 4, **fields) -> ServedResult:
+    """A load test of a server: k' = 2 and the server's own at 2 requests/s, and the latter at 8."""
+    times = {"ttft_ms": Times(mean=20.0, p50=18.0, p99=40.0), "tpot_ms": Times(mean=5.0, p50=4.5, p99=9.0)}
+    times |= {"seconds": 10.0, "requests_per_second": 1.9, "output_tokens_per_second": 61.5}
+    cells = [
+        ServedCell(rate=rate, k=k, completed=20, failed=0, tokens=[], mean_k=mean_k, mean_loss=loss, **times)
+        for rate, k, mean_k, loss in ((2.0, 2, 2.0, 2.2), (2.0, None, 7.5, 1.95), (8.0, None, 3.25, None))
+    ]
+    values = {
+        "version": 1,
+        "model": "exported",
+        "data": "held-out",
+        "prompts": 20,
+        "prompt_tokens": 64,
+        "output_tokens": 32,
+        "seed": 3,
+        "server": {"k": 8, "k_train": k_train},
+        "cells": cells,
+        "vllm": "0.32.0",
+        "command": "python tools/serve_bench.py",
+        "date": "2026-01-31",
+    }
+    return ServedResult(**(values | fields))

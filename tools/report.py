@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import plot_sweep
+import serve_bench
 
 from megatron_emoe.settings import paths
 from megatron_emoe.settings.atomic_file import write_atomically
@@ -22,9 +23,11 @@ from megatron_emoe.settings.command_line import command_line
 from megatron_emoe.settings.flag_types import a_path
 from megatron_emoe.settings.refusal import fail
 from megatron_emoe.sweep import curve as sweep
+from megatron_emoe.sweep import served
 from megatron_emoe.sweep.card import Card, make_card, name_seeds
 from megatron_emoe.sweep.card_page import Figure, inline_svg, to_html, to_markdown
 from megatron_emoe.sweep.curve import SweepResult
+from megatron_emoe.sweep.served import ServedResult
 from megatron_emoe.sweep.summary import shown_label, speeds_count
 
 if TYPE_CHECKING:  # matplotlib takes a second to import: it is where a chart is drawn
@@ -46,6 +49,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--specialists", nargs="+", type=a_path, default=[], metavar="SWEEP.json", help=plot_sweep.SPECIALISTS
+    )
+    parser.add_argument(
+        "--served", nargs="+", type=a_path, default=[], metavar="SERVED.json", help="results of tools/serve_bench.py"
     )
     parser.add_argument("--title", default="", help="heading of the card (default: from the labels)")
     parser.add_argument(
@@ -77,8 +83,11 @@ def load(args: argparse.Namespace) -> tuple[list[SweepResult], SweepResult | Non
     return results, results[paths.index(same)] if same in paths else sweep.load(args.baseline)
 
 
-def charts(results: Sequence[SweepResult], experts: Sequence[SweepResult] = ()) -> list[Figure]:
-    """Loss over k'; over FLOPs where that is another picture; latency over k' where any was measured on a GPU."""
+def charts(
+    results: Sequence[SweepResult], experts: Sequence[SweepResult] = (), loads: Sequence[ServedResult] = ()
+) -> list[Figure]:
+    """Loss over k'; over FLOPs where that is another picture; latency over k' where any was measured on a GPU; what a
+    server gave under load, where that was measured."""
     drawn = {"Held-out loss over k'": plot_sweep.draw(results, x="k", experts=experts)}
     if len({cell.expert_flops_per_token / k for result in results for k, cell in sweep.curve(result).items()}) > 1:
         drawn["Held-out loss over the FLOPs of the routed experts"] = plot_sweep.draw(
@@ -87,6 +96,8 @@ def charts(results: Sequence[SweepResult], experts: Sequence[SweepResult] = ()) 
     timed = [result for result in results if speeds_count(result)]
     if any(points(result, field) for result in timed for field in LATENCIES):
         drawn["Latency over k'"] = draw_latency(timed)
+    for number, load in enumerate(loads, start=1):
+        drawn["Served under load" + (f" ({number})" if len(loads) > 1 else "")] = serve_bench.draw(load)
     return [Figure(caption, svg(figure, f"chart{n}")) for n, (caption, figure) in enumerate(drawn.items())]
 
 
@@ -153,10 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_out(args.out)
         results, baseline = load(args)
         experts = [sweep.load(path) for path in args.specialists]
-        card = make_card(results, baseline=baseline, seeds=args.seeds, experts=experts, title=args.title)
+        loads = [served.load(path) for path in args.served]
+        more = {"experts": experts, "served": loads}
+        card = make_card(results, baseline=baseline, seeds=args.seeds, title=args.title, **more)
         named = name_seeds(results, args.seeds)
         extra = [baseline] if baseline is not None and baseline not in results else []
-        written = write(card, charts([*named, *extra], experts), args.out)
+        written = write(card, charts([*named, *extra], experts, loads), args.out)
     except (ValueError, OSError) as error:
         fail(error)
     print("\n".join(f"wrote {path}" for path in written))

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_emoe.sweep import curve as sweep
+from megatron_emoe.sweep.card_served import served_section
 from megatron_emoe.sweep.card_sweep import section_of
 from megatron_emoe.sweep.card_table import Section, Table
 from megatron_emoe.sweep.curve import SweepCell, SweepResult
 from megatron_emoe.sweep.regret import regret_line, regret_table, specialists
+from megatron_emoe.sweep.served import ServedResult
 from megatron_emoe.sweep.summary import answer, scaled, shown_label, to_k
 from megatron_emoe.sweep.uncertainty import difference
 
@@ -33,17 +35,19 @@ def make_card(
     baseline: SweepResult | None = None,
     seeds: Sequence[int] | None = None,
     experts: Sequence[SweepResult] = (),
+    served: Sequence[ServedResult] = (),
     title: str = "",
 ) -> Card:
     """The card of one or more sweeps over the same data.
 
     baseline: plain top-k, which peak gain and cost at k refer to; it may be one of the results. seeds: of the training
     runs, one per result; results of one label are then different seeds of one method.
-    experts: specialists, one for each k', which regret refers to (regret.py).
+    experts: specialists, one for each k', which regret refers to (regret.py). served: load tests of servers of these
+    models.
 
     Raises:
         ValueError: labels that repeat, another number of seeds, results that cannot be compared, or one without a cell
-            at the k of training.
+            at the k of training; a load test of a model with another k.
     """
     apart = [baseline] if baseline is not None and baseline not in results else []
     everything = shown([*name_seeds(results, seeds), *apart])
@@ -58,6 +62,7 @@ def make_card(
     overview += _over_seeds(results) if seeds else []
     own_seeds = [*(map(str, seeds) if seeds else [""] * len(results)), ""]
     sections = [section_of(result, seed) for result, seed in zip(everything, own_seeds, strict=False)]
+    sections += [served_section(found, everything[0]) for found in served]
     labels = ", ".join(dict.fromkeys(result.label for result in shown(results)))
     answers = (*(f"{result.label}: {answer(result)}" for result in everything), *_unlike(everything, against))
     answers += tuple(regret_line(result, envelope) for result in everything) if envelope else ()

@@ -51,7 +51,7 @@ def test_the_promised_curve_is_the_served_curve(made):
     uniform = [cell["k"] for cell in sweep["cells"] if isinstance(cell["k"], int)]
     per_layer = [cell["k"] for cell in sweep["cells"] if not isinstance(cell["k"], int)]
     assert len(uniform) == 8 and len(per_layer) == 2
-    assert max(promised.values()) - min(promised.values()) > 100 * served.TOLERANCE  # k' matters
+    assert max(promised.values()) - min(promised.values()) > 50 * served.TOLERANCE  # k' matters
     with served.engine(made / "exported", {"k_min": 1, "k_max": 16}) as llm:
         found = {json.dumps(k): loss for k, loss in losses(llm, stored["sequences"], uniform).items()}
         for k in per_layer:

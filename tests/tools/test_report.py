@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_emoe.sweep import curve as sweep
+from megatron_emoe.sweep import served
 from tests import sweep_results
-from tests.sweep_results import make_cell
+from tests.sweep_results import make_cell, make_served
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "tools"))
@@ -133,6 +134,16 @@ def test_a_baseline_that_is_one_more_file(files):
     assert any(text.startswith("plain: R = 1") for text in page.texts)
 
 
+@pytest.mark.slow
+def test_a_load_test_of_a_server(files):
+    load = files[0].with_name("served.json")
+    served.save(make_served(k_train=2), load)
+    page, html, markdown = written(files, "--served", load)
+    assert page.captions[-1] == "Served under load" and "time to the first token (ms)" in page.texts
+    assert any(text.startswith("k′ = 2") for text in page.texts) and "the server's own" in page.texts
+    assert "## Served\n" in markdown and len(page.ids) == len(set(page.ids))
+
+
 def test_seeds(files):
     sweep.save(make_result("elastic", PLAIN), files[0])
     page, _, markdown = written(files, "--seeds", 7, 8, "--title", "Two runs")
@@ -169,6 +180,7 @@ def test_errors_name_the_rule_and_leave_nothing(files, tmp_path, fails):
     fails([*files, tmp_path / "nowhere.json", "--out", out], "nowhere.json: cannot be read")
     fails([*files, other, "--out", out], "k_train: 4 in other, 2 in plain; must be equal")
     fails([*files, "--baseline", other, "--out", out], "k_train: 4 in other")
+    fails([*files, "--served", broken, "--out", out], "broken.json: ")
     fails([*files, "--seeds", 1, "--out", out], "--seeds: 1 given; must be one for each of the 2 results")
     assert sorted(os.listdir(tmp_path)) == before
 
