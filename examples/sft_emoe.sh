@@ -11,6 +11,7 @@
 #   METHOD      recipe (default: examples/recipe.args), emoe (co-activation sampling), or topk
 #   POOL        with METHOD=emoe the largest pool, --emoe-pool-k (three times the model's k)
 #   SEQ         --seq-length, that of the chats (4096)
+#   BATCH       sequences in a step, for the planner (64)
 #   GPUS        of this node (what nvidia-smi counts)
 #   GPU_MEMORY  GiB of each (80)
 #   LAYOUT      a flag file with ranks and batch, such as examples/cpu.args for a trial on a CPU. Unset: the planner's
@@ -21,7 +22,7 @@
 set -euo pipefail
 
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-: "${BASE:=}" "${DATA:=}" "${SAVE:=}" "${METHOD:=recipe}" "${POOL:=}" "${SEQ:=4096}"
+: "${BASE:=}" "${DATA:=}" "${SAVE:=}" "${METHOD:=recipe}" "${POOL:=}" "${SEQ:=4096}" "${BATCH:=64}"
 : "${GPUS:=}" "${GPU_MEMORY:=80}" "${LAYOUT:=}" "${PYTHON:=$home/.venv/bin/python}"
 export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 
@@ -48,7 +49,7 @@ check_settings() {
   [ -z "$LAYOUT" ] || [ -f "$LAYOUT" ] || die "LAYOUT $LAYOUT: no such file"
   type -P "$PYTHON" >/dev/null || die "PYTHON $PYTHON: no such program; make it with 'make setup'"
   [ -n "$GPUS" ] || GPUS=$(nvidia-smi --list-gpus 2>/dev/null | grep -c .) || die "GPUS is not set, and nvidia-smi finds none"
-  for name in GPUS GPU_MEMORY SEQ; do demand_number $name; done
+  for name in GPUS GPU_MEMORY SEQ BATCH; do demand_number $name; done
 }
 
 # Sets method: the flags that make the run elastic.
@@ -75,7 +76,7 @@ find_layout() {
   recipe=$(mktemp)
   printf '%s\n' "${method[*]}" >"$recipe"
   planned=$("$PYTHON" "$home/tools/plan_job.py" --model "$BASE/model.args" --recipe "$recipe" --gpus "$GPUS" \
-    --training "$home/slurm/train.args" --seq "$SEQ" --gpu-memory "$GPU_MEMORY" --precision bf16 --print-flags 2>&1) ||
+    --training "$home/slurm/train.args" --seq "$SEQ" --global-batch "$BATCH" --gpu-memory "$GPU_MEMORY" --precision bf16 --print-flags 2>&1) ||
     { rm -f "$recipe"; die "no layout: $planned"; }
   rm -f "$recipe"
   read -ra layout <<<"$planned"

@@ -149,7 +149,7 @@ def test_packed_chats_have_the_losses_that_transformers_gives_them_alone(kind, t
     prefix = write_chats(tmp_path / "chats", chats)
     apart, as_one, batch = run_ranks(_imported_and_packed, 1, tmp_path, prefix)[0]
     sums, together = (_sums_of_chats(losses, batch) for losses in (apart, as_one))
-    alone = _alone(tmp_path / "hf", chats)
+    alone = alone_by_transformers(tmp_path / "hf", chats)
     assert len(sums) == len(alone) and batch["packed_seq_params"].max_seqlen_q <= ROOM
     torch.testing.assert_close(sums, alone, rtol=1e-5, atol=1e-4)
     assert (together - alone).abs().max() > 0.05  # else the test would not see chats that look at each other
@@ -175,11 +175,14 @@ def _sums_of_chats(losses: torch.Tensor, batch: dict) -> torch.Tensor:
     return torch.stack([found[ids] for ids in sorted(found)])
 
 
-def _alone(hf: Path, chats: list[Chat]) -> torch.Tensor:
-    """The same from transformers, each chat in a forward pass of its own."""
+def alone_by_transformers(hf: Path, chats: list[Chat], k: int | None = None) -> torch.Tensor:
+    """The same from transformers, each chat in a forward pass of its own. k: active experts, if not the model's."""
+    from megatron_emoe.hf.comparison import set_hf_k
     from megatron_emoe.hf.verify import load_hf
 
     model = load_hf(hf, torch.float32)
+    if k is not None:
+        set_hf_k(model.model.layers, k)
     found = {}
     for chat in chats:
         ids = torch.tensor([token for stretch, _ in chat for token in stretch])

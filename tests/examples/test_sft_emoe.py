@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_emoe.settings.flag_files import expand
 from tests import hf_models, programs, tiny
 from tests.data.test_packed_chats import random_chats, write_chats
 from tests.distributed import REPO, run_ranks
@@ -46,6 +47,11 @@ def test_each_method_has_its_flags(base):
     assert printed(base, METHOD="topk")[1:3] == ["--emoe-selection", "topk"]
 
 
+def test_the_mix_is_a_blend_of_the_paper_s_three():
+    mix = expand([f"@{REPO}/examples/sft_mix.args"])
+    assert mix == ["--data-path", "1", "data/slimorca", "1", "data/magicoder", "1", "data/metamath"]
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -55,6 +61,7 @@ def test_each_method_has_its_flags(base):
         ({"SAVE": ""}, "SAVE is not set"),
         ({"METHOD": "best"}, "METHOD best: must be recipe, emoe or topk"),
         ({"METHOD": "emoe", "POOL": "many"}, "POOL many: must be a whole number of at least 1"),
+        ({"BATCH": "0.5"}, "BATCH 0.5: must be a whole number of at least 1"),
         ({"SEQ": "0"}, "SEQ 0: must be a whole number of at least 1"),
         ({"GPUS": "two"}, "GPUS two: must be a whole number of at least 1"),
         ({"LAYOUT": "/no/such"}, "LAYOUT /no/such: no such file"),
@@ -83,8 +90,6 @@ def taken(words: list[str]) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["recipe", "emoe"])
 def test_megatron_takes_what_it_prints(tmp_path, method):
-    from megatron_emoe.settings.flag_files import expand
-
     hf_models.save("olmoe", tmp_path / "hf")
     run_ranks(imported, 1, tmp_path)
     data = write_chats(tmp_path / "chats", random_chats(200))

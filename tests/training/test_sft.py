@@ -2,16 +2,18 @@
 
 import contextlib
 import io
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import hf_models, tiny
-from tests.data.test_packed_chats import random_chats, write_chats
+from tests import hf_models, sweeps, tiny
+from tests.data.test_packed_chats import alone_by_transformers, random_chats, write_chats
 from tests.distributed import run_ranks
 
+CHATS = random_chats(30)
 LAYOUTS = {
     "one": (1, ""),
     "tensor, recomputed": (
@@ -48,12 +50,18 @@ def prepare(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, tiny.Run]:
-    """The last rank's of each layout: it has the losses."""
+def folder(tmp_path_factory) -> Path:
+    """A model, and chats."""
     folder = tmp_path_factory.mktemp("sft")
-    write_chats(folder / "chats", random_chats(30))
-    hf_models.save("olmoe", folder / "hf")
+    write_chats(folder / "chats", CHATS)
+    hf_models.save("olmoe", folder / "hf", tokenizer=True)
     run_ranks(prepare, 1, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> dict[str, tiny.Run]:
+    """The last rank's of each layout: it has the losses."""
     return {name: run_ranks(train, ranks, folder, layout)[-1] for name, (ranks, layout) in LAYOUTS.items()}
 
 
@@ -66,3 +74,20 @@ def test_packed_chats_train_alike_in_every_layout(runs, layout):
     for name, weight in other.weights.items():
         if weight.shape == one.weights[name].shape:
             torch.testing.assert_close(weight, one.weights[name], rtol=1e-4, atol=2e-5)
+
+
+def swept(folder: Path) -> dict:
+    packed = {"sft": True, "no_create_attention_mask_in_dataloader": True, "seq_length": 32, "max_eval_tokens": 10**6}
+    words = sweeps.flags(folder / "chats", folder / "sweep.json", k=[2, 4], micro_batch_size=1, **packed)
+    answer = sweeps.run_tool("sweep_k", "--load", folder / "megatron", "--global-batch-size", 1, *words)
+    assert answer.status in (0, None), answer.err
+    return {cell["k"]: cell for cell in json.loads((folder / "sweep.json").read_text())["cells"]}
+
+
+@pytest.mark.slow
+def test_a_sweep_counts_every_answer_alike(folder):
+    cells = run_ranks(swept, 1, folder)[0]
+    answers = sum(len(ids) for chat in CHATS for ids, counts in chat if counts)
+    for k, cell in cells.items():
+        expected = alone_by_transformers(folder / "hf", CHATS, k).sum().item() / answers
+        assert cell["loss"] == pytest.approx(expected, rel=1e-5)
