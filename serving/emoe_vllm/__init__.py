@@ -7,7 +7,7 @@ numbers the budgets that tokens carry; `routing.py` is the router as one pure fu
 MoE layers, `on_cpu.py` is what runs there on a CPU, `surplus.py` saves work on a GPU; `worker.py` tells the layers each
 token's budget. `scheduler.py` gives every request its budget, `requests.py` reads what a request asks for;
 `following.py` lets decoding follow the load, by the rule in `policy.py`. `control.py` and `endpoint.py` change k' while
-the engine runs, `metrics.py` says in Prometheus' format what ran.
+the engine runs, `metrics.py` says in Prometheus' format what ran. `bench.py` is a program apart: load on a server.
 """
 
 from typing import TYPE_CHECKING, Any
