@@ -347,6 +347,7 @@ def programs() -> list[Program]:
         Program(convert, ["export", "--megatron", "ckpt", "--out", "new"], "export", reads=megatron),
         Program(convert, ["verify", "--hf", "hf", "--megatron", "ckpt", *k], "verify", reads=hf | megatron),
         Program(convert, ["inspect", "hf"], "inspect", reads=hf),
+        Program(convert, ["grow", "--hf", "hf", "--out", "new", "--experts", "2x"], "grow", reads=hf),
         Program("tools/sweep_k.py", [*evaluated, *k], paths=("--hf", "--out"), reads=tokens | megatron),
         Program("tools/fit_tail_scale.py", [*_without(evaluated, "--out"), "--k", "4"], paths=("--out",), reads=tokens),
         Program("tools/eval_tasks.py", ["--model", "megatron", "--load", "ckpt", *tasks], reads=megatron),

@@ -4,6 +4,7 @@
     python tools/convert_checkpoint.py verify  --hf DIR --megatron DIR --k 4 8 16
     python tools/convert_checkpoint.py export  --megatron DIR --out DIR
     python tools/convert_checkpoint.py inspect DIR
+    python tools/convert_checkpoint.py grow    --hf DIR --out DIR --experts 2x
 
 Imports and exports run on any machine, with a few layers in memory; docs/checkpoints.md says more.
 """
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_emoe.settings.command_line import command_line
-from megatron_emoe.settings.flag_types import MOST_WORKERS, a_path, per_layer, whole_to
+from megatron_emoe.settings.flag_types import MOST_WORKERS, a_path, copies, per_layer, share, whole_to
 from megatron_emoe.settings.hf_folder import hf_folder
 from megatron_emoe.settings.paths import check_folder, check_out
 from megatron_emoe.settings.refusal import one_line
@@ -29,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = command_line(__doc__)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_add_import, _add_export, _add_verify, _add_inspect):
+    for add in (_add_import, _add_export, _add_verify, _add_inspect, _add_grow):
         add(verbs)
     return top
 
@@ -92,6 +93,34 @@ def _add_inspect(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
     verb.add_argument("folder", type=a_path, metavar="DIR")
     verb.add_argument("--json", action="store_true", help="Print JSON.")
     return verb
+
+
+def _add_grow(verbs: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    verb = verbs.add_parser("grow", help="a Hugging Face model with every expert several times over")
+    verb.add_argument("--hf", type=a_path, required=True, help="Folder with config.json and safetensors.")
+    verb.add_argument("--out", type=a_path, required=True, help="Folder to make: a Hugging Face model.")
+    verb.add_argument("--experts", type=copies, required=True, metavar="Nx", help="Copies of each expert: 2x, say.")
+    text = "Active experts to write into config.json. Default: N times the model's, which changes nothing."
+    verb.add_argument("--k", type=int, help=text)
+    text = "Noise on all copies but the first, over the standard deviation of each matrix. Default: 0."
+    verb.add_argument("--noise", type=share, default=0.0, help=text)
+    verb.add_argument("--seed", type=whole_to(2**63 - 1), default=1234, help="Of the noise. Default: 1234.")
+    _add_workers(verb)
+    return verb
+
+
+def run_grow(chosen: argparse.Namespace) -> None:
+    from megatron_emoe.hf.grow import grow_model
+
+    grow_model(
+        chosen.hf,
+        chosen.out,
+        times=chosen.experts,
+        k=chosen.k,
+        noise=chosen.noise,
+        seed=chosen.seed,
+        workers=chosen.workers,
+    )
 
 
 def run_import(chosen: argparse.Namespace) -> None:
@@ -168,7 +197,8 @@ def _check(chosen: argparse.Namespace) -> None:
 def main() -> int:
     """Exit status 0; 1: the models differ; 2: refused, with one message on stderr."""
     chosen = parser().parse_args()
-    run = {"import": run_import, "export": run_export, "verify": run_verify, "inspect": run_inspect}[chosen.verb]
+    runs = {"import": run_import, "export": run_export, "verify": run_verify, "inspect": run_inspect, "grow": run_grow}
+    run = runs[chosen.verb]
     try:
         _check(chosen)
         _choose_device(chosen)
@@ -177,7 +207,7 @@ def main() -> int:
         print(f"{Path(sys.argv[0]).name} {chosen.verb}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = ": the same command goes on where it stopped" if chosen.verb in ("import", "export") else ""
+        goes_on = ": the same command goes on where it stopped" if chosen.verb in ("import", "export", "grow") else ""
         print(f"interrupted{goes_on}", file=sys.stderr)
         return 130
 

@@ -24,6 +24,7 @@ from megatron_emoe.hf.pieces import Group, Layout
 from megatron_emoe.hf.registry import architecture_of, read_config
 from megatron_emoe.hf.safetensors_files import header, write_index, write_shard
 from megatron_emoe.hf.served import served
+from megatron_emoe.hf.serving_lines import serving_lines
 from megatron_emoe.hf.torch_dist import TorchDistReader
 from megatron_emoe.model.checkpoint import fitted_tail_scale, iteration_of, locate, stored_args
 from megatron_emoe.model.stored_model import SHAPE_FLAGS, shape_value
@@ -31,8 +32,6 @@ from megatron_emoe.settings.budget_table import KEY
 from megatron_emoe.settings.elastic_config import flag
 from megatron_emoe.settings.flag_files import flag_words
 from megatron_emoe.settings.hf_folder import read_config_json
-from megatron_emoe.settings.serving_plugin import serve_command
-from megatron_emoe.settings.tail_scale import parse_tail_scale
 from megatron_emoe.training.arguments import stored_form
 
 # What decides, beside the shape of the weights, what the model computes. A config.json must say the same.
@@ -286,53 +285,3 @@ def _write_config(folder: Path, reader: TorchDistReader, changes: Mapping[str, A
     dtype = reader.tensors["embedding.word_embeddings.weight"].properties.dtype
     raw[key] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(raw | dict(changes), indent=2) + "\n")
-
-
-def serving_lines(
-    out: Path, architecture: Architecture, settings: Mapping[str, Any], num_experts: int, k: int
-) -> list[str]:
-    """How to serve the model with another k'. k: what config.json says; settings: the block "emoe".
-
-    No stock engine has a tail scale: where one belongs to a k', the line is that of this package.
-    """
-    if settings.get(KEY):
-        return [
-            f"it has learned scales at every k' but {settings['k_train']}, that of training: vLLM and transformers as "
-            "they are have none, and would compute something else there; with the plugin in serving/, or this package, "
-            f"here k' = {k}:",
-            *_with_scales(out, k),
-        ]
-    said = []
-    if (tail := _tail_at(settings, k)) != 1:
-        said.append(f"as it stands, {out} is served without the tail scale {tail:g} that belongs to its k' = {k}")
-    k = settings["pool_k"] or settings["k_max"] or min(2 * settings["k_train"], num_experts)
-    if (tail := _tail_at(settings, k)) != 1:
-        return [
-            *said,
-            f"to serve it at another k', here k' = {k}, to which the tail scale {tail:g} belongs: vLLM and "
-            "transformers as they are have none, and would compute something else; with the plugin in serving/, or "
-            "this package:",
-            *_with_scales(out, k),
-        ]
-    override = json.dumps({architecture.k_key: k})
-    return [
-        *said,
-        "to serve it at another k', here k' = " + str(k) + ":",
-        f"  vllm serve {out} --hf-overrides '{override}'",
-        f'  AutoModelForCausalLM.from_pretrained("{out}", {architecture.k_key}={k})',
-    ]
-
-
-def _with_scales(out: Path, k: int) -> list[str]:
-    """What computes with the block's scales: vLLM with our plugin, transformers with this package."""
-    return [
-        f"  {serve_command(str(out), k)}",
-        f'  model = AutoModelForCausalLM.from_pretrained("{out}"); megatron_emoe.set_active_experts(model, {k})',
-    ]
-
-
-def _tail_at(settings: Mapping[str, Any], k: int) -> float:
-    """a(k') by the block "emoe"; 1 where nothing is scaled."""
-    if k <= settings["k_train"] or not settings["tail_scale"]:
-        return 1.0
-    return parse_tail_scale(settings["tail_scale"]).at(k)

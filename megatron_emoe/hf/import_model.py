@@ -55,7 +55,7 @@ def import_model(
     _refuse_budget_scales(hf, config)
     source = SafetensorsFolder(hf)
     groups = architecture.groups(config)
-    carried = _check_tensors(source, architecture, config, groups)
+    carried = check_tensors(source, architecture, config, groups)
     flags = model_flags(architecture, config, source)
     inputs = {"files": state_of([hf / "config.json", *source.files.values()]), "flags": flags, "to": "torch_dist"}
     folder = OutputFolder(out)
@@ -90,7 +90,7 @@ def said_of_balancing(hf: Path, key: str, balancing: Flags) -> Iterator[str]:
         yield f"config.json: {key} is not there; --moe-aux-loss-coeff follows from transformers' default"
 
 
-def _check_tensors(
+def check_tensors(
     source: SafetensorsFolder, architecture: Architecture, config: PretrainedConfig, groups: list[Group]
 ) -> list[str]:
     """Names of tensors to carry along; ValueError for missing, superfluous and misshapen ones."""

@@ -42,6 +42,25 @@ def positive(word: str) -> float:
     return number
 
 
+def copies(word: str) -> int:
+    """2x is 2; from 2x to 16x."""
+    number = word.removesuffix("x")
+    if not word.endswith("x") or not number.isascii() or not number.isdigit() or not 2 <= int(number[:9]) <= 16:
+        raise ArgumentTypeError(f"{word}: must be 2x to 16x")
+    return int(number)
+
+
+def share(word: str) -> float:
+    """A number in [0, 1]."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"{word}: must be a number in [0, 1]")
+    return value
+
+
 def per_layer(word: str) -> tuple[int, ...]:
     """Whole numbers with commas between them: `2,4,4` is (2, 4, 4)."""
     try:

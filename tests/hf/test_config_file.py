@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_emoe.hf.registry import read_config
+from megatron_emoe.hf.registry import architecture_of, read_config
 from megatron_emoe.hf.verify import load_hf
 from tests import hf_models
+from tests.hf.full_size import CONFIGS, MODELS
 
 
 def write(folder: Path, model_type: str = "olmoe", **changes: Any) -> Path:
@@ -102,3 +103,58 @@ def test_a_negative_number_may_say_none(tmp_path):
 def test_the_k_of_an_export_is_the_k_of_training(tmp_path):
     served = write(tmp_path, num_experts_per_tok=8, emoe={"k_train": 2, "tail_scale": ["4:0.5"]})
     assert read_config(served).num_experts_per_tok == 2
+
+
+def published(folder: Path, name: str, **changes: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(json.loads((CONFIGS / f"{name}.json").read_text()) | changes))
+    return folder
+
+
+def flags(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    return architecture_of(config).flags(config)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_keys_of_old_and_new_releases_of_transformers_are_one_model(name, tmp_path):
+    old = published(tmp_path / "old", name)
+    read_config(old).save_pretrained(tmp_path / "new")
+    keys = [json.loads((folder / "config.json").read_text()).keys() for folder in (old, tmp_path / "new")]
+    assert "rope_theta" in keys[0] - keys[1] and "torch_dtype" in keys[0] - keys[1]
+    assert {"rope_parameters", "dtype"} <= keys[1] - keys[0]
+    assert flags(tmp_path / "new") == flags(old)
+
+
+# What other releases have beside the keys of the model in configs/, and what it changes. From general knowledge.
+RELEASES = {
+    "OLMoE-1B-7B-0125": ("olmoe_1b_7b", {"rms_norm_eps": 1e-5, "head_dim": None}, {}),
+    "Qwen1.5-MoE-A2.7B-Chat": (
+        "qwen1_5_moe_a2_7b",
+        {"max_position_embeddings": 32768, "max_window_layers": 21, "sliding_window": 32768, "qkv_bias": True},
+        {"max_position_embeddings": 32768},
+    ),
+    "DeepSeek-V2-Lite-Chat": ("deepseek_v2_lite", {"ep_size": 1, "pretraining_tp": 1, "num_key_value_heads": 16}, {}),
+    "ERNIE-4.5-21B-A3B-PT": (
+        "ernie4_5_21b_a3b",
+        {"moe_capacity": [64, 64, 64], "moe_gate": "topk", "head_dim": 128},
+        {},
+    ),
+    "ERNIE-4.5-21B-A3B-Paddle": (
+        "ernie4_5_21b_a3b",
+        {"compression_ratio": 1.0, "use_rmsnorm": True, "moe_use_hard_gate": True, "dtype": "bfloat16"},
+        {},
+    ),
+    "Llama-3.1-8B": (
+        "llama_3_2_1b",
+        {"rope_scaling": hf_models.LLAMA3 | {"factor": 8.0}, "tie_word_embeddings": False},
+        {"rope_scaling_factor": 8.0, "untie_embeddings_and_output_weights": True},
+    ),
+    "granite-3.1": ("granite_3_0_1b_a400m", {"rope_theta": 1500000}, {"rotary_base": 1500000}),
+}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_other_releases_of_an_architecture(release, tmp_path):
+    name, keys, changes = RELEASES[release]
+    assert flags(published(tmp_path / "other", name, **keys)) == flags(published(tmp_path / "first", name)) | changes

@@ -149,7 +149,7 @@ MUTATIONS = {
     "Granite's gate and up swapped": Mutation("granitemoe", FAULTY, swap("gate_proj", "up_proj")),
     "no embedding multiplier": Mutation("granitemoe", 0, flags={"mup_embedding_mult": 12.0}, part="embedding"),
     "another attention multiplier": Mutation("granitemoe", 0, flags={"mup_base_head_dim": None}),
-    "the norms' own epsilon": Mutation("granitemoe", 0, flags={"norm_epsilon": 1e-6}),
+    "the norms' own epsilon": Mutation("granitemoe", 0, flags={"norm_epsilon": 1e-2}, model={"rms_norm_eps": 1e-2}),
     "no scaling of logits": Mutation("granitemoe", None, flags={"mup_output_mult": 1.0}, part="head"),
     "the latent's epsilon that of the other norms": Mutation(
         "deepseek_v3", 0, constant=("megatron_emoe.model.attention.LATENT_EPSILON", 1e-5)

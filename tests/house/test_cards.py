@@ -54,7 +54,7 @@ def test_commands_are_accepted(file):
     for command in commands:
         words = re.sub(r"\s+#.*|[\[\]]", "", command).replace(" N", " 1").split()
         chosen = convert_checkpoint.parser().parse_args(words)
-        assert chosen.verb in ("import", "export", "verify", "inspect")
+        assert chosen.verb in ("import", "export", "verify", "inspect", "grow")
 
 
 def test_results_replace_their_block_alone():

@@ -66,9 +66,10 @@ def test_the_commands_run_as_they_are_printed(tmp_path):
     assert "iteration       10/      10" in done.stdout and "validation loss at iteration 10" in done.stdout
     assert (folder / "OUT/latest_checkpointed_iteration.txt").read_text() == "10"
     check_results(folder, done.stdout)
-    convert, with_sweep, serve = CONVERSIONS
-    done = run(folder, activate, "rm -r CHECKPOINT EXPORTED", convert, "rm -r EXPORTED", with_sweep, serve)
+    convert, with_sweep, serve, grow = CONVERSIONS
+    done = run(folder, activate, "rm -r CHECKPOINT EXPORTED", convert, "rm -r EXPORTED", with_sweep, serve, grow)
     assert "fp32: the same model" in done.stdout and "EXPORTED: Hugging Face model (safetensors)" in done.stdout
+    assert "another model than before: noise of 0.01 on the copies" in done.stdout
     assert json.loads((folder / "EXPORTED/config.json").read_text())["emoe"]["evaluated_k"] == [4, 6, 8, 12, 16, 24]
 
 

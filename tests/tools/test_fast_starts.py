@@ -168,6 +168,8 @@ REFUSED = {
         (["import", "--hf", "/", "--out", "a", "--workers", "0"], "--workers 0: must be a whole number of at least 1"),
         (["export", "--megatron", "/nowhere", "--out", "a"], "--megatron /nowhere: no such folder"),
         (["inspect", "/nowhere"], "/nowhere: no such folder"),
+        (["grow", "--hf", "/", "--out", "a", "--experts", "1x"], "--experts 1x: must be 2x to 16x"),
+        (["grow", "--hf", "/", "--out", "a", "--experts", "2x", "--noise", "nan"], "--noise nan: must be a number in"),
     ],
     "pick_k.py": [
         (["/nowhere.json", "--max-flops", "1"], "/nowhere.json: cannot be read"),
