@@ -119,7 +119,8 @@ def stage_layers(num_layers: int, pp: int) -> list[range]:
 def layout_flags(args: Namespace, layout: Layout) -> list[str]:
     """Megatron's flags for the layout, as words of a command line; args: the model's."""
     words = ["--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp]
-    words += ["--expert-model-parallel-size", layout.ep, "--moe-token-dispatcher-type", "alltoall"]
+    if args.emoe_lora_experts is None:
+        words += ["--expert-model-parallel-size", layout.ep, "--moe-token-dispatcher-type", "alltoall"]
     if layout.etp != layout.tp or layout.tp > 1:  # Megatron's default is TP
         words += ["--expert-tensor-parallel-size", layout.etp]
     if layout.tp > 1:
@@ -160,6 +161,8 @@ def broken_rules(args: Namespace, layout: Layout) -> Iterator[str]:
     if layout.gpus > layout.gpus_per_node and layout.gpus % layout.gpus_per_node:
         yield f"--gpus {layout.gpus}: must be a multiple of --gpus-per-node {layout.gpus_per_node}, or fit on one node"
     yield from megatron_rules(args, layout)
+    if args.emoe_lora_experts is not None:
+        yield from _broken_low_rank_rules(args, layout)
     groups = _groups(args)
     if groups % layout.tp:  # Megatron also takes a multiple of the groups, and copies them
         yield f"--tp {layout.tp}: must divide the model's {groups} groups of keys and values (--num-query-groups)"
@@ -167,6 +170,17 @@ def broken_rules(args: Namespace, layout: Layout) -> Iterator[str]:
         yield f"--tp {layout.tp}: must divide --seq {layout.seq}, which its ranks share (--sequence-parallel)"
     if layout.fp8:
         yield from _broken_fp8_rules(args, layout)
+
+
+def _broken_low_rank_rules(args: Namespace, layout: Layout) -> Iterator[str]:
+    """What low-rank experts on a dense model cannot be planned with."""
+    cause = f"with --emoe-lora-experts {args.emoe_lora_experts}"
+    if layout.ep > 1:
+        yield f"--ep {layout.ep}: must be 1 {cause}, every rank has them all"
+    if layout.recompute == "moe":
+        yield f"--recompute moe: must be none or full {cause}"
+    if layout.fp8:
+        yield f"--precision fp8: must be bf16 {cause}"
 
 
 def megatron_rules(args: Namespace, layout: Layout) -> Iterator[str]:

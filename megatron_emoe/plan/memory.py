@@ -18,6 +18,7 @@ from megatron_emoe.model.flops import is_gated, moe_layer_numbers
 from megatron_emoe.plan.layout import Layout, stage_layers
 from megatron_emoe.plan.model import PlannedModel
 from megatron_emoe.plan.parameters import padded_vocabulary, stage_parameters, table_size
+from megatron_emoe.settings.elastic_config import elastic_settings
 
 GIB = 1 << 30
 
@@ -63,18 +64,21 @@ def stage_memory(model: PlannedModel, layout: Layout, stage: int, imbalance: flo
     in_flight = min(layout.pp - stage, layout.micro_batches) * model.passes
     numbers = stage_layers(args.num_layers, layout.pp)[stage]
     with_experts = len(set(moe_layer_numbers(args)) & set(numbers))
-    row = kept_per_row(args, layout.etp) * layout.tokens * spread if layout.recompute == "none" else 0
+    low_rank = args.emoe_lora_experts is not None
+    rows = layout.recompute == "none" and not low_rank
+    row = kept_per_row(args, layout.etp) * layout.tokens * spread if rows else 0
     kept = sum(kept_of_layer(model, layout, number, spread) for number in numbers)
     last = stage == layout.pp - 1
     experts_above_mean = _largest_experts(model, with_experts) - model.expected_k * with_experts
     return Memory(
         weights=parameters.total * _BF16 + (_fp8_weights(args, layout, stage) if layout.fp8 else 0),
-        gradients=parameters.total * layout.kept.gradient,
-        optimizer=layout.kept.optimizer * (parameters.dense / layout.dp + parameters.expert / layout.edp),
+        gradients=parameters.trained * layout.kept.gradient,
+        optimizer=layout.kept.optimizer
+        * ((parameters.dense - parameters.frozen) / layout.dp + parameters.expert / layout.edp),
         activations=in_flight * kept + (model.passes * layout.tokens * 2 * _BF16 * args.hidden_size if last else 0),
         larger_k=in_flight * row * max(0.0, experts_above_mean),
         working=_working(model, layout, numbers, spread),
-        all_to_all=_buffers(model, layout, spread) if with_experts else 0,
+        all_to_all=_buffers(model, layout, spread) if with_experts and not low_rank else 0,
         logits=model.passes * _logits(args, layout) if last else 0,
     )
 
@@ -92,6 +96,8 @@ def kept_of_layer(model: PlannedModel, layout: Layout, number: int, spread: floa
         return layout.tokens * _BF16 * model.args.hidden_size
     is_moe = number in model.moe_layers
     outside = kept_by_attention(model.args) + 2 * _BF16 * model.args.hidden_size  # the second norm's input and output
+    if model.args.emoe_lora_experts is not None:
+        return layout.tokens * (outside + kept_by_low_rank_experts(model.args, layout.tp))
     if not is_moe:
         return layout.tokens * (outside + _kept_by_mlp(model.args, model.args.ffn_hidden_size))
     inside = 0 if layout.recompute == "moe" else kept_by_experts(model.args, model.expected_k * spread, layout.etp)
@@ -135,6 +141,15 @@ def kept_by_experts(args: Namespace, k: float, etp: int = 1) -> float:
     return router + _kept_by_mlp(args, shared) + gate + k * kept_per_row(args, etp)
 
 
+def kept_by_low_rank_experts(args: Namespace, tp: int) -> int:
+    """Bytes per token behind the second norm of a dense layer with low-rank experts: the MLP's own, the router, and
+    between A and B of both linear layers the products before and behind the weights. Those of the first layer are
+    gathered for their B."""
+    width = args.emoe_lora_experts * elastic_settings(args).lora_rank
+    router = args.emoe_lora_experts * (2 * _FP32 + 8)
+    return _kept_by_mlp(args, args.ffn_hidden_size) + router + _BF16 * width * (3 + tp)
+
+
 def kept_per_row(args: Namespace, etp: int = 1) -> int:
     """Bytes of one row: a token at one of its experts. etp: ranks that share an expert and gather each other's rows."""
     gathered = (etp - 1) * (_BF16 * args.hidden_size + _FP32)  # with their weights
@@ -151,6 +166,9 @@ def _working(model: PlannedModel, layout: Layout, numbers: range, spread: float)
     if layout.recompute == "none":
         return 0
     args = model.args
+    if args.emoe_lora_experts is not None:
+        outside = kept_by_attention(args) + 2 * _BF16 * args.hidden_size
+        return layout.tokens * (outside + kept_by_low_rank_experts(args, layout.tp))
     moe = (
         kept_by_experts(args, model.largest_k * spread, layout.etp)
         if any(n in model.moe_layers for n in numbers)

@@ -26,8 +26,9 @@ MODELS = {
     "qwen3-30b": "qwen3_30b_a3b.args",
     "mixtral-47b": "mixtral_8x7b.args",
     "granite-1b": "granite_3_0_1b_a400m.args",
+    "llama2-7b-lora": "../llama_2_7b_lora.args",
 }
-"""Name of a released model -> its flag file in examples/models."""
+"""Name of a released model -> its flag file, from examples/models; the last has low-rank experts on a dense one."""
 
 OF_THE_LAYOUT = {
     "--tensor-model-parallel-size": "--tp",
@@ -205,7 +206,7 @@ def _refuse_unknown(args: Namespace) -> None:
     for name, (known, meaning) in _PLANNED_ALONE.items():
         if getattr(args, name) != known:
             raise ValueError(f"{flag(name)} {getattr(args, name)}: must be {known}, a plan does not know {meaning}")
-    if args.num_experts is None:
+    if args.num_experts is None and args.emoe_lora_experts is None:
         raise ValueError("--num-experts is not among the flags of the model: a plan is for one with experts")
     if args.fp16 and not args.bf16:
         raise ValueError("--fp16 among the flags of the model: a plan counts weights and activations in bf16")

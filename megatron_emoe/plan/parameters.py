@@ -8,7 +8,7 @@ on every rank. Formulas follow Megatron-Core's GPT model with Transformer Engine
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from megatron_emoe.model.flops import is_gated, moe_layer_numbers
 from megatron_emoe.plan.layout import Layout, stage_layers
@@ -19,17 +19,25 @@ from megatron_emoe.settings.k_schedule import trained_ks
 @dataclass(frozen=True)
 class Parameters:
     """dense: all but the experts', reduced over the data-parallel ranks. expert: of this rank's routed experts. whole:
-    those of `dense` that every tensor-parallel rank holds whole and whose gradients they add up: norms, routers."""
+    those of `dense` that every tensor-parallel rank holds whole and whose gradients they add up: norms, routers.
+    frozen: those of `dense` that are not trained, the base of low-rank experts."""
 
     dense: int = 0
     expert: int = 0
     whole: int = 0
+    frozen: int = 0
 
     def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(self.dense + other.dense, self.expert + other.expert, self.whole + other.whole)
+        mine, theirs = astuple(self), astuple(other)
+        return Parameters(*(one + more for one, more in zip(mine, theirs, strict=True)))
 
     def __mul__(self, layers: int) -> Parameters:
-        return Parameters(self.dense * layers, self.expert * layers, self.whole * layers)
+        return Parameters(*(each * layers for each in astuple(self)))
+
+    @property
+    def trained(self) -> int:
+        """Those that have a gradient."""
+        return self.total - self.frozen
 
     @property
     def total(self) -> int:
@@ -44,10 +52,23 @@ def stage_parameters(args: Namespace, layout: Layout, stage: int, *, local: bool
     tensor-parallel ranks; Transformer Engine's copy it.
     """
     total = _ends(args, layout, stage)
-    for layers, rest in zip(layers_of_each_kind(args, layout, stage), (_moe, _dense), strict=True):
+    moe, dense = layers_of_each_kind(args, layout, stage)
+    low_rank = args.emoe_lora_experts is not None
+    for layers, rest in ((moe, _dense if low_rank else _moe), (dense, _dense)):
         if layers:
             total += (_attention(args, layout.tp, local) + rest(args, layout)) * layers
-    return total
+    if not low_rank:
+        return total
+    base = Parameters(total.dense, frozen=total.dense)  # without gradients there is nothing to add up
+    return base + _low_rank_experts(args, layout) * moe
+
+
+def _low_rank_experts(args: Namespace, layout: Layout) -> Parameters:
+    """Router and low-rank experts of one layer: A of the first linear layer and B of the second are whole."""
+    width = args.emoe_lora_experts * elastic_settings(args).lora_rank
+    first = args.ffn_hidden_size * (2 if is_gated(args) else 1)
+    whole = router_parameters(args) + 2 * width * args.hidden_size
+    return Parameters(whole + width * (first + args.ffn_hidden_size) // layout.tp, whole=whole)
 
 
 def layers_of_each_kind(args: Namespace, layout: Layout, stage: int) -> tuple[int, int]:

@@ -128,7 +128,8 @@ def checkpoint_bytes(args: Namespace) -> int:
     itself, where that is of 16 bits.
     """
     whole = Layout(1, 1, 1, 1, 1, 1, 1, 1, args.seq_length)
-    parameters = trained = stage_parameters(args, whole, 0).total
+    held = stage_parameters(args, whole, 0)
+    parameters, trained = held.total, held.trained
     if args.emoe_train == "router":
         trained = len(moe_layer_numbers(args)) * router_parameters(args)
     half = args.bf16 or args.fp16

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
-from megatron_emoe.model.flops import flops_per_token, is_gated
+from megatron_emoe.model.flops import flops_per_token, is_gated, lora_products
 from megatron_emoe.plan.layout import Layout, Recompute, broken_rules, stage_layers
 from megatron_emoe.plan.memory import GIB, Memory, stage_memory
 from megatron_emoe.plan.model import PlannedModel
@@ -103,9 +103,9 @@ class Plan:
 
     @property
     def flops_per_token(self) -> float:
-        """Training FLOPs of one token at E[k]: three times the forward pass, for each pass of a micro-batch. What
-        recomputation repeats is not among them."""
-        return 3 * self._forward * self.model.passes
+        """Training FLOPs of one token at E[k]: three times the forward pass, for each pass of a micro-batch; twice that
+        of frozen weights. What recomputation repeats is not among them."""
+        return (3 * self._forward - self._frozen) * self.model.passes
 
     @property
     def flops_per_step(self) -> float:
@@ -144,6 +144,15 @@ class Plan:
         return flops
 
     @property
+    def _frozen(self) -> float:
+        """Forward FLOPs of one token in a base under low-rank experts, whose weights need no gradient."""
+        args = self.model.args
+        if args.emoe_lora_experts is None:
+            return 0.0
+        trained = lora_products(args) + args.hidden_size * args.emoe_lora_experts
+        return self._forward - 2.0 * args.num_layers * trained
+
+    @property
     def _recomputed(self) -> float:
         """All FLOPs as a multiple of those of forward and backward pass."""
         if self.layout.recompute == "none":
@@ -155,6 +164,8 @@ class Plan:
     def _slowed(self) -> float:
         """Time of the products, as a multiple of that with experts of very many rows each."""
         args, layout = self.model.args, self.layout
+        if args.emoe_lora_experts is not None:
+            return 1.0
         rows = layout.tokens * layout.ep * layout.etp * self.model.expected_k / args.num_experts
         share = _expert_flops(self.model, shared=False) / self._forward
         return 1 + share * HALF_SPEED_ROWS / rows

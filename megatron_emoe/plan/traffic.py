@@ -17,6 +17,7 @@ from typing import Literal
 
 from megatron_emoe.plan.layout import Layout
 from megatron_emoe.plan.parameters import layers_of_each_kind, stage_parameters, table_size
+from megatron_emoe.settings.elastic_config import elastic_settings
 
 Kind = Literal["all-to-all", "data parallel", "tensor parallel", "pipeline"]
 KINDS: tuple[Kind, ...] = ("all-to-all", "data parallel", "tensor parallel", "pipeline")
@@ -71,6 +72,9 @@ def _times(one: Transfer, factor: float) -> Transfer:
 def _layers(args: Namespace, layout: Layout, stage: int, k: float, local: bool) -> Iterator[Transfer]:
     """Of one micro-batch in the stage's layers, forward and backward, with what recomputation repeats."""
     moe, dense = layers_of_each_kind(args, layout, stage)
+    if args.emoe_lora_experts is not None:
+        yield from _low_rank_layers(args, layout, stage, moe, local)
+        return
     again = 2 if layout.recompute == "full" else 1
     moe_again = 1 if layout.recompute == "none" else 2
     in_moe = [_experts(args, layout, k, moe_again)]
@@ -82,6 +86,23 @@ def _layers(args: Namespace, layout: Layout, stage: int, k: float, local: bool) 
             yield from (_times(transfer, layers) for transfer in chain(*transfers))
 
 
+def _low_rank_layers(args: Namespace, layout: Layout, stage: int, layers: int, local: bool) -> Iterator[Transfer]:
+    """Dense layers with low-rank experts: what these make of a token travels behind what the MLP's layers exchange.
+
+    The attention of the model's first layer has no backward pass, as nothing before it is trained: unless a gradient is
+    asked for there, for recomputation or between stages (train_only).
+    """
+    again = 2 if layout.recompute == "full" else 1
+    width = args.hidden_size + args.emoe_lora_experts * elastic_settings(args).lora_rank
+    for transfer in chain(_column(layout, width, again, frozen=True), _row(layout, width, again)):
+        yield _times(transfer, layers)
+    cut = int(stage == 0 and layout.pp == 1 and layout.recompute == "none")
+    for transfer in _attention(args, layout, again, local, frozen=True):
+        yield _times(transfer, layers - cut)
+    for operation in ("all-gather", "reduce-scatter"):
+        yield _tensor(layout, operation, cut * _activation(layout, args.hidden_size))
+
+
 def _tensor(layout: Layout, operation, payload: float) -> Transfer:
     return Transfer("tensor parallel", operation, layout.tp, payload, layout.crosses_nodes(layout.tp))
 
@@ -91,11 +112,11 @@ def _activation(layout: Layout, width: int) -> int:
     return layout.micro_batch * layout.seq * width * _BF16
 
 
-def _column(layout: Layout, width: int, forwards: int) -> Iterator[Transfer]:
-    """A linear layer split by its outputs: its input is gathered, again for the weights' gradient; its gradient is
-    scattered."""
+def _column(layout: Layout, width: int, forwards: int, frozen: bool = False) -> Iterator[Transfer]:
+    """A linear layer split by its outputs: its input is gathered, again for the weights' gradient if they have one; its
+    gradient is scattered."""
     payload = _activation(layout, width)
-    yield _tensor(layout, "all-gather", payload * (forwards + 1))
+    yield _tensor(layout, "all-gather", payload * (forwards + (0 if frozen else 1)))
     yield _tensor(layout, "reduce-scatter", payload)
 
 
@@ -106,14 +127,14 @@ def _row(layout: Layout, width: int, forwards: int) -> Iterator[Transfer]:
     yield _tensor(layout, "all-gather", payload)
 
 
-def _pair(args: Namespace, layout: Layout, forwards: int) -> Iterator[Transfer]:
+def _pair(args: Namespace, layout: Layout, forwards: int, frozen: bool = False) -> Iterator[Transfer]:
     """An MLP, or the projections of an attention."""
-    yield from _column(layout, args.hidden_size, forwards)
+    yield from _column(layout, args.hidden_size, forwards, frozen)
     yield from _row(layout, args.hidden_size, forwards)
 
 
-def _attention(args: Namespace, layout: Layout, forwards: int, local: bool) -> Iterator[Transfer]:
-    yield from _pair(args, layout, forwards)
+def _attention(args: Namespace, layout: Layout, forwards: int, local: bool, frozen: bool = False) -> Iterator[Transfer]:
+    yield from _pair(args, layout, forwards, frozen)
     if args.multi_latent_attention:
         yield from _latent(args, layout, forwards, local)
     elif args.qk_layernorm and args.emoe_qk_norm == "full":  # sums of squares of queries and of keys
@@ -156,10 +177,12 @@ def _split_experts(args: Namespace, layout: Layout, rows: float, weight: int, fo
 
 def _ends(args: Namespace, layout: Layout, stage: int) -> Iterator[Transfer]:
     """Embedding, head and cross entropy (largest logit, that of the label, sum of exponentials), per micro-batch."""
+    frozen = args.emoe_lora_experts is not None
     if stage == 0:
-        yield from _row(layout, args.hidden_size, 1)
+        embedding, its_gradient = _row(layout, args.hidden_size, 1)
+        yield from (embedding,) if frozen else (embedding, its_gradient)
     if stage == layout.pp - 1:
-        yield from _column(layout, args.hidden_size, 1)
+        yield from _column(layout, args.hidden_size, 1, frozen)
         yield _tensor(layout, "all-reduce", 3 * layout.micro_batch * layout.seq * _FP32)
 
 
@@ -177,8 +200,8 @@ def _gradients(args: Namespace, layout: Layout, stage: int, local: bool) -> Iter
     weights: so does the count.
     """
     parameters = stage_parameters(args, layout, stage, local=local)
-    apart = layout.ep > 1 or layout.etp != layout.tp
-    dense = parameters.dense if apart else parameters.total
+    apart = args.emoe_lora_experts is None and (layout.ep > 1 or layout.etp != layout.tp)
+    dense = parameters.dense if apart else parameters.trained
     span, gradient = layout.gpus // layout.pp, layout.kept.gradient
     for count, ranks in ((dense, layout.dp), (parameters.expert if apart else 0, layout.edp)):
         padded = _padded(count, ranks)
@@ -186,7 +209,12 @@ def _gradients(args: Namespace, layout: Layout, stage: int, local: bool) -> Iter
         yield Transfer("data parallel", "reduce-scatter", ranks, padded * gradient, crosses)
         yield Transfer("data parallel", "all-gather", ranks, padded * _BF16 * (2 if apart else 1), crosses)
     yield _tensor(layout, "all-reduce", parameters.whole * gradient)
-    if layout.pp > 1 and not args.untie_embeddings_and_output_weights and stage in (0, layout.pp - 1):
+    if (
+        args.emoe_lora_experts is None
+        and layout.pp > 1
+        and not args.untie_embeddings_and_output_weights
+        and stage in (0, layout.pp - 1)
+    ):
         yield Transfer(
             "pipeline", "all-reduce", 2, table_size(args, layout.tp) * gradient, layout.gpus > layout.gpus_per_node
         )

@@ -96,14 +96,14 @@ class LoraMLP(MLP):
 
     def _first(self, x: Tensor, weights_TE: Tensor) -> tuple[Tensor, Tensor | None]:
         experts = self.lora.linear_fc1
-        middle = experts.weighted(experts.down(x), weights_TE)
+        middle = experts.weighted(experts(x), weights_TE)
         if self.tp_group.size() > 1:
             x, middle = self._to_all_tokens(torch.cat([x, middle], dim=-1)).split([x.shape[-1], middle.shape[-1]], -1)
         return experts.added(linear(x, self.linear_fc1.weight), middle), self._bias(self.linear_fc1)
 
     def _second(self, x: Tensor, weights_TE: Tensor) -> tuple[Tensor, Tensor | None]:
         experts = self.lora.linear_fc2
-        base, middle = linear(x, self.linear_fc2.weight), experts.down(x)
+        base, middle = linear(x, self.linear_fc2.weight), experts(x)
         if self.tp_group.size() > 1:
             widths = [base.shape[-1], middle.shape[-1]]
             base, middle = self._to_own_tokens(torch.cat([base, middle], dim=-1)).split(widths, -1)

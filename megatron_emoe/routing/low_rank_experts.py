@@ -64,16 +64,20 @@ class LowRankExperts(MegatronModule):
             whole_XI = whole_XI.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()]
         self.a.copy_(whole_XI)
 
-    def down(self, x: Tensor) -> Tensor:
-        """A x: [sequence, batch, X], of this rank's inputs only where those are cut."""
+    def forward(self, x: Tensor) -> Tensor:
+        """A x: [sequence, batch, X], of this rank's inputs only where those are cut.
+
+        What comes first in a pass, so that this module is called before its weights are read: with
+        --overlap-param-gather the core waits for them in a hook on that call.
+        """
         return torch.nn.functional.linear(x, self.a)
 
-    def weighted(self, down: Tensor, weights_TE: Tensor) -> Tensor:
-        """What `down` gave, every expert's part times its weight and the scale, in the same dtype. weights_TE: of the
+    def weighted(self, middle: Tensor, weights_TE: Tensor) -> Tensor:
+        """What the call gave, every expert's part times its weight and the scale, in the same dtype. weights_TE: of the
         same tokens, 0 for experts that a token does not use."""
-        spread = down.unflatten(-1, (self.experts, self.rank))
-        weights = weights_TE.view(*down.shape[:-1], self.experts, 1)
-        return (spread * (weights * self.scale)).flatten(-2).type_as(down)
+        spread = middle.unflatten(-1, (self.experts, self.rank))
+        weights = weights_TE.view(*middle.shape[:-1], self.experts, 1)
+        return (spread * (weights * self.scale)).flatten(-2).type_as(middle)
 
     def added(self, base: Tensor, weighted: Tensor) -> Tensor:
         """base + B weighted: [sequence, batch, O], of this rank's outputs only where those are cut."""

@@ -100,7 +100,8 @@ def parse_evaluation(
 ) -> Namespace:
     """The same for a tool that evaluates --load (or --hf, which `hf_arguments` then reads): the model's flags come from
     there unless given; its k and its shape cannot be given otherwise. With --hf, `hf_settings` of the result is the
-    block "emoe" of config.json, or None, and `hf_combine` the model's own rule. needs_experts: refuse a dense model, which has no k'."""
+    block "emoe" of config.json, or None, and `hf_combine` the model's own rule. needs_experts: refuse a dense model,
+    which has no k'."""
     return _parse(partial(_complete_evaluation, hf_arguments, needs_experts), add_more, fixed)
 
 

@@ -27,6 +27,7 @@ TOTALS = {
     "moonlight-16b": 15_960_108_544,
     "qwen3-30b": 30_532_122_624,
     "mixtral-47b": 46_702_792_704,
+    "llama2-7b-lora": 6_738_415_616 + 32 * (32 * 4096 + 256 * (4096 + 2 * 11008 + 11008 + 4096)),
     "granite-1b": 1_334_628_352 - 49_155 * 1024 + 49_280 * 1024,  # of padding, to a multiple of 128
 }
 
@@ -38,6 +39,7 @@ LAYOUTS = {
     "moonlight-16b": [],
     "qwen3-30b": [],
     "mixtral-47b": [on(4, 2, 2, 2, 1)],
+    "llama2-7b-lora": [on(4, 2, 2, 1, 1)],
     "granite-1b": [],
 }
 
@@ -78,6 +80,21 @@ FEATURES = [
 
 def checked_file(path: str, layout: Layout) -> list[Any]:
     return checked(path, [layout])[0]
+
+
+LORA = "--emoe-lora-experts 6 --emoe-lora-rank 4 --moe-router-topk 2"
+
+
+@pytest.mark.slow
+def test_low_rank_experts_on_a_dense_model(tmp_path):
+    file = tmp_path / "model.args"
+    file.write_text(Path(tiny_file(tmp_path, LORA)).read_text().replace("--num-experts 8 --moe-ffn-hidden-size 16", ""))
+    layout = replace(on(4, 2, 2, 1, 1), seq=64, global_batch=4)
+    ranks = run_ranks(checked_file, 1, str(file), layout)[0]
+    assert len(ranks) == 4 and all(rank.agrees for rank in ranks), ranks
+    # 2 layers of a stage: router, A and B of 6 experts of rank 4 on 32 x 128 and 64 x 32, half of it whole
+    trained = 2 * (6 * 32 + 24 * 32 + 24 * 128 // 2 + 24 * 64 // 2 + 24 * 32)
+    assert {rank.planned.trained for rank in ranks} == {trained}
 
 
 @pytest.mark.slow

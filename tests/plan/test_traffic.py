@@ -43,6 +43,12 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 MOE = {"recompute_granularity": "selective", "recompute_modules": "moe"}
 SHARED = {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True}
 
+LORA = {
+    **dict.fromkeys(("num_experts", "moe_ffn_hidden_size")),
+    "emoe_lora_experts": 8,
+    "emoe_lora_rank": 8,
+}
+
 AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
 BALANCE, LOG = "tokens per expert, for the balancing loss", "logged losses of the layers"
 UNCOUNTED = {BALANCE, LOG}  # by a plan: a few hundred bytes a layer
@@ -62,6 +68,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "TP and EP and DP": (4, APART),
     "TP with a balancing loss": (2, SPLIT | AUX),
     "EP with a balancing loss": (2, {"expert_model_parallel_size": 2} | AUX),
+    "TP, low-rank experts": (2, SPLIT | LORA),
+    "TP, low-rank experts recomputed": (2, SPLIT | LORA | FULL),
+    "DP, low-rank experts": (2, LORA),
+    "PP, low-rank experts, tied head": (2, STAGES | LORA | {"untie_embeddings_and_output_weights": None}),
     "ETP alone": (2, {"expert_tensor_parallel_size": 2}),
 }
 

@@ -18,6 +18,7 @@ from tests.tiny import flags
 REPO = Path(__file__).resolve().parents[2]
 MODELS = {"emoe_7b.sh": "olmoe-7b", "emoe_14b.sh": "qwen1.5-moe-14b", "emoe_16b.sh": "deepseek-v2-lite-16b"}
 MODELS |= {"emoe_21b.sh": "ernie-4.5-21b", "emoe_moonlight.sh": "moonlight-16b"}
+MODELS |= {"emoe_lora_7b.sh": "llama2-7b-lora"}
 MODELS |= {"emoe_30b.sh": "qwen3-30b", "emoe_47b.sh": "mixtral-47b", "emoe_1b.sh": "granite-1b"}
 
 
