@@ -307,7 +307,7 @@ def prepare(folder: Path) -> None:
     import torch
 
     from megatron_emoe.hf.import_model import import_model
-    from megatron_emoe.sweep import curve
+    from megatron_emoe.sweep import curve, served
 
     torch.distributed.destroy_process_group()
     os.chdir(folder)
@@ -322,6 +322,7 @@ def prepare(folder: Path) -> None:
     for name, loss in (("sweep", 3.0), ("other", 3.1)):
         cells = {1: loss + 0.2, 2: loss + 0.1, 4: loss, 8: loss + 0.05}
         curve.save(sweep_results.make_result(name, cells), Path(f"{name}.json"))
+    served.save(sweep_results.make_served(), Path("served.json"))
     Path("empty").touch()
     Path("file.txt").write_text("some words\n")
     Path("folder").mkdir()
@@ -362,7 +363,11 @@ def programs() -> list[Program]:
             reads=tokens | sweep,
         ),
         Program("tools/plot_sweep.py", ["sweep.json", "--out", "curve.png"], reads=sweep),
-        Program("tools/report.py", ["sweep.json", "--baseline", "other.json", "--out", "card.html"], reads=sweep),
+        Program(
+            "tools/report.py",
+            ["sweep.json", "--baseline", "other.json", "--served", "served.json", "--out", "card.html"],
+            reads=sweep | {"served.json": "json"},
+        ),
         Program("tools/join_sweeps.py", ["sweep.json", "--out", "joined.json"], paths=("--out",), reads=sweep),
         Program(
             "tools/plan_job.py",

@@ -27,6 +27,8 @@ PROMPT = 40
 """Tokens; more than a block of the key-value cache."""
 BLOCK = 32
 
+# pytest takes the folder of these tests for the package `tests`; what is loaded here imports its neighbours from there.
+importlib.import_module("tests").__path__.append(str(ROOT / "tests"))
 _spec = importlib.util.spec_from_file_location("hf_models", ROOT / "tests/hf_models.py")
 assert _spec is not None and _spec.loader is not None
 hf_models = importlib.util.module_from_spec(_spec)
