@@ -2,9 +2,9 @@
 
 The kernel takes equally many experts of every row. One call for each k' would read an expert's weights once for each,
 and in decoding reading them is most of the work. So a token with k' experts becomes k' / w rows of w experts, where w
-is the greatest common divisor of the k' in the batch; the rows of a token are added up. No kernel is given an expert
-of -1: this one writes out of bounds with it. Shape suffixes: T tokens, E experts, K ranks, R rows, W experts of a row,
-D hidden.
+is the greatest common divisor of the k' in the batch; the rows of a token are added up. In bf16 each row is rounded
+before that, as a token in a batch of one k' is not. No kernel is given an expert of -1: this one writes out of bounds
+with it. Shape suffixes: T tokens, E experts, K ranks, R rows, W experts of a row, D hidden.
 """
 
 from __future__ import annotations
