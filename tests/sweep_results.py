@@ -49,8 +49,14 @@ def make_served(k_train: int = 4, **fields) -> ServedResult:
     times = {"ttft_ms": Times(mean=20.0, p50=18.0, p99=40.0), "tpot_ms": Times(mean=5.0, p50=4.5, p99=9.0)}
     times |= {"seconds": 10.0, "requests_per_second": 1.9, "output_tokens_per_second": 61.5}
     cells = [
-        ServedCell(rate=rate, k=k, completed=20, failed=0, tokens=[], mean_k=mean_k, mean_loss=loss, **times)
-        for rate, k, mean_k, loss in ((2.0, 2, 2.0, 2.2), (2.0, None, 7.5, 1.95), (8.0, None, 3.25, None))
+        ServedCell(
+            rate=rate, k=k, completed=20, failed=0, tokens=[], mean_k=mean, mean_k_written=own, mean_loss=loss, **times
+        )
+        for rate, k, mean, own, loss in (
+            (2.0, 2, 2.0, 2.0, 2.2),
+            (2.0, None, 7.5, 7, 1.9),
+            (8.0, None, 3.25, None, None),
+        )
     ]
     values = {
         "version": 1,

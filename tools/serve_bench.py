@@ -7,7 +7,8 @@ The server runs with VLLM_PLUGINS=emoe (docs/serving.md). At each rate the same 
 without a k', where the server's own applies, or follows the load. They arrive at random (a Poisson process), whether
 earlier ones were answered or not, by vLLM's own benchmark, which runs in vLLM's environment (--serve-python). No cell
 reads what another left in the prefix cache. The server's counts tell which k' ran. served.json has it all, served.png
-the curves. Exit status 2 for what is refused, 1 where no request of a cell came to its end.
+the curves, served.log what vLLM's benchmark said. Exit status 2 for what is refused, 1 where no request of a cell came
+to its end.
 """
 
 from __future__ import annotations
@@ -128,9 +129,9 @@ def measure(
         print("\n".join(table([])), flush=True)
         for rate in args.rates:
             for k in ks:
-                before = served.counts(server.status())
+                before = served.counted(server.status())
                 found = load.run(asked | {"prompts": pieces, "rate": rate, "body": body(k, f"{rate:g}")})
-                ran = served.between(before, served.counts(server.status()))
+                ran = served.counted(server.status()).since(before)
                 result = dataclasses.replace(result, cells=(*result.cells, served.cell(rate, k, found, ran, losses)))
                 served.save(result, args.out)
                 print(table(result.cells[-1:])[-1], flush=True)
@@ -199,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         server={key: value for key, value in status.items() if key not in COUNTED},
         cells=(),
         losses=None if args.losses is None else str(args.losses),
-        vllm=server.get("/version")["version"],
+        vllm=server.version(),
         command=own_command(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )

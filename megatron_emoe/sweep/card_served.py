@@ -6,8 +6,9 @@ from megatron_emoe.sweep.served import HEAD, ServedResult, row
 
 NOTE = (
     "Offered load in requests/s, then the k' that requests named, or the server's own. Mean k' and loss are over the "
-    "tokens that ran, the loss being that of each one's k' on held-out data. TTFT: time to the first token, ms/token: "
-    "for each after it, means and percentiles. Speeds are those of the machine and the vLLM that served."
+    "tokens that ran, of prompts and of answers, the loss being that of each one's k' on held-out data. TTFT: time to "
+    "the first token, ms/token: for each after it, means and percentiles. Speeds are those of the machine and the vLLM "
+    "that served."
 )
 
 
@@ -27,8 +28,9 @@ def served_section(found: ServedResult, result: SweepResult) -> Section:
 
 def _own(found: ServedResult) -> list[str]:
     """How the server's own k' went with the load, where it was measured."""
-    means = [f"{cell.mean_k:.3g} at {cell.rate:g}" for cell in found.cells if cell.k is None and cell.mean_k]
-    return [f"k' by the server alone, mean: {', '.join(means)} requests/s"] if means else []
+    means = [(cell.mean_k_written or cell.mean_k, cell.rate) for cell in found.cells if cell.k is None]
+    words = ", ".join(f"{mean:.3g} at {rate:g}" for mean, rate in means if mean)
+    return [f"the server's own k' of answers, mean: {words} requests/s"] if words else []
 
 
 def _how(found: ServedResult) -> str:

@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -41,8 +41,9 @@ class TokensAt:
 class ServedCell:
     """rate: requests/s that were offered. completed, failed: requests. seconds: until the last answer.
     output_tokens_per_second: over these. ttft_ms: until the first token of a request. tpot_ms: for each token after it;
-    None where answers have one token. tokens: what ran at which k', by the server's own count. mean_k: over these.
-    mean_loss: of these, the held-out loss of each one's k', nats per token; None where it is not known for all."""
+    None where answers have one token. tokens: what ran at which k', by the server's own count. mean_k: over these;
+    mean_k_written: over those of answers alone. mean_loss: of all these, the held-out loss of each one's k', nats per
+    token; None where it is not known for all."""
 
     rate: Positive
     k: K | None = None
@@ -55,6 +56,7 @@ class ServedCell:
     tpot_ms: Times | None = None
     tokens: Annotated[tuple[TokensAt, ...], Field(strict=False)]
     mean_k: Positive | None = None
+    mean_k_written: Positive | None = None
     mean_loss: Nats | None = None
 
 
@@ -96,8 +98,24 @@ Losses = Mapping[int | tuple[int, ...], float]
 Counts = Mapping[int | tuple[int, ...], int]
 
 
+class Counted(NamedTuple):
+    """Tokens by k', all and those of answers."""
+
+    all: Counts
+    written: Counts
+
+    def since(self, before: "Counted") -> "Counted":
+        """What ran between two answers of GET /emoe."""
+        return Counted(between(before.all, self.all), between(before.written, self.written))
+
+
+def counted(status: Mapping[str, Any]) -> Counted:
+    """The counts in what GET /emoe answers."""
+    return Counted(counts(status["tokens"]), counts(status.get("decode", [])))
+
+
 def cell(
-    rate: float, k: int | tuple[int, ...] | None, found: Mapping[str, Any], ran: Counts, losses: Losses
+    rate: float, k: int | tuple[int, ...] | None, found: Mapping[str, Any], ran: Counted, losses: Losses
 ) -> ServedCell:
     """The cell of a run. found: what emoe_vllm.bench answers. ran: tokens by k'. losses: held-out, by k'.
 
@@ -119,9 +137,10 @@ def cell(
         output_tokens_per_second=sum(found["output_lens"]) / found["duration"],
         ttft_ms=times([first for first, _, _ in done]),
         tpot_ms=times(per_token) if per_token else None,
-        tokens=tuple(TokensAt(k=each, tokens=tokens) for each, tokens in ran.items() if tokens),
-        mean_k=weighted(ran, {each: statistics.fmean(each) if isinstance(each, tuple) else each for each in ran}),
-        mean_loss=weighted(ran, losses),
+        tokens=tuple(TokensAt(k=each, tokens=tokens) for each, tokens in ran.all.items()),
+        mean_k=_mean_k(ran.all),
+        mean_k_written=_mean_k(ran.written),
+        mean_loss=weighted(ran.all, losses),
     )
 
 
@@ -136,6 +155,10 @@ def _at(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (place - low)
 
 
+def _mean_k(ran: Counts) -> float | None:
+    return weighted(ran, {k: statistics.fmean(k) if isinstance(k, tuple) else k for k in ran})
+
+
 def weighted(ran: Counts, values: Mapping[int | tuple[int, ...], float]) -> float | None:
     """The mean over the tokens that ran; None without any, or where a value is not known."""
     total = sum(ran.values())
@@ -144,9 +167,9 @@ def weighted(ran: Counts, values: Mapping[int | tuple[int, ...], float]) -> floa
     return sum(tokens * values[k] for k, tokens in ran.items() if tokens) / total
 
 
-def counts(status: Mapping[str, Any]) -> dict[int | tuple[int, ...], int]:
-    """Tokens by k' in what GET /emoe answers."""
-    return {tuple(k) if isinstance(k, list) else k: tokens for k, tokens in status["tokens"]}
+def counts(pairs: Sequence[Sequence[Any]]) -> dict[int | tuple[int, ...], int]:
+    """Tokens by k', as GET /emoe lists them."""
+    return {tuple(k) if isinstance(k, list) else k: tokens for k, tokens in pairs}
 
 
 def between(before: Counts, after: Counts) -> dict[int | tuple[int, ...], int]:
@@ -160,13 +183,14 @@ def name_of(k: int | tuple[int, ...] | None) -> str:
 
 
 _TIMES = ("TTFT ms", "TTFT p50", "TTFT p99", "ms/token", "ms/token p50", "ms/token p99")
-HEAD = ("rate", "k'", "mean k'", "loss", "requests/s", "tokens/s", *_TIMES)
+HEAD = ("rate", "k'", "mean k'", "of answers", "loss", "requests/s", "tokens/s", *_TIMES)
 """Of `row`: TTFT is the time to the first token, ms/token that of each after it; their means, then percentiles."""
 
 
 def row(cell: ServedCell) -> list[str]:
     """A cell in a table, under HEAD. An empty field is not known."""
-    texts = [f"{cell.rate:g}", name_of(cell.k), _number(cell.mean_k, ".2f"), _number(cell.mean_loss, ".4f")]
+    texts = [f"{cell.rate:g}", name_of(cell.k), _number(cell.mean_k, ".2f"), _number(cell.mean_k_written, ".2f")]
+    texts += [_number(cell.mean_loss, ".4f")]
     failed = f" ({cell.failed} failed)" if cell.failed else ""
     texts += [f"{cell.requests_per_second:.3g}{failed}", f"{cell.output_tokens_per_second:.4g}"]
     return [*texts, *(text for part in (cell.ttft_ms, cell.tpot_ms) for text in _times(part))]

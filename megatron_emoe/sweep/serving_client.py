@@ -50,8 +50,18 @@ class Server:
 
     def model(self) -> tuple[str, int]:
         """Name of the model, and the most tokens of a prompt with its answer."""
-        found = self.get("/v1/models")["data"][0]
-        return found["id"], found["max_model_len"]
+        try:
+            found = self.get("/v1/models")["data"][0]
+            return found["id"], found["max_model_len"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"--server {self.url}: /v1/models names no model of vLLM's") from error
+
+    def version(self) -> str | None:
+        """Of vLLM, where the server says it."""
+        try:
+            return self.get("/version")["version"]
+        except (ValueError, KeyError, TypeError):
+            return None
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -406,11 +406,11 @@ def test_what_a_server_gave_under_load():
     result = make_result("a", {2: 2.0, 4: 1.9})
     section = make_card([result], served=[sweep_results.make_served(k_train=2)]).sections[-1]
     assert (section.title, section.command) == ("Served", "python tools/serve_bench.py")
-    assert section.lines == ("k' by the server alone, mean: 7.5 at 2, 3.25 at 8 requests/s",)
+    assert section.lines == ("the server's own k' of answers, mean: 7 at 2, 3.25 at 8 requests/s",)
     (table,) = section.tables
     times = ("20", "18", "40", "5", "4.5", "9")
-    assert table.rows[0] == ("2", "2", "2.00", "2.2000", "1.9", "61.5", *times)
-    assert table.rows[2] == ("8", "the server's own", "3.25", "", "1.9", "61.5", *times)
+    assert table.rows[0] == ("2", "2", "2.00", "2.00", "2.2000", "1.9", "61.5", *times)
+    assert table.rows[2] == ("8", "the server's own", "3.25", "", "", "1.9", "61.5", *times)
     assert "20 requests of 64 tokens, 32 to write, seed 3" in table.note and len(table.head) == len(table.rows[0])
     with pytest.raises(ValueError, match="--served: of a model with k = 4, a has 2; must be equal"):
         make_card([result], served=[sweep_results.make_served(k_train=4)])

@@ -48,7 +48,7 @@ def write_tokens(prefix: Path, count: int = 500) -> Path:
 
 
 class Routes(BaseHTTPRequestHandler):
-    """GET /emoe: since the one before, 10 tokens ran at k' = 4 and 30 at k' = 8."""
+    """GET /emoe: since the one before, 10 tokens ran at k' = 4, 5 of them in answers, and 30 at k' = 8."""
 
     asked = 0
     elastic = True
@@ -57,7 +57,8 @@ class Routes(BaseHTTPRequestHandler):
         found = {"/v1/models": {"data": [{"id": "m", "max_model_len": 64}]}, "/version": {"version": "0.32.0"}}
         if self.path == "/emoe" and Routes.elastic:
             Routes.asked += 1
-            found["/emoe"] = STATUS | {"tokens": [[4, 10 * Routes.asked], [8, 30 * Routes.asked]]}
+            tokens = {"tokens": [[4, 10 * Routes.asked], [8, 30 * Routes.asked]], "decode": [[4, 5 * Routes.asked]]}
+            found["/emoe"] = STATUS | tokens
         self.send_response(200 if self.path in found else 404)
         self.end_headers()
         self.wfile.write(json.dumps(found.get(self.path, {"detail": "Not Found"})).encode())
@@ -100,11 +101,13 @@ def test_cells_of_equal_requests_at_every_rate_and_k(words, tmp_path, capsys):
     assert (cell.tpot_ms.mean, cell.tpot_ms.p99) == pytest.approx((75, 99.5))
     assert (cell.requests_per_second, cell.output_tokens_per_second, cell.failed) == (1, 4, 1)
     assert [(each.k, each.tokens) for each in cell.tokens] == [(4, 10), (8, 30)]
-    assert cell.mean_k == 7 and cell.mean_loss == pytest.approx((10 * 2.0 + 30 * 1.6) / 40)
+    assert (cell.mean_k, cell.mean_k_written) == (7, 4) and cell.mean_loss == pytest.approx((10 * 2.0 + 30 * 1.6) / 40)
     assert result.server == STATUS and (result.vllm, result.seed, result.model) == ("0.32.0", 7, "m")
     assert (tmp_path / "served.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert "| 2 | the server's own | 7.00 | 1.7000 | 1 (1 failed) | 4 | 200 | 200 | 298 | 75 | 75 | 99.5 |" in out
+    assert (
+        "| 2 | the server's own | 7.00 | 4.00 | 1.7000 | 1 (1 failed) | 4 | 200 | 200 | 298 | 75 | 75 | 99.5 |" in out
+    )
     warm, sent = sent_in(tmp_path)
     assert {run["rate"] for run in warm} == {None} and len(warm) == 2
     assert all(run["prompts"] == sent[0]["prompts"] and run["seed"] == 7 for run in sent)
@@ -139,7 +142,7 @@ def test_losses_are_those_of_a_sweep_or_of_a_table(tmp_path):
 def test_means_are_over_tokens_and_of_what_is_known():
     assert served.weighted({2: 10, (2, 6): 30, 9: 0}, {2: 2.0, (2, 6): 4.0}) == 3.5
     assert served.weighted({2: 10, 4: 1}, {2: 2.0}) is None and served.weighted({}, {}) is None
-    before, after = ({4: 5, 8: 2}, served.counts({"tokens": [[4, 5], [8, 9], [[2, 6], 3]]}))
+    before, after = ({4: 5, 8: 2}, served.counts([[4, 5], [8, 9], [[2, 6], 3]]))
     assert served.between(before, after) == {8: 7, (2, 6): 3}
 
 
