@@ -31,8 +31,8 @@ def test_nothing_is_left_of_a_killed_server(tmp_path):
         assert first.call("/emoe/k", {"k": 2})[1]["follow"]["now"] is False
         hanging = threading.Thread(target=swallow, args=(first.complete, served.tokens(2), 200), daemon=True)
         hanging.start()
-        while not first.metrics()["vllm:num_requests_running"][()]:
-            time.sleep(0.05)
+        while not first.metrics()["emoe:tokens_total"].get((("k", "2"), ("phase", "decode"))):
+            time.sleep(0.05)  # until it writes
     finally:
         first.kill()
     hanging.join(60)
