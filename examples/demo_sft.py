@@ -79,7 +79,7 @@ def write_chats(path: Path) -> int:
 def stages() -> Iterator[tuple[Lane, ...]]:
     """What runs one after another; of each, the lanes that run side by side."""
     yield (base(),)
-    yield tuned("topk", "emoe"), tuned("recipe")
+    yield tuple(map(tuned, METHODS))
     yield (results(),)
 
 
@@ -110,12 +110,11 @@ def forget(save: Path) -> None:
     shutil.rmtree(save, ignore_errors=True)
 
 
-def tuned(*methods: str) -> Lane:
+def tuned(name: str) -> Lane:
     start = f"--load {OUT}/checkpoints/base --finetune --sft --data-path {OUT}/data/chats --micro-batch-size 1"
-    for name in methods:
-        rates = "--lr 2e-3 --min-lr 2e-4 --lr-warmup-iters 5"
-        yield training(name, TUNED_ITERS, f"{start} {rates} {METHODS[name]}")
-        yield sweep(name)
+    rates = "--lr 2e-3 --min-lr 2e-4 --lr-warmup-iters 5"
+    yield training(name, TUNED_ITERS, f"{start} {rates} {METHODS[name]}")
+    yield sweep(name)
 
 
 def sweep(name: str) -> Step:
@@ -136,7 +135,7 @@ def is_finished(file: Path) -> bool:
 
 def results() -> Lane:
     yield sweep("base")
-    files = [str(OUT / f"sweep_{name}.json") for name in ("base", *METHODS)]
+    files = [str(OUT / f"sweep_{name}.json") for name in METHODS]
     yield Step("plot", "tools/plot_sweep.py", [*files, "--out", f"{OUT}/sft.png"], (OUT / "sft.png").exists)
     words = f"export --megatron {OUT}/checkpoints/recipe --out {EXPORTED}"
     yield Step("export", "tools/convert_checkpoint.py", words.split(), (EXPORTED / "config.json").exists)

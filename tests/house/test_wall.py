@@ -55,6 +55,9 @@ IS_RIGHT = {
     "preprocess_data.py --output-prefix empty": "a file of that name is none of the result's",
     "preprocess_data.py --output-prefix dangling": "the same",
     "preprocess_data.py --output-prefix missing/at/a": "the folder is made",
+    "preprocess_data.py --chat --output-prefix empty": "as without --chat",
+    "preprocess_data.py --chat --output-prefix dangling": "the same",
+    "preprocess_data.py --chat --output-prefix missing/at/a": "the same",
 }
 """What is no mistake, for all programs or for one, with the reason."""
 HARMLESS = ("crlf", "bom", "a key is new")
