@@ -187,7 +187,7 @@ class ElasticConfig:
     emoe_qk_norm: Literal["core", "full", "latent"] = "core"
     """Model feature: what --qk-layernorm norms. core: each head. full: queries and keys over their whole width (OLMoE,
     arXiv 2409.02060). latent: with --multi-latent-attention and no --q-lora-rank, the compressed keys and values only
-    (DeepSeek-V2-Lite, arXiv 2405.04434)."""
+    (DeepSeek-V2-Lite, arXiv 2405.04434), with an epsilon of 1e-6."""
 
     emoe_clip_qkv: float | None = None
     """Model feature: clamp queries, keys and values to [-c, c] after their norm and before rotary embedding (OLMoE).

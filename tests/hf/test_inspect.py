@@ -235,8 +235,8 @@ def test_neither_side(tmp_path):
 
 
 def test_an_unknown_architecture(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match=f"{tmp_path}/config.json: model_type 'llama' is not supported"):
+    (tmp_path / "config.json").write_text('{"model_type": "phimoe"}')
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json: model_type 'phimoe' is not supported"):
         inspect(tmp_path)
 
 
