@@ -84,6 +84,7 @@ def export_model(
         settings = elastic_settings(args, checkpoint)
         if table := stored_budget_table(TorchDistReader(checkpoint), args):
             settings[KEY] = table.as_json()
+        settings |= measured(settings) if measured is not None else {}
         export_lora(checkpoint, args, config, settings, out, report)
         return
     check_same_model(architecture, config, args, companions)

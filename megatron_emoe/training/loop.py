@@ -300,3 +300,6 @@ def _report_expected_flops(args: Namespace, config: ElasticTransformerConfig) ->
         return _count_flops(elastic, *rest, **kwargs)
 
     core_training.num_floating_point_operations = at_expected_k
+    if config.emoe_lora_experts is not None:
+        # The core's estimate of memory, printed with the first log, knows neither low-rank experts nor frozen weights.
+        core_training.report_theoretical_memory = lambda *args, **kwargs: None
