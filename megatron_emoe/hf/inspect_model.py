@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-_EXPERTS = ".experts."
+_EXPERTS = (".experts.", ".mlp.lora.")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _MODEL_KEYS = ("embedding", "decoder", "output_layer", "mtp")  # the rest is the optimizer's
 _LAYOUT = {
@@ -221,7 +221,7 @@ def _count(tensors: Iterable[tuple[str | None, str, Iterable[int], torch.dtype]]
             continue
         parameters += number
         dtypes[str(dtype).removeprefix("torch.")] += number
-        routed += number if _EXPERTS in name else 0
+        routed += number if any(part in name for part in _EXPERTS) else 0
     return Tensors(parameters, routed, dict(beside), dict(dtypes.most_common()), size)
 
 
