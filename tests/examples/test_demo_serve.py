@@ -17,6 +17,7 @@ import convert_checkpoint  # noqa: E402
 import demo_serve  # noqa: E402
 import pick_k  # noqa: E402
 import preprocess_data  # noqa: E402
+import running_server  # noqa: E402
 import served_export  # noqa: E402
 
 OUT = Path("/out")
@@ -55,6 +56,23 @@ def test_what_it_asks_for_is_swept():
     followed = set(demo_serve.FOLLOW.values())
     assert {str(k) for k in {*demo_serve.KS, *followed}} <= set(ks)
     assert served_export.SHAPE["hidden_size"] // served_export.SHAPE["num_attention_heads"] == 32
+
+
+class Knowing(running_server.Server):
+    """It gives every token a log-probability of minus its own number, divided by k'."""
+
+    def __init__(self):
+        pass
+
+    def complete(self, prompt, length, **more):
+        k = more["vllm_xargs"]["emoe_k"]
+        others = {"logprob": -100.0}
+        return {"prompt_logprobs": [None, *({str(t): {"logprob": -t / k}, "999": others} for t in prompt[1:])]}
+
+
+def test_the_served_loss_is_over_the_tokens_that_count():
+    sequences = [{"tokens": [9, 1, 2], "counts": [1, 1]}, {"tokens": [9, 6, 50], "counts": [1.0, 0.0]}]
+    assert Knowing().loss(sequences, 2) == pytest.approx((1 + 2 + 6) / 3 / 2)
 
 
 class Echo:
