@@ -107,5 +107,8 @@ def right(reference: served.Reference, prompt: list[int], answer: dict, prefill:
     """Whether a completion has the log-probabilities of a k', or of one k' of its prompt and one of what follows."""
     choice = answer["choices"][0]
     found = torch.tensor(choice["logprobs"]["token_logprobs"])
-    expected = reference.in_phases(prompt, choice["token_ids"], prefill, prefill if decode is None else decode)
+    if decode is None:
+        expected = reference.logprobs(prompt + choice["token_ids"], prefill)
+    else:
+        expected = reference.in_phases(prompt, choice["token_ids"], prefill, decode)
     return float((found - expected[len(prompt) - 1 :]).abs().max()) < served.TOLERANCE
