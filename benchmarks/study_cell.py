@@ -78,7 +78,8 @@ class Cell:
 
     def training(self) -> list[str]:
         """Flags of pretrain_emoe.py."""
-        start = "" if self.is_base else f"--load {self.work}/checkpoints/{self.method.base} --finetune"
+        base = self.work / "checkpoints" / self.method.base
+        start = "" if self.is_base else f"--load {base} --finetune"
         data = f"""--data-path {self.work}/data/{self.family.data} --tokenizer-type SentencePieceTokenizer
             --tokenizer-model {self.work}/data/{self.family.data}.model"""
         steps = " ".join(f"--{what} {self.iterations}" for what in ("train-iters", "save-interval", "eval-interval"))
@@ -87,7 +88,7 @@ class Cell:
         batches = family.base_train if self.is_base else family.train
         words = f"{family.model} {batches} {data} {steps} {self.method.lr} {seeds} {start} --save {self.checkpoint}"
         words += f" --tensorboard-dir {self.tensorboard} {family.bases[self.method.base]}"
-        return _last_wins(f"{words} --moe-router-topk {self.method.k} {self.method.flags}".split())
+        return _last_wins(f"{words} --moe-router-topk {self.method.k} {self.method.flags.format(base=base)}".split())
 
     def sweep(self, ks: tuple[int, ...], tail_scale: str, out: Path) -> list[str]:
         """Flags of tools/sweep_k.py."""
@@ -183,6 +184,7 @@ def finish(cell: Cell) -> None:
         "versions": {name: version(name) for name in ("megatron-core", "torch")},
         "active_experts": active_experts(method, cell.seed, cell.tensorboard, cell.family),
         "passes": 2 if elastic_config(method, cell.seed).emoe_second_pass else 1,
+        "teacher": elastic_config(method, cell.seed).emoe_teacher is not None,
         "sweep": _read(cell.part("sweep")),
     }
     if method.fit:

@@ -13,9 +13,10 @@ from megatron_emoe.settings.elastic_config import ElasticConfig
 class Method:
     """One way to continue a base run.
 
-    flags: what differs from plain top-k. about: a line for the table. lr: schedule. k: --moe-router-topk. ks: the k' it
-    is swept at. fit: whether a tail scale is fitted and swept besides plain top-k'. base: of the family's bases.
-    share: of the family's steps, for a run that is to cost what another does.
+    flags: what differs from plain top-k; {base} stands for the checkpoint that is continued. about: a line for the
+    table. lr: schedule. k: --moe-router-topk. ks: the k' it is swept at. fit: whether a tail scale is fitted and swept
+    besides plain top-k'. base: of the family's bases. share: of the family's steps, for a run that is to cost what
+    another does.
     """
 
     name: str

@@ -55,6 +55,9 @@ STRATIFIED = f"{PREFIX} --emoe-k-schedule stratified --emoe-k-grid {OTHERS}"
 SCALES = f"{STRATIFIED} --emoe-budget-scales --emoe-tail-scale 0.25"
 BELOW = f"{PREFIX} --emoe-k-schedule stratified --emoe-k-grid {GRID[0]}"
 """Trained below k alone: above k a fitted tail scale does without."""
+TEACHER = "--emoe-teacher {base} --emoe-teacher-weight 0.7"
+"""The base itself, at its own k."""
+THIRDS = f"{PREFIX} --emoe-k-schedule stratified --emoe-k-grid {GRID[0]} {GRID[-1]} --emoe-k-default-prob 0.3333"
 MMOE = f"{PREFIX} --emoe-k-schedule weighted --emoe-k-min {GRID[0]} --emoe-k-max {GRID[-1]} --emoe-k-draw layer"
 
 SUFFIX = {"base": "", "base-raw": "-raw"}
@@ -100,6 +103,26 @@ def methods(base: str) -> tuple[Method, ...]:
         at_k("stratified-3-of-4", f"{SCALES} --emoe-k-default-prob 0.75", "stratified-scales, three quarters at 4"),
         at_k("stratified", STRATIFIED, "stratified-scales without the learned scales and the tail scale", fit=True),
     )
+    taught = (
+        at_k(
+            "stratified-teacher",
+            f"{THIRDS} --emoe-budget-scales --emoe-tail-scale 0.25 {TEACHER}",
+            "a third of a step's micro-batches each at 2, 4 and 12, learned scales; the base at 4 is a teacher in all",
+        ),
+        at_k(
+            "below-half-teacher",
+            f"{BELOW} --emoe-budget-scales {TEACHER}",
+            "half of a step's micro-batches at 4, half at 2; the base at 4 is a teacher in all",
+            fit=True,
+        ),
+        at_k("stratified-thirds", f"{THIRDS} --emoe-budget-scales --emoe-tail-scale 0.25", "without the teacher"),
+        at_k("topk-teacher", TEACHER, "plain top-k at 4, taught by the base at 4", fit=True),
+        *(
+            method(f"specialist-{k}-teacher", TEACHER, f"plain top-k at {k}, taught by the base at 4", k=k)
+            for k in GRID
+            if k != K
+        ),
+    )
     equal = (  # as many expert FLOPs as plain top-k: fewer tokens
         at_k("stratified-scales-equal-flops", SCALES, "stratified-scales for fewer steps", share=K / MEAN_K),
         at_k(
@@ -119,11 +142,11 @@ def methods(base: str) -> tuple[Method, ...]:
         at_k("mmoe", f"{MMOE} --emoe-k-weights {UNIFORM}", "M-MoE: each layer draws 2, 4, 8 or 12 a step", fit=True),
         at_k("emoe", f"--emoe-selection coactivation --emoe-pool-k {3 * K}", "EMoE: sampling, K = 3k", fit=True),
     )
-    every = (*specialists, *stratified, *equal, *older)
+    every = (*specialists, *stratified, *taught, *equal, *older)
     return tuple(dataclasses.replace(one, name=one.name + SUFFIX[base]) for one in every)
 
 
-CORE = (*map(specialist, GRID), "stratified-scales", "second-pass")
+CORE = (*map(specialist, GRID), "stratified-teacher", "below-half-teacher", "stratified-scales")
 """Run with all seeds before the others have a second one."""
 MAIN, RAW = methods("base"), methods("base-raw")
 METHODS = (*MAIN, *RAW)

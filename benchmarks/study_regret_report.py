@@ -21,12 +21,13 @@ GRID_HEAD = [f"k' = {k}" for k in plan.GRID]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method's regrets, one for each seed. passes: over every batch, in training. tokens: of training; share: of the
-    specialists'."""
+    """A method's regrets, one for each seed. passes: over every batch, in training. taught: by the base, at k. tokens:
+    of training; share: of the specialists'."""
 
     name: str
     curves: Sequence[Curve]
     passes: int
+    taught: bool
     tokens: int
     share: float
     regrets: Sequence[dict[int, float]]
@@ -46,8 +47,9 @@ class Row:
 
     @property
     def flops(self) -> float:
-        """Expert FLOPs of training against plain top-k."""
-        return self.share * self.passes * statistics.mean(one.experts for one in self.curves) / plan.K
+        """Expert FLOPs of training against plain top-k. A teacher's forward pass is a third of a step's at k."""
+        own = self.passes * statistics.mean(one.experts for one in self.curves) / plan.K
+        return self.share * (own + self.taught / 3)
 
 
 def curves_of(folder: Path, base: str) -> list[Curve]:
@@ -73,7 +75,8 @@ def rows(folder: Path, base: str = "base") -> list[Row]:
         if own:
             record = records[own[0].method]
             share = record["tokens"] / records[plan.specialist(plan.K, base)]["tokens"]
-            found.append(Row(name, own, record["passes"], record["tokens"], share, percent, nats))
+            taught = record.get("teacher", False)
+            found.append(Row(name, own, record["passes"], taught, record["tokens"], share, percent, nats))
     return found
 
 

@@ -213,7 +213,7 @@ def _has_more_places_than_tokens(k: int, experts: int, factor: float) -> bool:
 
 def _refuse_two_passes(config: BothConfigs) -> None:
     """The teacher, and a second pass, go through the whole model inside one micro-batch."""
-    for name in ("emoe_distill_coeff", "emoe_second_pass"):
+    for name in ("emoe_distill_coeff", "emoe_teacher", "emoe_second_pass"):
         if value := getattr(config, name):
             _refuse_stages(config, f"{flag(name)} {value}")
 

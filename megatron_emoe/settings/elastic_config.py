@@ -152,8 +152,17 @@ class ElasticConfig:
     training and in evaluation; tools/fit_tail_scale.py finds a table."""
 
     emoe_distill_coeff: float = 0.0
-    """Weight of self-distillation: where a layer draws k' > --moe-router-topk, the divergence from the same weights'
-    output at --moe-router-topk is added to the loss. It costs a second forward pass of those micro-batches. 0: none."""
+    """Weight of self-distillation: where a layer draws another number than --moe-router-topk, the divergence from the
+    same weights' output at --moe-router-topk is added to the loss. It costs a second forward pass of those
+    micro-batches, and none with --emoe-second-pass. 0: none."""
+
+    emoe_teacher: str | None = None
+    """Folder of a torch_dist checkpoint of the same model, as a rule the one that the run starts from: in every
+    micro-batch, whatever its k', the divergence from that model's output at its own k is a part of the loss. It costs
+    the weights once more in memory and a forward pass of every micro-batch. Unset: none."""
+
+    emoe_teacher_weight: float = 0.7
+    """w, how much of the loss that divergence is: (1 - w) of the language-model loss and w of the divergence."""
 
     emoe_train: Literal["all", "router"] = "all"
     """Which weights are trained. all: with --emoe-lora-experts the low-rank experts and the routers. router: the

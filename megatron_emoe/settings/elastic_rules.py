@@ -52,6 +52,7 @@ def validate_elastic(
     _check_numbers(elastic)
     _check_weights_of_others(elastic)
     _check_distillation(elastic, model_k)
+    _check_teacher(elastic)
     if group_topk:
         _check_groups(elastic, model_k, num_experts, num_groups or 1, group_topk)
 
@@ -110,8 +111,6 @@ def _check_weights_of_others(elastic: ElasticConfig) -> None:
             _refuse(name, value, "needs --emoe-k-schedule stratified")
     if second and weight != 1.0:
         _refuse("emoe_other_weight", weight, f"has no meaning with --emoe-second-pass {second}, which is a weight")
-    if second and elastic.emoe_distill_coeff:
-        _refuse("emoe_second_pass", second, "cannot be combined with --emoe-distill-coeff, a third pass")
     if elastic.emoe_budget_scales and not elastic.draws_k:
         _refuse("emoe_budget_scales", "", "needs an --emoe-k-schedule that trains more than one k")
 
@@ -207,12 +206,28 @@ def _check_numbers(elastic: ElasticConfig) -> None:
 
 
 def _check_distillation(elastic: ElasticConfig, model_k: int) -> None:
-    coeff, (_, high) = elastic.emoe_distill_coeff, elastic.k_range(model_k)
+    coeff = elastic.emoe_distill_coeff
     if not 0 <= coeff < float("inf"):
         _refuse("emoe_distill_coeff", coeff, "must be a finite number of at least 0")
-    if coeff and high <= model_k:
-        rule = f"needs an --emoe-k-schedule that draws more than --moe-router-topk {model_k} experts"
+    if coeff and drawn_ks(elastic, model_k) == [model_k]:
+        rule = f"needs an --emoe-k-schedule that draws another number than --moe-router-topk {model_k}"
         _refuse("emoe_distill_coeff", coeff, rule)
+
+
+def _check_teacher(elastic: ElasticConfig) -> None:
+    teacher, weight = elastic.emoe_teacher, elastic.emoe_teacher_weight
+    if not 0 < weight <= 1:
+        _refuse("emoe_teacher_weight", weight, "must lie in (0, 1]")
+    if teacher is None:
+        if weight != ElasticConfig.emoe_teacher_weight:
+            _refuse("emoe_teacher_weight", weight, "has no meaning without --emoe-teacher")
+        return
+    if elastic.emoe_distill_coeff:
+        _refuse("emoe_teacher", teacher, f"excludes --emoe-distill-coeff {elastic.emoe_distill_coeff}: one teacher")
+    if elastic.emoe_second_pass:
+        _refuse("emoe_teacher", teacher, f"excludes --emoe-second-pass {elastic.emoe_second_pass}: a third pass")
+    if elastic.emoe_lora_experts is not None:
+        _refuse("emoe_teacher", teacher, f"excludes --emoe-lora-experts {elastic.emoe_lora_experts}: not tried")
 
 
 def _check_groups(elastic: ElasticConfig, model_k: int, num_experts: int, num_groups: int, group_topk: int) -> None:

@@ -45,6 +45,7 @@ from megatron_emoe.training.first_look import check_source
 from megatron_emoe.training.listing import short_listing
 from megatron_emoe.training.ranks import settle_ranks
 from megatron_emoe.training.start_rules import check_cache, check_start, settle_accumulation
+from megatron_emoe.training.teacher import check_teacher
 from megatron_emoe.training.training_rules import check_elastic_training
 
 
@@ -185,6 +186,7 @@ def _complete_training(args: Namespace, parser: ArgumentParser, fixed: dict) -> 
     check_batch_schedule(args, begins=args.load is None or args.finetune or not has_checkpoint(args.load))
     check_marker(args.save)
     check_load(args, report=say)
+    check_teacher(args)
 
 
 def _complete_evaluation(

@@ -1,12 +1,15 @@
-"""Self-distillation: where more than k experts run, the model's own output at k is a second target.
+"""Self-distillation: where another number of experts than k runs, the model's own output at k is a second target.
 
-The teacher is the same weights at --moe-router-topk, in evaluation mode and without a gradient, so the added experts
-are drawn to what the model already knows. It costs a second forward pass of every micro-batch in which a layer draws
-k' > k, and both passes' logits of that micro-batch in memory.
+The teacher is the same weights at --moe-router-topk without a gradient, so that fewer and added experts are drawn to
+what the model says with k. It costs a second forward pass of every micro-batch in which a layer draws another k', in
+evaluation mode, and both passes' logits of that micro-batch in memory; with --emoe-second-pass the first pass, at k
+anyway, is the teacher of the second, and no pass is added.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,15 +19,16 @@ from torch import Tensor, nn
 
 from megatron_emoe.routing.active_k import Place, get_active_k, scheduled_k
 from megatron_emoe.settings.elastic_config import ElasticConfig
+from megatron_emoe.training.teacher import teacher_logits
 
 
-def wants_teacher(elastic: ElasticConfig, model_k: int, iteration: int, microbatch: int, num_layers: int) -> bool:
-    """Whether any layer draws more than `model_k` experts in this micro-batch. Pure; equal on every rank."""
+def wants_teacher(elastic: ElasticConfig, model_k: int, place: Place, num_layers: int) -> bool:
+    """Whether any layer draws another number of experts than `model_k` in the micro-batch at `place`, whose layer does
+    not matter. Pure; equal on every rank."""
     if not elastic.emoe_distill_coeff:
         return False
     layers = range(1, num_layers + 1) if elastic.emoe_k_draw == "layer" else (1,)
-    places = (Place(iteration, microbatch, layer) for layer in layers)
-    return any(scheduled_k(elastic, model_k, place) > model_k for place in places)
+    return any(scheduled_k(elastic, model_k, replace(place, layer=layer)) != model_k for layer in layers)
 
 
 def forward_with_teacher(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -33,15 +37,45 @@ def forward_with_teacher(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tens
     model: one pipeline stage that holds the whole model. inputs: the model's keyword arguments with labels. Returns the
     language-model loss and KL(teacher || model), both [batch, sequence] in nats.
     """
-    labels = inputs["labels"]
-    unlabelled = inputs | {"labels": None, "loss_mask": None}
     model.eval()
     with torch.no_grad(), get_active_k().evaluating(None):
-        teacher_BSV = model(**unlabelled)
+        teacher_BSV = model(**_unlabelled(inputs))
     model.train()
-    logits_BSV = model(**unlabelled)
-    losses_BS = unwrap_model(model).compute_language_model_loss(labels, logits_BSV.transpose(0, 1).contiguous())
-    return losses_BS, teacher_divergence(logits_BSV, teacher_BSV, get_tensor_model_parallel_group())
+    return _taught(model, inputs, teacher_BSV)
+
+
+def forward_taught_by(teacher: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The same with a frozen teacher (teacher.py), at any k' of the model."""
+    return _taught(model, inputs, teacher_logits(teacher, _unlabelled(inputs)))
+
+
+def forward_twice(model: nn.Module, inputs: dict[str, Any], before_second: Callable[[], None]) -> Tensor:
+    """Token losses of a pass at k and of a second one, then the divergence of the second from the first.
+
+    before_second: called between them. Returns [3, batch, sequence] in nats; the divergence has no gradient in the
+    first pass.
+    """
+    logits_BSV = model(**_unlabelled(inputs))
+    teacher_BSV = logits_BSV.detach().clone()
+    own_BS = _losses(model, inputs, logits_BSV)
+    before_second()
+    return torch.stack([own_BS, *_taught(model, inputs, teacher_BSV)])
+
+
+def _taught(model: nn.Module, inputs: dict[str, Any], teacher_BSV: Tensor) -> tuple[Tensor, Tensor]:
+    logits_BSV = model(**_unlabelled(inputs))
+    # The divergence first: the core's cross-entropy writes into logits in fp32 where a micro-batch is one sequence.
+    divergence_BS = teacher_divergence(logits_BSV, teacher_BSV, get_tensor_model_parallel_group())
+    return _losses(model, inputs, logits_BSV), divergence_BS
+
+
+def _unlabelled(inputs: dict[str, Any]) -> dict[str, Any]:
+    return inputs | {"labels": None, "loss_mask": None}
+
+
+def _losses(model: nn.Module, inputs: dict[str, Any], logits_BSV: Tensor) -> Tensor:
+    logits_SBV = logits_BSV.transpose(0, 1).contiguous()
+    return unwrap_model(model).compute_language_model_loss(inputs["labels"], logits_SBV)
 
 
 def teacher_divergence(logits_V: Tensor, teacher_V: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

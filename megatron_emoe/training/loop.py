@@ -26,10 +26,11 @@ from megatron_emoe.routing.metrics import get_elastic_tracker
 from megatron_emoe.routing.transformer_config import ElasticTransformerConfig
 from megatron_emoe.settings.k_schedule import expected_k, loss_weights
 from megatron_emoe.training import exit_signals
-from megatron_emoe.training.distillation import forward_with_teacher, wants_teacher
+from megatron_emoe.training.distillation import forward_taught_by, forward_twice, forward_with_teacher, wants_teacher
 from megatron_emoe.training.evaluation import Evaluator, OneMask, current_device
 from megatron_emoe.training.gradient_check import check_gradients
 from megatron_emoe.training.rejected import end_without_checkpoint
+from megatron_emoe.training.teacher import load_teacher
 
 
 def language_model_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -64,6 +65,7 @@ class ElasticLoop:
         self._one_mask = OneMask(args.reset_attention_mask)
         self._source = self._validation_source = 0
         self._validated: int | None = None
+        self._teacher: torch.nn.Module | None = None
         self._exit_duration = args.exit_duration_in_mins
         tracker = get_elastic_tracker()
         layers = config.num_layers + (config.mtp_num_layers or 0)
@@ -98,15 +100,19 @@ class ElasticLoop:
         inputs = model_inputs(batch)
         if model.training and self.config.emoe_second_pass:
             return self._both_passes(model, inputs), partial(self._loss_of_both, batch["loss_mask"])
+        weight = self._loss_weight(model) if model.training else 1.0
+        if model.training and self.config.emoe_teacher is not None:
+            self._teacher = self._teacher or load_teacher(self.args)
+            output, divergence = forward_taught_by(self._teacher, model, inputs)
+            return output, partial(self._loss_of_taught, batch["loss_mask"], divergence, weight)
         if not (model.training and self.config.emoe_distill_coeff):
-            weight = self._loss_weight(model) if model.training else 1.0
             return model(**inputs), partial(self._checked_loss, batch["loss_mask"], weight=weight)
         if self._wants_teacher(model):
             output, divergence = forward_with_teacher(model, inputs)
         else:
             output = model(**inputs)
             divergence = torch.zeros_like(output)
-        return output, partial(self._distilled_loss, batch["loss_mask"], divergence)
+        return output, partial(self._distilled_loss, batch["loss_mask"], divergence, weight)
 
     def _loss_weight(self, model: torch.nn.Module) -> float:
         """Of this micro-batch: host arithmetic."""
@@ -118,33 +124,50 @@ class ElasticLoop:
 
     def _both_passes(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Token losses [2, batch, sequence]: at the model's own k, where `forward_step` has put the place, then at the
-        k that is dealt to this micro-batch. Each pass is recomputed, if it is, at its own place."""
+        k that is dealt to this micro-batch; with distillation [3, batch, sequence], the divergence between them last.
+        Each pass is recomputed, if it is, at its own place."""
+        go_on = partial(get_active_k().begin_microbatch, *self._place(model), second=True)
+        if self.config.emoe_distill_coeff:
+            return forward_twice(model, inputs, go_on)
         own = model(**inputs)
-        get_active_k().begin_microbatch(*self._place(model), second=True)
+        go_on()
         return torch.stack([own, model(**inputs)])
 
     def _loss_of_both(self, loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        (own, other), weights = losses, loss_weights(self.config)
+        (own, other, *divergence), weights = losses, loss_weights(self.config)
         loss, tokens, report = self._checked_loss(loss_mask, own, weight=weights[0])
-        other_loss, _, other_report = self._checked_loss(loss_mask, other, weight=weights[1])
-        report["second pass loss"] = other_report["lm loss"]
-        return loss + other_loss, tokens, report
+        if divergence:
+            other_loss, _, other_report = self._distilled_loss(loss_mask, divergence[0], weights[1], other)
+        else:
+            other_loss, _, other_report = self._checked_loss(loss_mask, other, weight=weights[1])
+        report["second pass loss"] = other_report.pop("lm loss")
+        return loss + other_loss, tokens, report | other_report
 
     def _place(self, model: torch.nn.Module) -> tuple[int, int, int]:
         return self.args.curr_iteration, _microbatch(model), get_num_microbatches()
 
     def _wants_teacher(self, model: torch.nn.Module) -> bool:
         config = self.config
-        place = (self.args.curr_iteration, _microbatch(model))
-        return wants_teacher(config, config.moe_router_topk, *place, num_layers=config.num_layers)
+        iteration, microbatch, microbatches = self._place(model)
+        place = Place(iteration, microbatch, microbatches=microbatches)
+        return wants_teacher(config, config.moe_router_topk, place, config.num_layers)
 
     def _distilled_loss(
-        self, loss_mask: Tensor, divergence: Tensor, losses: Tensor
+        self, loss_mask: Tensor, divergence: Tensor, weight: float, losses: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, tokens, report = self._checked_loss(loss_mask, losses)
+        loss, tokens, report = self._checked_loss(loss_mask, losses, weight=weight)
         distance, _, distance_report = language_model_loss(loss_mask, divergence)
         report["distillation loss"] = distance_report["lm loss"]
-        return loss + self.config.emoe_distill_coeff * distance, tokens, report
+        return loss + weight * self.config.emoe_distill_coeff * distance, tokens, report
+
+    def _loss_of_taught(
+        self, loss_mask: Tensor, divergence: Tensor, weight: float, losses: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        share = self.config.emoe_teacher_weight
+        loss, tokens, report = self._checked_loss(loss_mask, losses, weight=weight * (1 - share))
+        distance, _, distance_report = language_model_loss(loss_mask, divergence)
+        report["distillation loss"] = distance_report["lm loss"]
+        return loss + weight * share * distance, tokens, report
 
     def _checked_loss(
         self, loss_mask: Tensor, losses: Tensor, weight: float = 1.0

@@ -48,7 +48,7 @@ REFUSED = {
     "not supported, the core would ignore every flag; give the settings as flags": "--yaml-cfg",
     "its dataset is not supported here, give plain --data-path": "--fim-*",
     "its data sampler is not supported here": "--hybrid-context-parallel --max-seqlen-per-dp-cp-rank",
-    "its loss is that of another training script; --emoe-distill-coeff teaches a model from itself": "--logits-*",
+    "its loss is that of another training script; --emoe-teacher and --emoe-distill-coeff are here": "--logits-*",
     "only Megatron's own training script restarts within a process": "--inprocess-*",
     "the model is built from its configuration, on whose way megatron-core does not read it": (
         "--freeze-all-layers --no-use-layer-wise-param-layout --create-all-gather-group --moe-use-upcycling"

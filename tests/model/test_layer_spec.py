@@ -63,6 +63,8 @@ LINES: list[dict[str, Any]] = [
         "emoe_k_grid": [1, 4],
         "emoe_other_weight": 0.5,
         "emoe_budget_scales": True,
+        "emoe_teacher": "base",
+        "emoe_teacher_weight": 0.5,
     },
     {
         "emoe_selection": "prefix",

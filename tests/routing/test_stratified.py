@@ -102,10 +102,6 @@ def test_the_expected_k():
             "--emoe-other-weight 0.5: has no meaning with --emoe-second-pass 0.3",
         ),
         (
-            {"emoe_second_pass": 0.3, "emoe_distill_coeff": 1.0},
-            "--emoe-second-pass 0.3: cannot be combined with --emoe-distill-coeff",
-        ),
-        (
             {"emoe_selection": "topk", "emoe_k_schedule": "constant", "emoe_k_grid": [2]},
             "--emoe-k-grid [2]: has no meaning with --emoe-k-schedule constant",
         ),

@@ -69,6 +69,8 @@ ALWAYS = {
     "emoe_combine": "weights of every selection",
     "emoe_tail_scale": "evaluations have it too, and it is stored with the model",
     "emoe_train": "whatever is selected",
+    "emoe_teacher": "of every micro-batch, whatever its k",
+    "emoe_teacher_weight": "likewise; refused without (tests/training/test_teacher.py)",
     "emoe_gradient_check": "likewise",
     "emoe_lora_experts": "which model it is, with every selection",
     "emoe_lora_rank": "likewise; refused without them (test_elastic_config.py)",
@@ -88,12 +90,12 @@ def does(settings: ElasticConfig) -> list[Any]:
     """What routers and losses get of the settings."""
     draws = [draw_for(settings, 2, place) for place in PLACES]
     pools = settings.samples and (settings.emoe_pool_keep, settings.emoe_pool_prob, settings.emoe_balance_on)
-    above = any(draw.k > 2 for draw in draws) and settings.emoe_distill_coeff
+    others = any(draw.k != 2 for draw in draws) and settings.emoe_distill_coeff
     top_p = settings.emoe_selection == "top-p" and (settings.top_p, settings.emoe_top_p_max)
     nulls = settings.emoe_selection == "null-experts" and settings.emoe_null_experts
     scales = settings.emoe_budget_scales and trained_ks(settings, 2)
     losses = (settings.hr_loss_coeff, settings.entropy_loss_coeff, settings.noise_loss_coeffs)
-    return [draws, pools, above, top_p, nulls, losses, scales]
+    return [draws, pools, others, top_p, nulls, losses, scales]
 
 
 def refused(settings: ElasticConfig) -> str | None:

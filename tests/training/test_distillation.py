@@ -5,9 +5,10 @@ import weakref
 
 import pytest
 import torch
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_emoe.routing.active_k import Place, scheduled_k
 from megatron_emoe.settings.elastic_config import ElasticConfig
 from megatron_emoe.training.distillation import wants_teacher
 from tests.distributed import run_ranks
@@ -104,19 +105,80 @@ def test_beside_logits_and_gradient_nothing_of_their_size_is_held():
     assert run_ranks(held_by_the_divergence, 1)[0] < 2.5
 
 
-@pytest.mark.parametrize("draw", ["step", "layer"])
-def test_a_teacher_is_wanted_exactly_where_a_layer_draws_more(draw):
-    from megatron_emoe.routing.active_k import Place, scheduled_k
+STRATIFIED = {"emoe_selection": "prefix", "emoe_k_schedule": "stratified", "emoe_k_grid": [1, 4]}
 
+
+@pytest.mark.parametrize("draw", ["step", "layer"])
+def test_a_teacher_is_wanted_exactly_where_a_layer_draws_another_number(draw):
     elastic = ElasticConfig(**LARGER, emoe_k_draw=draw, emoe_distill_coeff=0.5)
     answers = set()
     for iteration in range(40):
         drawn = [scheduled_k(elastic, 2, Place(iteration, 0, layer)) for layer in (1, 2, 3)]
-        wanted = wants_teacher(elastic, 2, iteration, 0, num_layers=3)
+        wanted = wants_teacher(elastic, 2, Place(iteration, 0), num_layers=3)
         assert wanted == (max(drawn) > 2)
         answers.add(wanted)
     assert answers == {True, False}
-    assert not any(wants_teacher(ElasticConfig(**LARGER), 2, i, 0, num_layers=3) for i in range(40))
+    assert not any(wants_teacher(ElasticConfig(**LARGER), 2, Place(i, 0), num_layers=3) for i in range(40))
+
+
+def test_below_k_there_is_a_teacher_too():
+    elastic = ElasticConfig(**STRATIFIED, emoe_distill_coeff=0.5)
+    places = [Place(0, microbatch, microbatches=8) for microbatch in range(8)]
+    drawn = [scheduled_k(elastic, 2, place) for place in places]
+    assert sorted(drawn) == [1, 1, 2, 2, 2, 2, 4, 4]
+    assert [wants_teacher(elastic, 2, place, num_layers=2) for place in places] == [k != 2 for k in drawn]
+
+
+class Saying(torch.nn.Module):
+    """Says the given logits [1, sequence, vocabulary], one after the other, and has the core's loss."""
+
+    def __init__(self, *logits_BSV: torch.Tensor) -> None:
+        super().__init__()
+        self.said = iter(logits_BSV)
+
+    def forward(self, **inputs: object) -> torch.Tensor:
+        assert inputs["labels"] is None
+        return next(self.said)
+
+    def compute_language_model_loss(self, labels_BS: torch.Tensor, logits_SBV: torch.Tensor) -> torch.Tensor:
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        return vocab_parallel_cross_entropy(logits_SBV, labels_BS.t().contiguous()).t()
+
+
+def taught_by_one_sequence(passes: int) -> tuple[torch.Tensor, ...]:
+    """Losses and divergence of one sequence in fp32, whose logits the core's cross-entropy overwrites; gradients."""
+    from megatron_emoe.training.distillation import forward_twice, forward_with_teacher
+
+    start()
+    own, teacher, _ = logits_of_two_models(torch.float32)
+    own, teacher = own[:1].requires_grad_(), teacher[:1].requires_grad_()
+    model, inputs = Saying(teacher * 1, own * 1), {"labels": LABELS[None], "loss_mask": None}
+    if passes == 2:
+        losses = forward_twice(model, inputs, lambda: None)
+    else:
+        losses = torch.stack([torch.zeros(1, 3), *forward_with_teacher(model, inputs)])
+    losses.sum().backward()
+    return losses.detach()[:, 0], own.grad, teacher.grad
+
+
+LABELS = torch.tensor([3, 0, 11])
+
+
+@pytest.mark.slow
+def test_one_sequence_in_fp32_has_the_losses_and_gradients_of_torch():
+    twice, once = (run_ranks(taught_by_one_sequence, 1, passes)[0] for passes in (2, 1))
+    own, teacher, _ = logits_of_two_models(torch.float32)
+    own, teacher = own[0].double().requires_grad_(), teacher[0].double().requires_grad_()
+    expected = [cross_entropy(logits, LABELS, reduction="none") for logits in (teacher, own)]
+    targets = log_softmax(teacher.detach(), dim=-1)
+    expected.append(kl_div(log_softmax(own, dim=-1), targets, reduction="none", log_target=True).sum(-1))
+    torch.stack(expected).sum().backward()
+    torch.testing.assert_close(twice[0].double(), torch.stack(expected).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(once[0][1:].double(), torch.stack(expected[1:]).detach(), rtol=1e-5, atol=1e-5)
+    for found, wanted in ((twice[1], own.grad), (twice[2], teacher.grad), (once[1], own.grad)):
+        torch.testing.assert_close(found[0].double(), wanted, rtol=1e-4, atol=1e-5)
+    assert once[2] is None
 
 
 def logged(log: str, name: str) -> list[float]:
@@ -135,7 +197,7 @@ def test_with_a_weight_too_small_to_count_a_run_is_the_run_without_and_the_teach
     assert len(logged(taught[1].log, "distillation loss")) == STEPS["train_iters"]
 
     elastic = ElasticConfig(**LARGER, emoe_distill_coeff=TOO_SMALL_TO_COUNT)
-    teaching = [i for i in range(STEPS["train_iters"]) if wants_teacher(elastic, 2, i, 0, num_layers=2)]
+    teaching = [i for i in range(STEPS["train_iters"]) if wants_teacher(elastic, 2, Place(i, 0), num_layers=2)]
     assert 0 < len(teaching) < STEPS["train_iters"]
     for run in taught:
         routes = [route for route in run.routes if not route.training]
@@ -147,8 +209,24 @@ def test_with_a_weight_too_small_to_count_a_run_is_the_run_without_and_the_teach
 
 
 @pytest.mark.slow
-def test_distillation_draws_the_outputs_together():
+@pytest.mark.parametrize("more", [{"emoe_other_weight": 0.3}, {"emoe_second_pass": 0.3}], ids=["stratified", "twice"])
+def test_below_and_above_k_too_a_weight_too_small_to_count_changes_nothing(more):
+    words = flags(**STRATIFIED | STEPS | more)
+    (plain,) = run_ranks(train, 1, words)
+    (taught,) = run_ranks(train, 1, [*words, "--emoe-distill-coeff", str(TOO_SMALL_TO_COUNT)])
+    assert all(torch.equal(taught.weights[name], plain.weights[name]) for name in plain.weights)
+    assert min(logged(taught.log, "distillation loss")) > 0
+    assert len(logged(plain.log, "second pass loss")) == len(logged(taught.log, "second pass loss"))
+    teachers = [route for route in taught.routes if not route.training]
+    assert bool(teachers) == ("emoe_second_pass" not in more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stratified", [False, True], ids=["larger", "twice, below"])
+def test_distillation_draws_the_outputs_together(stratified):
+    below = STRATIFIED | {"emoe_k_grid": [1], "emoe_second_pass": 1, "train_iters": 25, "lr": 1e-2}
     words = flags(**EP2 | LARGER | STEPS | {"emoe_k_default_prob": 1e-9, "train_iters": 25, "lr": 1e-2})
+    words = flags(**EP2 | STEPS | below) if stratified else words
     loose, tight = (
         logged(run_ranks(train, 2, [*words, "--emoe-distill-coeff", str(coeff)])[1].log, "distillation loss")[-5:]
         for coeff in (TOO_SMALL_TO_COUNT, 10)
@@ -163,7 +241,7 @@ def test_distillation_draws_the_outputs_together():
         ({"emoe_distill_coeff": -1.0}, r"--emoe-distill-coeff -1.0: must be a finite number of at least 0"),
         (
             {"emoe_selection": None, "emoe_k_schedule": None, "emoe_k_max": None},
-            r"--emoe-distill-coeff 0.5: needs an --emoe-k-schedule that draws more than --moe-router-topk 2 experts",
+            r"--emoe-distill-coeff 0.5: needs an --emoe-k-schedule that draws another number than --moe-router-topk 2",
         ),
         (
             {"mtp_num_layers": 1},
