@@ -27,14 +27,14 @@ SHAPE = {
     "num_experts": 16,
     "num_experts_per_tok": 4,
     "max_position_embeddings": 256,
-    "initializer_range": 0.06,  # of this width, so that experts have a say after few steps
+    "initializer_range": 0.04,  # of this width, so that experts have a say after few steps
 }
 LENGTH, KS = 128, (1, 2, 3, 4, 6, 8, 12, 16)
 PER_LAYER = ((2, 4, 8), (8, 4, 2))
 SWEPT = "--seq-length 128 --micro-batch-size 8 --max-eval-tokens 4096"
-TRAIN = f"""--seq-length {LENGTH} --micro-batch-size 4 --global-batch-size 16 --train-iters 30 --lr 4e-3 --min-lr 1e-3
+TRAIN = f"""--seq-length {LENGTH} --micro-batch-size 4 --global-batch-size 16 --train-iters 45 --lr 4e-3 --min-lr 1e-3
     --lr-decay-style cosine --lr-warmup-iters 5 --clip-grad 1.0 --log-interval 10 --eval-interval 1000 --eval-iters 2
-    --split 95,5,0 --save-interval 30 --no-create-attention-mask-in-dataloader --emoe-eval-k 4 8"""
+    --split 95,5,0 --save-interval 45 --no-create-attention-mask-in-dataloader --emoe-eval-k 4 8"""
 
 
 def steps(out: Path) -> list[Step]:
