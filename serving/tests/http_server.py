@@ -23,9 +23,12 @@ START = 600
 
 
 class Server:
-    """A running `vllm serve`. cache: a folder for compiled code; the model is compiled only where it is given."""
+    """A running `vllm serve`. cache: a folder for compiled code; the model is compiled only where it is given. shared:
+    one for metrics, as several API servers have it."""
 
-    def __init__(self, folder: Path, log: Path, emoe: Any, cache: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, log: Path, emoe: Any, cache: Path | None = None, shared: Path | None = None
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -37,6 +40,7 @@ class Server:
         variables = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         variables |= {"VLLM_PLUGINS": "emoe", "HF_HUB_OFFLINE": "1"}
         variables |= {} if cache is None else {"VLLM_CACHE_ROOT": str(cache)}
+        variables |= {} if shared is None else {"PROMETHEUS_MULTIPROC_DIR": str(shared)}
         self.log = log
         with log.open("w") as out:
             self.process = subprocess.Popen(

@@ -37,7 +37,8 @@ def test_nothing_is_left_of_a_killed_server(tmp_path):
         first.kill()
     hanging.join(60)
     assert not hanging.is_alive()
-    second = Server(folder, tmp_path / "second.log", {"k": 2} | follow, cache)
+    (shared := tmp_path / "metrics").mkdir()
+    second = Server(folder, tmp_path / "second.log", {"k": 2} | follow, cache, shared)
     try:
         second.wait()
         status, metrics = second.call("/emoe")[1], second.metrics()
@@ -48,6 +49,10 @@ def test_nothing_is_left_of_a_killed_server(tmp_path):
             again = second.complete(prompt, emoe_k=k)[1]
             assert close(logprobs(again), logprobs(before[k])) and right(reference, prompt, again, k)
         assert right(reference, prompt, second.complete(prompt)[1], 2, 6)
+        metrics = second.metrics()
+        tokens = metrics["emoe:tokens_total"]
+        assert tokens[("k", "2"), ("phase", "prefill")] == len(prompt) and tokens[("k", "6"), ("phase", "decode")] == 3
+        assert metrics["vllm:prompt_tokens_total"] == {(): 3.0 * len(prompt)} and any(shared.iterdir())
     finally:
         second.stop()
 
