@@ -52,11 +52,8 @@ def ramp(engines: Engines, steps: int, clock: Clock) -> dict[str, Any]:
     """Of each phase the requests, the mean k' that was followed and the median step of each engine (ms); of each engine
     the share of requests within the target and the mean loss."""
     k, most = engines.shape.ks[1], engines.shape.ks[-1]
-    runs = {
-        "follow": Run(engines.elastic),
-        f"k' = {k}": Run(engines.stock[k]),
-        f"k' = {most}": Run(engines.stock[most]),
-    }
+    chosen = {"follow": engines.elastic, f"k' = {k}": engines.stock[k], f"k' = {most}": engines.stock[most]}
+    runs = {name: Run(engine, clock) for name, engine in chosen.items()}
     phases = [_phase(engines, runs, wanted, steps) for wanted in PHASES]
     for run in runs.values():
         run.engine.drain()

@@ -29,31 +29,26 @@ Group = tuple[int, Tensor | None]
 @dataclass(frozen=True)
 class Rows:
     """Tokens of several k' as rows of `width` experts. token_R: whose row it is. slice_R: which experts it has, of the
-    tokens' ranks in slices of `width`. parts: in the order of the rows, tokens of one k' and rows of each of them."""
+    tokens' ranks in slices of `width`."""
 
     width: int
     token_R: Tensor
     slice_R: Tensor
-    parts: list[tuple[Tensor, int]]
 
     @classmethod
     def of(cls, tokens: Sequence[Tensor], ks: Sequence[int]) -> Rows:
         """tokens: int64 positions of those that have each of `ks`."""
         width = math.gcd(*ks)
-        parts = [(where, k // width) for where, k in zip(tokens, ks, strict=True)]
-        most = max(ks) // width
-        slices = [(where.unsqueeze(1) * most + torch.arange(rows)).flatten() for where, rows in parts]
-        token_R = torch.cat([where.repeat_interleave(rows) for where, rows in parts])
-        return cls(width, token_R, torch.cat(slices), parts)
+        counts, most = [k // width for k in ks], max(ks) // width
+        found = zip(tokens, counts, strict=True)
+        slices = [(where.unsqueeze(1) * most + torch.arange(rows)).flatten() for where, rows in found]
+        slice_R = torch.cat(slices)
+        return cls(width, slice_R // most, slice_R)
 
     def added(self, rows_RD: Tensor, tokens: int) -> Tensor:
-        """The sum of each token's rows, 0 for tokens that have none."""
-        out_TD, first = rows_RD.new_zeros(tokens, rows_RD.shape[1]), 0
-        for where, rows in self.parts:
-            part = rows_RD[first : first + len(where) * rows].view(len(where), rows, -1)
-            out_TD[where] = part.squeeze(1) if rows == 1 else part.sum(1)
-            first += len(where) * rows
-        return out_TD
+        """The sum of each token's rows, in fp32; 0 for tokens that have none."""
+        out_TD = torch.zeros(tokens, rows_RD.shape[1], dtype=torch.float32)
+        return out_TD.index_add_(0, self.token_R, rows_RD.float()).to(rows_RD.dtype)
 
 
 @dataclass
