@@ -8,6 +8,7 @@ the same tokens. Everything lands in demo-serve/, which is made anew.
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -72,7 +73,7 @@ def serve(python: Path, out: Path) -> None:
     """All that is shown of the running server."""
     settings = {"k": 8, "budgets": str(out / "budgets.json"), "follow": FOLLOW}
     server = Server(python, out / "exported", out / "logs/server.log", settings)
-    print(f"\n== serve\n$ VLLM_PLUGINS=emoe {' '.join(server.command)}".replace(f"{REPO}/", ""), flush=True)
+    print(f"\n== serve\n$ VLLM_PLUGINS=emoe {shlex.join(server.command)}".replace(f"{REPO}/", ""), flush=True)
     start = time.perf_counter()
     with server:
         print(f"(up after {time.perf_counter() - start:.0f} s)")
