@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_emoe.model.flops import moe_layer_numbers
+from megatron_emoe.settings.elastic_config import flag
 
 Recompute = Literal["none", "moe", "full"]
 
@@ -189,9 +190,10 @@ def megatron_rules(args: Namespace, layout: Layout) -> Iterator[str]:
     if layout.gpus % model:
         yield f"--tp {layout.tp} x --pp {layout.pp} = {model}: must divide --gpus {layout.gpus}"
     yield from expert_rules(args, layout)
-    if layout.pp > 1 and args.emoe_second_pass:
-        cause = "both passes go through the whole model"
-        yield f"--pp {layout.pp}: must be 1 with --emoe-second-pass {args.emoe_second_pass}, {cause}"
+    for name in ("emoe_second_pass", "emoe_teacher"):
+        if layout.pp > 1 and (value := getattr(args, name)):
+            cause = "both passes go through the whole model"
+            yield f"--pp {layout.pp}: must be 1 with {flag(name)} {value}, {cause}"
     if layout.pp > args.num_layers:
         yield f"--pp {layout.pp}: more stages than the model's {args.num_layers} layers (--num-layers)"
     yield from _broken_tensor_rules(args, layout)

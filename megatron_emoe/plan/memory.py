@@ -32,7 +32,7 @@ _RARE = 1e-6  # share of the steps that may need more than is planned for a vary
 class Memory:
     """Bytes of one rank. activations: at E[k]. larger_k: what more a step with larger draws keeps. all_to_all: buffers
     at k_max. working: one layer recomputed at k_max. logits: of one micro-batch, with their gradient. A second pass of
-    every micro-batch is kept beside the first."""
+    every micro-batch is kept beside the first. teacher: it keeps nothing else of its pass."""
 
     weights: float = field(metadata={"text": "weights"})
     gradients: float = field(metadata={"text": "gradients"})
@@ -42,6 +42,7 @@ class Memory:
     working: float = field(metadata={"text": "one layer recomputed at k_max"})
     all_to_all: float = field(metadata={"text": "all-to-all buffers at k_max"})
     logits: float = field(metadata={"text": "logits"})
+    teacher: float = field(default=0, metadata={"text": "the teacher: weights and logits"})
 
     @property
     def total(self) -> float:
@@ -80,6 +81,7 @@ def stage_memory(model: PlannedModel, layout: Layout, stage: int, imbalance: flo
         working=_working(model, layout, numbers, spread),
         all_to_all=_buffers(model, layout, spread) if with_experts and not low_rank else 0,
         logits=model.passes * _logits(args, layout) if last else 0,
+        teacher=parameters.total * _BF16 + _logits(args, layout) if args.emoe_teacher else 0,
     )
 
 

@@ -52,7 +52,6 @@ SETTLED = ["--use-distributed-optimizer", "--moe-token-dispatcher-type", "alltoa
 _NOT_PLANNED = {
     "mtp_num_layers": "layers that predict further tokens",
     "emoe_distill_coeff": "the teacher's forward pass",
-    "emoe_teacher": "the teacher's weights and forward pass",
     "num_layers_per_virtual_pipeline_stage": "interleaved pipelines",
     "num_virtual_stages_per_pipeline_rank": "interleaved pipelines",
     "q_lora_rank": "compressed queries",

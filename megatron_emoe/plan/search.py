@@ -104,8 +104,9 @@ class Plan:
     @property
     def flops_per_token(self) -> float:
         """Training FLOPs of one token at E[k]: three times the forward pass, for each pass of a micro-batch; twice that
-        of frozen weights. What recomputation repeats is not among them."""
-        return (3 * self._forward - self._frozen) * self.model.passes
+        of frozen weights; and a teacher's forward pass. What recomputation repeats is not among them."""
+        taught = self._forward_at(self.model.args.moe_router_topk) if self.model.args.emoe_teacher else 0
+        return (3 * self._forward - self._frozen) * self.model.passes + taught
 
     @property
     def flops_per_step(self) -> float:
@@ -138,8 +139,11 @@ class Plan:
 
     @cached_property
     def _forward(self) -> float:
+        return self._forward_at(self.model.expected_k)
+
+    def _forward_at(self, k: float) -> float:
         args = _at(self.model.args, self.layout)
-        flops = flops_per_token(args, [self.model.expected_k] * len(self.model.moe_layers))
+        flops = flops_per_token(args, [k] * len(self.model.moe_layers))
         assert flops is not None, "read_model() refuses flags that are not counted"
         return flops
 

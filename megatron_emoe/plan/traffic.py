@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
@@ -53,8 +53,26 @@ def stage_transfers(args: Namespace, layout: Layout, stage: int, k: float, *, lo
     passes = layout.micro_batches * (2 if args.emoe_second_pass else 1)
     each_time = (_layers(args, layout, stage, k, local), _ends(args, layout, stage), _pipeline(args, layout, stage))
     found = [_times(transfer, passes) for transfer in chain(*each_time) if transfer.ranks > 1]
+    if args.emoe_teacher:
+        taught = _teacher(args, layout, stage, local)
+        found += [_times(transfer, layout.micro_batches) for transfer in taught if transfer.ranks > 1]
     found += [transfer for transfer in _gradients(args, layout, stage, local) if transfer.ranks > 1]
     return [transfer for transfer in found if transfer.payload]
+
+
+def _teacher(args: Namespace, layout: Layout, stage: int, local: bool) -> Iterator[Transfer]:
+    """Of one micro-batch: a forward pass at the model's own k, which is what recomputation of all layers repeats, and
+    the divergence (for both models' logits the largest and the sum of exponentials, and the divergence itself)."""
+    with_it, without = (
+        list(_layers(args, replace(layout, recompute=kind), stage, args.moe_router_topk, local))
+        for kind in ("full", "none")
+    )
+    for twice, once in zip(with_it, without, strict=True):
+        yield replace(twice, payload=twice.payload - once.payload)
+    embedding, _ = _row(layout, args.hidden_size, 1)
+    head, _ = _column(layout, args.hidden_size, 1, frozen=True)
+    yield from (embedding, head)
+    yield _tensor(layout, "all-reduce", 5 * layout.micro_batch * layout.seq * _FP32)
 
 
 def sent_by_kind(transfers: Iterable[Transfer]) -> dict[Kind, float]:

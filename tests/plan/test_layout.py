@@ -26,6 +26,7 @@ MODEL = Namespace(
     padded_vocab_size=None,
     sequence_parallel=False,
     emoe_second_pass=0.0,
+    emoe_teacher=None,
 )
 GOOD = Layout(gpus=16, gpus_per_node=8, tp=2, pp=2, ep=4, etp=1, micro_batch=1, global_batch=256, seq=4096)
 
@@ -52,6 +53,13 @@ def test_more_stages_than_layers():
 
 def test_a_possible_layout_breaks_no_rule():
     assert list(broken_rules(MODEL, GOOD)) == list(broken_rules(MODEL, replace(GOOD, fp8=True))) == []
+
+
+def test_a_teacher_needs_one_stage():
+    args = Namespace(**vars(MODEL) | {"emoe_teacher": "base"})
+    assert "--pp 2: must be 1 with --emoe-teacher base, both passes go through the whole model" in list(
+        megatron_rules(args, GOOD)
+    )
 
 
 def test_a_second_pass_needs_one_stage():

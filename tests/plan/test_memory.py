@@ -158,6 +158,7 @@ BY_HAND = SimpleNamespace(
     emoe_selection="prefix",
     emoe_null_experts=None,
     emoe_budget_scales=False,
+    emoe_teacher=None,
     vocab_size=100,
     make_vocab_size_divisible_by=128,
     untie_embeddings_and_output_weights=True,
@@ -205,6 +206,15 @@ def test_a_second_pass_is_kept_beside_the_first():
     assert (both.weights, both.optimizer, both.all_to_all) == (one.weights, one.optimizer, one.all_to_all)
     # The first pass is at k = 1 and the second at most at 2, as E[k] = 1.5 has them already.
     assert (one.larger_k > 0, both.larger_k) == (True, 0)
+
+
+def test_a_teacher_is_its_weights_in_bf16_and_its_logits(monkeypatch):
+    layout = Layout(8, 8, 1, 1, 2, 1, 1, 16, 64)
+    alone = stage_memory(model_by_hand("step"), layout, 0, 1.0)
+    monkeypatch.setattr(BY_HAND, "emoe_teacher", "base")
+    taught = stage_memory(model_by_hand("step"), layout, 0, 1.0)
+    assert alone.teacher == 0 and taught.teacher == alone.weights + 64 * 128 * 6
+    assert taught.total - alone.total == taught.teacher
 
 
 def test_the_first_stage_keeps_more_micro_batches_and_recomputation_less():

@@ -214,6 +214,26 @@ def test_bytes_follow_the_k_that_each_layer_drew():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tensor", [False, True], ids=["EP 2", "TP 2"])
+def test_a_teacher_sends_what_a_forward_pass_does(tensor, tmp_path):
+    """At the model's own k, whatever the micro-batch runs at."""
+    layout_words = {"tensor_model_parallel_size": 2, "sequence_parallel": True} if tensor else {}
+    layout_words = layout_words or {"expert_model_parallel_size": 2}
+    run_ranks(counted_run, 2, flags(**TINY | layout_words | {"save": tmp_path, "save_interval": 2}))
+    changes = layout_words | {"emoe_teacher": tmp_path, "load": tmp_path, "finetune": True}
+    runs = run_ranks(counted_run, 2, flags(**TINY | changes))
+    args = runs[0][1]
+    layout = layout_of(args, 2)
+    counted: Counter = Counter()
+    for payloads, _ in runs:
+        counted.update(payloads)
+    planned: Counter = Counter()
+    for transfer in stage_transfers(args, layout, 0, TINY["moe_router_topk"], local=True):
+        planned[transfer.kind, transfer.operation] += transfer.payload * 2
+    assert {key: value for key, value in counted.items() if value and key[0] not in UNCOUNTED} == dict(planned)
+
+
+@pytest.mark.slow
 def test_a_second_pass_sends_as_the_first_does():
     """Two micro-batches, each at the model's k and at another one; a plan at the mean k of all passes."""
     drawn = {"emoe_selection": "prefix", "emoe_k_schedule": "stratified", "emoe_k_grid": [1, 5], "emoe_seed": 5}

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -32,7 +33,25 @@ def test_the_study_measured_the_recipe(monkeypatch):
     assert recipe == dataclasses.replace(of_study, emoe_k_grid=None)
 
 
-@pytest.mark.parametrize("file", sorted((REPO / "examples/models").glob("*.args")), ids=lambda file: file.stem)
+def test_the_study_measured_it_with_a_teacher(monkeypatch):
+    """As README.md and the file itself say it."""
+    monkeypatch.setattr(sys, "path", [str(REPO / "benchmarks"), *sys.path])
+    import study_regret_methods as study
+
+    (measured,) = (method for method in study.MAIN if method.name == "stratified-teacher")
+    (line,) = re.findall(r"`@examples/recipe.args (--emoe-teacher .*)` for a k of 8", (REPO / "README.md").read_text())
+    assert line.endswith("--emoe-k-grid 4 24")
+    words = line.replace("CHECKPOINT", "{base}").replace("4 24", "2 12").split()
+    assert elastic([*expand([f"@{RECIPE}"]), *words]) == elastic(measured.flags.split())
+    assert line.replace("4 24", "K/2 3K") in RECIPE.read_text()
+
+
+WITH_EXPERTS = [
+    file for file in sorted((REPO / "examples/models").glob("*.args")) if "--num-experts" in file.read_text()
+]
+
+
+@pytest.mark.parametrize("file", WITH_EXPERTS, ids=lambda file: file.stem)
 def test_every_model_can_take_it(file):
     words = expand([f"@{file}"])
     flags = dict(zip(words, [*words[1:], ""], strict=True))
