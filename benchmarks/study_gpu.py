@@ -34,7 +34,7 @@ from study_family import Family, Method  # noqa: E402
 from megatron_emoe.host import flags as host_flags  # noqa: E402
 
 PYTHON = sys.executable
-NAMES = ("topk", "specialist-2", "specialist-8", "specialist-12", "stratified-scales", "second-pass")
+NAMES = ("topk", "specialist-2", "specialist-8", "specialist-12", "stratified-teacher", "stratified-scales")
 MOST_TOKENS = 19_000_000  # of two bytes each
 LR = "--lr 6e-4 --min-lr 6e-5 --lr-warmup-iters 10"
 KERNELS = f"--bf16 {' '.join(host_flags.words_of(host_flags.LOCAL_LAYERS))}"

@@ -31,7 +31,7 @@ def test_specialists_are_there_for_every_k_of_the_grid():
 @pytest.mark.slow
 def test_it_runs_stops_and_goes_on_at_toy_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study_gpu, "PYTHON", programs.python())
-    monkeypatch.setattr(study_gpu, "NAMES", ("second-pass",))
+    monkeypatch.setattr(study_gpu, "NAMES", ("stratified-teacher",))
     monkeypatch.setattr(study_gpu.study_corpus, "text", lambda: ([str(REPO / "megatron_emoe")], (".py",), []))
     results = tmp_path / "results"
     words = ["study_gpu.py", "--toy", "--work", str(tmp_path), "--results", str(results)]
@@ -46,9 +46,9 @@ def test_it_runs_stops_and_goes_on_at_toy_size(tmp_path, monkeypatch, capsys):
     assert "goes on at base-s1" in capsys.readouterr().out and not list(results.iterdir())
     monkeypatch.setattr(sys, "argv", words)
     study_gpu.main()
-    assert sorted(path.name for path in results.iterdir()) == ["second-pass-s1.json"]
-    record = json.loads((results / "second-pass-s1.json").read_text())
-    assert record["passes"] == 2 and [cell["k"] for cell in record["sweep"]["cells"]] == [2, 4, 8, 12]
+    assert sorted(path.name for path in results.iterdir()) == ["stratified-teacher-s1.json"]
+    record = json.loads((results / "stratified-teacher-s1.json").read_text())
+    assert record["teacher"] and [cell["k"] for cell in record["sweep"]["cells"]] == [2, 4, 8, 12]
     started: list[study_cell.Step] = []
     monkeypatch.setattr(study_gpu, "run", lambda step, *_: started.append(step))
     study_gpu.main()
