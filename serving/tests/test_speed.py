@@ -30,5 +30,5 @@ def test_every_part_is_measured_and_reported(tmp_path, monkeypatch):
     weighted = sum(serve_ramp.LOSSES[int(k)] * count for k, count in tokens.items()) / sum(tokens.values())
     assert found["ramp"]["losses"]["follow"] == weighted
     text = out.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     assert "| decode | 8 | 2, 4, 8, 12 |" in text and text.count("| follow |") == 1
