@@ -21,6 +21,7 @@ DEFAULTS = {
     "moe_shared_expert_intermediate_size": None,
     "moe_shared_expert_gate": False,
     "emoe_null_experts": None,
+    "emoe_lora_experts": None,
 }
 BY_HAND = {
     **DEFAULTS,

@@ -27,6 +27,7 @@ MODEL = Namespace(
     sequence_parallel=False,
     emoe_second_pass=0.0,
     emoe_teacher=None,
+    emoe_lora_experts=None,
 )
 GOOD = Layout(gpus=16, gpus_per_node=8, tp=2, pp=2, ep=4, etp=1, micro_batch=1, global_batch=256, seq=4096)
 

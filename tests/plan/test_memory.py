@@ -159,6 +159,7 @@ BY_HAND = SimpleNamespace(
     emoe_null_experts=None,
     emoe_budget_scales=False,
     emoe_teacher=None,
+    emoe_lora_experts=None,
     vocab_size=100,
     make_vocab_size_divisible_by=128,
     untie_embeddings_and_output_weights=True,

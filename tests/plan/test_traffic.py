@@ -219,7 +219,7 @@ def test_a_teacher_sends_what_a_forward_pass_does(tensor, tmp_path):
     """At the model's own k, whatever the micro-batch runs at."""
     layout_words = {"tensor_model_parallel_size": 2, "sequence_parallel": True} if tensor else {}
     layout_words = layout_words or {"expert_model_parallel_size": 2}
-    run_ranks(counted_run, 2, flags(**TINY | layout_words | {"save": tmp_path, "save_interval": 2}))
+    run_ranks(train, 2, flags(**TINY | layout_words | {"save": tmp_path, "save_interval": 2}))
     changes = layout_words | {"emoe_teacher": tmp_path, "load": tmp_path, "finetune": True}
     runs = run_ranks(counted_run, 2, flags(**TINY | changes))
     args = runs[0][1]

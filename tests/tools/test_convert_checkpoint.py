@@ -147,7 +147,7 @@ def swap_halves(folder: Path) -> Answer:
     from megatron_emoe.hf import architecture
 
     right = architecture.gated
-    architecture.gated = lambda *words: _swapped(right(*words))
+    architecture.gated = lambda *words, **named: _swapped(right(*words, **named))
     hf = hf_models.save("olmoe", folder / "hf")
     return call("import", "--hf", str(hf), "--out", str(folder / "megatron"))
 

@@ -231,7 +231,7 @@ def test_distillation_draws_the_outputs_together(stratified):
         logged(run_ranks(train, 2, [*words, "--emoe-distill-coeff", str(coeff)])[1].log, "distillation loss")[-5:]
         for coeff in (TOO_SMALL_TO_COUNT, 10)
     )
-    assert sum(tight) < sum(loose) / 2
+    assert sum(tight) < sum(loose) * (0.9 if stratified else 0.5)  # at k' = 1 it is about another expert's whole share
 
 
 @pytest.mark.slow

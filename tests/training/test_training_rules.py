@@ -30,7 +30,7 @@ NAMED: dict[str, dict[str, Any]] = {
 
 def refusal(settings: dict[str, Any], model: str = "softmax after") -> str | None:
     args = Namespace(**vars(ElasticConfig()) | {"moe_router_topk": 2, "moe_router_score_function": "softmax"})
-    vars(args).update(eval_iters=4, moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.0)
+    vars(args).update(num_experts=8, eval_iters=4, moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.0)
     vars(args).update(MODELS[model] | settings)
     try:
         check_elastic_training(args)
