@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from study_cell import Cell
+from study_cell import REPO, Cell
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_emoe.settings.atomic_file import write_atomically
@@ -31,6 +31,7 @@ def keep(cell: Cell, folder: Path) -> None:
     """Put a base that was trained into `folder`, with its tokenizer and a summary of its log."""
     shutil.rmtree(folder / cell.method.name, ignore_errors=True)
     shutil.copytree(cell.checkpoint, folder / cell.method.name, ignore=shutil.ignore_patterns(".run.lock"))
+    _forget_where(folder / cell.method.name)
     shutil.copy(cell.work / f"data/{cell.family.data}.model", folder / TOKENIZER)
     record = {
         "flags": " ".join(cell.training()).replace(f"{cell.work}/", "study/"),
@@ -41,6 +42,15 @@ def keep(cell: Cell, folder: Path) -> None:
         "loss": _losses(cell.tensorboard),
     }
     write_atomically(folder / f"{cell.method.name}.json", json.dumps(record, indent=2) + "\n")
+
+
+def _forget_where(checkpoint: Path) -> None:
+    """Make the paths of this machine among the stored arguments relative to the repository, in place: ./// is as long
+    as what it stands for, and strings are stored with their length."""
+    here = f"{REPO}/".encode()
+    for file in checkpoint.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes().replace(here, b"." + b"/" * (len(here) - 1)))
 
 
 def _losses(tensorboard: Path) -> dict[int, float]:
