@@ -69,81 +69,83 @@ def specialist(k: int, base: str = "base") -> str:
     return ("topk" if k == K else f"specialist-{k}") + SUFFIX[base]
 
 
+_method = partial(Method, lr=LR, ks=GRID)
+_at_k = partial(_method, k=K)
+SPECIALISTS = (
+    _at_k(specialist(K), "", "plain top-k at 4, the specialist at 4", fit=True),
+    *(_method(specialist(k), "", f"plain top-k at {k}", k=k) for k in GRID if k != K),
+)
+STEPS_OF_SEVERAL = (
+    _at_k("stratified-scales", SCALES, "half of a step's micro-batches at 4, half at 2, 8, 12; learned scales"),
+    _at_k("second-pass", f"{SCALES} --emoe-second-pass 1", "each batch at 4, and at 2, 8 or 12, weighted alike"),
+    _at_k("below-half", f"{BELOW} --emoe-budget-scales", "half of a step's micro-batches at 4, half at 2", fit=True),
+    _at_k(
+        "below-5-of-8",
+        f"{BELOW} --emoe-budget-scales --emoe-k-default-prob 0.375",
+        "three eighths of a step's micro-batches at 4, five at 2",
+        fit=True,
+    ),
+    _at_k(
+        "below-6-of-8",
+        f"{BELOW} --emoe-budget-scales --emoe-k-default-prob 0.25",
+        "a quarter of a step's micro-batches at 4, the others at 2",
+        fit=True,
+    ),
+    _at_k(
+        "below-second-pass",
+        f"{BELOW} --emoe-budget-scales --emoe-second-pass 1",
+        "each batch at 4 and at 2, weighted alike",
+        fit=True,
+    ),
+    _at_k("stratified-weight", f"{SCALES} --emoe-other-weight 0.3", "stratified-scales, other k weighted 0.3"),
+    _at_k("stratified-3-of-4", f"{SCALES} --emoe-k-default-prob 0.75", "stratified-scales, three quarters at 4"),
+    _at_k("stratified", STRATIFIED, "stratified-scales without the learned scales and the tail scale", fit=True),
+)
+TAUGHT = (
+    _at_k(
+        "stratified-teacher",
+        f"{THIRDS} --emoe-budget-scales --emoe-tail-scale 0.25 {TEACHER}",
+        "a third of a step's micro-batches each at 2, 4 and 12, learned scales; the base at 4 is a teacher in all",
+    ),
+    _at_k(
+        "below-half-teacher",
+        f"{BELOW} --emoe-budget-scales {TEACHER}",
+        "half of a step's micro-batches at 4, half at 2; the base at 4 is a teacher in all",
+        fit=True,
+    ),
+    _at_k("stratified-thirds", f"{THIRDS} --emoe-budget-scales --emoe-tail-scale 0.25", "without the teacher"),
+    _at_k("topk-teacher", TEACHER, "plain top-k at 4, taught by the base at 4", fit=True),
+    *(
+        _method(f"specialist-{k}-teacher", TEACHER, f"plain top-k at {k}, taught by the base at 4", k=k)
+        for k in GRID
+        if k != K
+    ),
+)
+EQUAL_FLOPS = (  # as many expert FLOPs as plain top-k: fewer tokens
+    _at_k("stratified-scales-equal-flops", SCALES, "stratified-scales for fewer steps", share=K / MEAN_K),
+    _at_k(
+        "second-pass-equal-flops",
+        f"{SCALES} --emoe-second-pass 1",
+        "second-pass for fewer steps",
+        share=K / (2 * MEAN_K),
+    ),
+)
+OLDER = (
+    _at_k(
+        "recipe-0.1.0",
+        f"{PREFIX} --emoe-k-schedule default-or-larger --emoe-k-draw layer --emoe-tail-scale 0.25",
+        "half of the layer draws at 4, half uniform in 5 ... 12, tail scaled by 0.25",
+        fit=True,
+    ),
+    _at_k("mmoe", f"{MMOE} --emoe-k-weights {UNIFORM}", "M-MoE: each layer draws 2, 4, 8 or 12 a step", fit=True),
+    _at_k("emoe", f"--emoe-selection coactivation --emoe-pool-k {3 * K}", "EMoE: sampling, K = 3k", fit=True),
+)
+
+
 def methods(base: str) -> tuple[Method, ...]:
     """Every way to continue a base, the specialists first."""
-    method = partial(Method, lr=LR, ks=GRID, base=base)
-    at_k = partial(method, k=K)
-    specialists = (
-        at_k(specialist(K), "", "plain top-k at 4, the specialist at 4", fit=True),
-        *(method(specialist(k), "", f"plain top-k at {k}", k=k) for k in GRID if k != K),
-    )
-    stratified = (
-        at_k("stratified-scales", SCALES, "half of a step's micro-batches at 4, half at 2, 8, 12; learned scales"),
-        at_k("second-pass", f"{SCALES} --emoe-second-pass 1", "each batch at 4, and at 2, 8 or 12, weighted alike"),
-        at_k("below-half", f"{BELOW} --emoe-budget-scales", "half of a step's micro-batches at 4, half at 2", fit=True),
-        at_k(
-            "below-5-of-8",
-            f"{BELOW} --emoe-budget-scales --emoe-k-default-prob 0.375",
-            "three eighths of a step's micro-batches at 4, five at 2",
-            fit=True,
-        ),
-        at_k(
-            "below-6-of-8",
-            f"{BELOW} --emoe-budget-scales --emoe-k-default-prob 0.25",
-            "a quarter of a step's micro-batches at 4, the others at 2",
-            fit=True,
-        ),
-        at_k(
-            "below-second-pass",
-            f"{BELOW} --emoe-budget-scales --emoe-second-pass 1",
-            "each batch at 4 and at 2, weighted alike",
-            fit=True,
-        ),
-        at_k("stratified-weight", f"{SCALES} --emoe-other-weight 0.3", "stratified-scales, other k weighted 0.3"),
-        at_k("stratified-3-of-4", f"{SCALES} --emoe-k-default-prob 0.75", "stratified-scales, three quarters at 4"),
-        at_k("stratified", STRATIFIED, "stratified-scales without the learned scales and the tail scale", fit=True),
-    )
-    taught = (
-        at_k(
-            "stratified-teacher",
-            f"{THIRDS} --emoe-budget-scales --emoe-tail-scale 0.25 {TEACHER}",
-            "a third of a step's micro-batches each at 2, 4 and 12, learned scales; the base at 4 is a teacher in all",
-        ),
-        at_k(
-            "below-half-teacher",
-            f"{BELOW} --emoe-budget-scales {TEACHER}",
-            "half of a step's micro-batches at 4, half at 2; the base at 4 is a teacher in all",
-            fit=True,
-        ),
-        at_k("stratified-thirds", f"{THIRDS} --emoe-budget-scales --emoe-tail-scale 0.25", "without the teacher"),
-        at_k("topk-teacher", TEACHER, "plain top-k at 4, taught by the base at 4", fit=True),
-        *(
-            method(f"specialist-{k}-teacher", TEACHER, f"plain top-k at {k}, taught by the base at 4", k=k)
-            for k in GRID
-            if k != K
-        ),
-    )
-    equal = (  # as many expert FLOPs as plain top-k: fewer tokens
-        at_k("stratified-scales-equal-flops", SCALES, "stratified-scales for fewer steps", share=K / MEAN_K),
-        at_k(
-            "second-pass-equal-flops",
-            f"{SCALES} --emoe-second-pass 1",
-            "second-pass for fewer steps",
-            share=K / (2 * MEAN_K),
-        ),
-    )
-    older = (
-        at_k(
-            "recipe-0.1.0",
-            f"{PREFIX} --emoe-k-schedule default-or-larger --emoe-k-draw layer --emoe-tail-scale 0.25",
-            "half of the layer draws at 4, half uniform in 5 ... 12, tail scaled by 0.25",
-            fit=True,
-        ),
-        at_k("mmoe", f"{MMOE} --emoe-k-weights {UNIFORM}", "M-MoE: each layer draws 2, 4, 8 or 12 a step", fit=True),
-        at_k("emoe", f"--emoe-selection coactivation --emoe-pool-k {3 * K}", "EMoE: sampling, K = 3k", fit=True),
-    )
-    every = (*specialists, *stratified, *taught, *equal, *older)
-    return tuple(dataclasses.replace(one, name=one.name + SUFFIX[base]) for one in every)
+    every = (*SPECIALISTS, *STEPS_OF_SEVERAL, *TAUGHT, *EQUAL_FLOPS, *OLDER)
+    return tuple(dataclasses.replace(one, name=one.name + SUFFIX[base], base=base) for one in every)
 
 
 CORE = (*map(specialist, GRID), "stratified-teacher", "below-half-teacher", "stratified-scales")

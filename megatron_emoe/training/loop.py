@@ -101,18 +101,24 @@ class ElasticLoop:
         if model.training and self.config.emoe_second_pass:
             return self._both_passes(model, inputs), partial(self._loss_of_both, batch["loss_mask"])
         weight = self._loss_weight(model) if model.training else 1.0
-        if model.training and self.config.emoe_teacher is not None:
-            self._teacher = self._teacher or load_teacher(self.args)
-            output, divergence = forward_taught_by(self._teacher, model, inputs)
-            return output, partial(self._loss_of_taught, batch["loss_mask"], divergence, weight)
-        if not (model.training and self.config.emoe_distill_coeff):
+        if not (model.training and (self.config.emoe_teacher or self.config.emoe_distill_coeff)):
             return model(**inputs), partial(self._checked_loss, batch["loss_mask"], weight=weight)
+        output, divergence, shares = self._taught(model, inputs)
+        weights = (weight * shares[0], weight * shares[1])
+        return output, partial(self._taught_loss, batch["loss_mask"], divergence, weights)
+
+    def _taught(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, tuple[float, float]]:
+        """Token losses, their divergence from the teacher, and how much the two count."""
+        config = self.config
+        if config.emoe_teacher is not None:
+            if self._teacher is None:
+                self._teacher = load_teacher(self.args)
+            shares = (1 - config.emoe_teacher_weight, config.emoe_teacher_weight)
+            return *forward_taught_by(self._teacher, model, inputs), shares
         if self._wants_teacher(model):
-            output, divergence = forward_with_teacher(model, inputs)
-        else:
-            output = model(**inputs)
-            divergence = torch.zeros_like(output)
-        return output, partial(self._distilled_loss, batch["loss_mask"], divergence, weight)
+            return *forward_with_teacher(model, inputs), (1.0, config.emoe_distill_coeff)
+        output = model(**inputs)
+        return output, torch.zeros_like(output), (1.0, config.emoe_distill_coeff)
 
     def _loss_weight(self, model: torch.nn.Module) -> float:
         """Of this micro-batch: host arithmetic."""
@@ -137,7 +143,8 @@ class ElasticLoop:
         (own, other, *divergence), weights = losses, loss_weights(self.config)
         loss, tokens, report = self._checked_loss(loss_mask, own, weight=weights[0])
         if divergence:
-            other_loss, _, other_report = self._distilled_loss(loss_mask, divergence[0], weights[1], other)
+            both = (weights[1], weights[1] * self.config.emoe_distill_coeff)
+            other_loss, _, other_report = self._taught_loss(loss_mask, divergence[0], both, other)
         else:
             other_loss, _, other_report = self._checked_loss(loss_mask, other, weight=weights[1])
         report["second pass loss"] = other_report.pop("lm loss")
@@ -152,22 +159,14 @@ class ElasticLoop:
         place = Place(iteration, microbatch, microbatches=microbatches)
         return wants_teacher(config, config.moe_router_topk, place, config.num_layers)
 
-    def _distilled_loss(
-        self, loss_mask: Tensor, divergence: Tensor, weight: float, losses: Tensor
+    def _taught_loss(
+        self, loss_mask: Tensor, divergence: Tensor, weights: tuple[float, float], losses: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, tokens, report = self._checked_loss(loss_mask, losses, weight=weight)
+        """weights: how much the losses and the divergence count."""
+        loss, tokens, report = self._checked_loss(loss_mask, losses, weight=weights[0])
         distance, _, distance_report = language_model_loss(loss_mask, divergence)
         report["distillation loss"] = distance_report["lm loss"]
-        return loss + weight * self.config.emoe_distill_coeff * distance, tokens, report
-
-    def _loss_of_taught(
-        self, loss_mask: Tensor, divergence: Tensor, weight: float, losses: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        share = self.config.emoe_teacher_weight
-        loss, tokens, report = self._checked_loss(loss_mask, losses, weight=weight * (1 - share))
-        distance, _, distance_report = language_model_loss(loss_mask, divergence)
-        report["distillation loss"] = distance_report["lm loss"]
-        return loss + weight * share * distance, tokens, report
+        return loss + weights[1] * distance, tokens, report
 
     def _checked_loss(
         self, loss_mask: Tensor, losses: Tensor, weight: float = 1.0

@@ -222,6 +222,18 @@ def test_below_and_above_k_too_a_weight_too_small_to_count_changes_nothing(more)
 
 
 @pytest.mark.slow
+def test_the_divergence_counts_as_the_losses_of_its_micro_batch_do():
+    """With other k' weighted next to nothing, what they are taught weighs next to nothing."""
+    nothing = {"train_iters": 1, "clip_grad": 0, "global_batch_size": 8, "emoe_other_weight": 1e-6}
+    words = flags(**STRATIFIED | nothing)
+    plain, taught = (
+        torch.cat([each.flatten() for each in run_ranks(train, 1, [*words, *more])[0].gradients[0]])
+        for more in ([], ["--emoe-distill-coeff", "5"])
+    )
+    assert (plain - taught).norm() < 1e-3 * plain.norm()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stratified", [False, True], ids=["larger", "twice, below"])
 def test_distillation_draws_the_outputs_together(stratified):
     below = STRATIFIED | {"emoe_k_grid": [1], "emoe_second_pass": 1, "train_iters": 25, "lr": 1e-2}

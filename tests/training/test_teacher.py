@@ -37,10 +37,25 @@ def test_of_no_weight_it_changes_nothing_and_where_the_run_begins_it_says_the_sa
     assert min(logged(taught[1].log, "distillation loss")) > 0
     teacher = [route for route in taught[1].routes if not route.training]
     assert {int(route.map_TE.sum(1).max()) for route in teacher} == {2} and not any(route.grad for route in teacher)
-    at_k = flags(load=base, finetune=True, train_iters=3, lr=1e-2)
-    (own,) = run_ranks(train, 1, [*at_k, "--emoe-teacher", str(base)])
-    first, *_, last = logged(own.log, "distillation loss")
+    at_k = flags(load=base, finetune=True, train_iters=3, lr=1e-2, expert_model_parallel_size=2)
+    own = run_ranks(train, 2, [*at_k, "--emoe-teacher", str(base)])
+    first, *_, last = logged(own[1].log, "distillation loss")
     assert abs(first) < 1e-6 < 1e-5 < last  # the model that begins is its own teacher, and then leaves it
+
+
+@pytest.mark.slow
+def test_the_gradient_is_the_stated_mixture_of_those_of_both_losses(base):
+    """In micro-batches of every k', which count differently."""
+    words = flags(**STRATIFIED | {"train_iters": 1, "clip_grad": 0, "emoe_other_weight": 0.3}, load=base, finetune=True)
+
+    def gradient(*more: str) -> torch.Tensor:
+        (run,) = run_ranks(train, 1, [*words, *more])
+        return torch.cat([each.flatten() for each in run.gradients[0]])
+
+    teacher = ("--emoe-teacher", str(base), "--emoe-teacher-weight")
+    alone, mixed, whole = gradient(), gradient(*teacher, "0.25"), gradient(*teacher, "1")
+    assert (alone - whole).norm() > 0.1 * alone.norm()
+    torch.testing.assert_close(mixed, 0.75 * alone + 0.25 * whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
